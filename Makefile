@@ -1,0 +1,41 @@
+# The two commands: `make train` and `make check`. Both make .venv and install what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch first and alone, at the tested version: what follows finds it and pulls in no other build.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: train check format clean
+
+train: $(VENV)/.train
+	$(BIN)/subspan pretrain --config configs/llama-tiny-sara.yaml
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow"
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+$(VENV)/.torch: constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch"
+	$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	touch $@
+
+$(VENV)/.train: $(VENV)/.torch pyproject.toml
+	@echo "installing subspan"
+	$(PIP) --editable '.[train]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	@echo "installing subspan and its development tools"
+	$(PIP) --editable '.[dev]'
+	touch $@

@@ -1,0 +1,82 @@
+"""``SubspaceAdamW``: the optimizer most people want, in one typed constructor."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from subspan.optimizer import Params, SubspaceOptimizer
+from subspan.param_groups import EXCLUDED
+from subspan.parts import Residual, Selector, Transfer
+from subspan.residuals import RESIDUALS
+from subspan.rules import AdamW
+from subspan.selectors import SELECTORS
+
+
+class SubspaceAdamW(SubspaceOptimizer):
+    """AdamW inside a subspace of every weight matrix. The defaults are SARA-Adam.
+
+    Memory for a matrix of ``m x n``, ``m >= n``: two moments of ``m x rank`` and a basis of ``n x rank`` instead of two
+    moments of ``m x n``.
+
+    Args:
+        selector: ``"importance"`` (SARA), ``"dominant"`` (GaLore), ``"random"`` (GoLore), or a selector with its settings,
+            such as ``subspan.selectors.Importance(floor=0.1)``.
+        residual: ``"discard"``, ``"fira"``, or a residual with its settings.
+        betas: decay of the moments.
+        eps: added to the root of the second moment, as in ``torch.optim.AdamW``.
+
+    The other arguments are those of ``SubspaceOptimizer``.
+
+    Example:
+        >>> import torch, subspan
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
+        >>> optimizer = subspan.SubspaceAdamW(model.named_parameters(), lr=1e-2, rank=4)
+        >>> model(torch.randn(16, 64)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-2,
+        rank: int | None = None,
+        *,
+        selector: Literal["importance", "dominant", "random"] | Selector = "importance",
+        residual: Literal["discard", "fira"] | Residual = "discard",
+        transfer: Transfer = "keep",
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        stagger: bool = False,
+        seed: int = 0,
+        targets: str | list[str] = "all-linear",
+        exclude: tuple[str, ...] = EXCLUDED,
+    ) -> None:
+        if isinstance(selector, str):
+            if selector not in SELECTORS:
+                raise ValueError(f"selector={selector!r}: expected one of {', '.join(SELECTORS)}, or a selector object")
+            selector = SELECTORS[selector]()
+        if isinstance(residual, str):
+            if residual not in RESIDUALS:
+                raise ValueError(f"residual={residual!r}: expected one of {', '.join(RESIDUALS)}, or a residual object")
+            residual = RESIDUALS[residual]()
+        super().__init__(
+            params,
+            lr,
+            rank,
+            selector=selector,
+            rule=AdamW((betas[0], betas[1]), eps),
+            residual=residual,
+            transfer=transfer,
+            update_proj_gap=update_proj_gap,
+            scale=scale,
+            proj_type=proj_type,
+            weight_decay=weight_decay,
+            stagger=stagger,
+            seed=seed,
+            targets=targets,
+            exclude=exclude,
+        )

@@ -1,0 +1,109 @@
+"""The command line: ``subspan pretrain``, ``subspan list``. Settings come from YAML files and flags, by jsonargparse."""
+
+import difflib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import ClassVar, NoReturn
+
+import jsonargparse
+from jsonargparse import ArgumentParser
+
+from subspan import __version__
+from subspan.recipes import list_optimizers
+from subspan.training.config import PretrainConfig
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class _Parser(ArgumentParser):
+    """Says which names are near an unknown one, and exits with 2."""
+
+    known: ClassVar[list[str]] = []
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        words = [word for word in re.findall(r"[\w.]+", message) if word not in self.known]
+        near = {hit for word in words for hit in difflib.get_close_matches(word, self.known, n=2, cutoff=0.75)}
+        hint = f" (did you mean {' or '.join(sorted(near))}?)" if near else ""
+        _fail(message + hint)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"subspan: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _parser() -> tuple[ArgumentParser, ArgumentParser]:
+    pretrain = _Parser(description="Pretrain a language model.", allow_abbrev=False)
+    pretrain.add_argument("--config", action="config", help="a YAML file of settings; later flags override it")
+    pretrain.add_argument("--json", action="store_true", help="print one line of JSON last")
+    pretrain.add_class_arguments(PretrainConfig)
+    listing = _Parser(description="List what is known by name.")
+    listing.add_argument("what", choices=["optimizers", "models"], help="optimizers or models")
+    parser = _Parser(prog="subspan", description="Train large language models inside moving subspaces.", version=__version__)
+    commands = parser.add_subcommands(required=True, dest="command")
+    commands.add_subcommand("pretrain", pretrain, help="pretrain a language model")
+    commands.add_subcommand("list", listing, help="list optimizers or models")
+    _Parser.known = [action.dest for action in pretrain._actions] + ["pretrain", "list", "optimizers", "models"]
+    return parser, pretrain
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser, pretrain = _parser()
+    given = parser.parse_args(argv)
+    settings = given[given.command]
+    if given.command == "list":
+        _list(settings.what)
+        return 0
+    as_json = settings.pop("json")
+    settings.pop("config", None)
+    return _pretrain(pretrain.instantiate(settings), as_json)
+
+
+def _list(what: str) -> None:
+    if what == "optimizers":
+        rows = list_optimizers()
+    else:
+        from subspan.training.presets import PRESETS
+
+        rows = {
+            name: f"hidden {p.hidden}, MLP {p.mlp}, {p.layers} layers, {p.heads} heads; tokenizer {p.tokenizer}, "
+            f"sequence {p.sequence_length}, batch {p.batch_size}, {p.steps:,} steps, rank {p.rank}, period {p.update_proj_gap}"
+            for name, p in PRESETS.items()
+        }
+    for name, line in rows.items():
+        print(f"{name:22s} {line}")
+
+
+def _pretrain(settings: jsonargparse.Namespace, as_json: bool) -> int:
+    # Here, because they take seconds to import: --help and mistyped flags need not wait.
+    from subspan.training.pretrain import Pretraining, RunDivergedError
+    from subspan.training.signals import RunInterruptedError
+
+    config = PretrainConfig(**vars(settings))
+    try:
+        run = Pretraining(config)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+    try:
+        summary = run.run()
+    except RunInterruptedError as error:
+        print(f"subspan: {error}", file=sys.stderr)
+        return 128 + error.signum
+    except RunDivergedError as error:
+        print(f"subspan: {error}", file=sys.stderr)
+        return 1
+    if as_json:
+        print(json.dumps(asdict(summary)))
+    else:
+        print(f"validation loss {summary.val_loss:.4f}, perplexity {summary.val_ppl:.2f}; saved under {summary.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

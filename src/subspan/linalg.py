@@ -1,0 +1,125 @@
+"""Linear algebra of subspaces, on plain tensors: it knows no optimizer, parameter group or rank.
+
+Shapes: gradient ``G (..., m, n)`` with the side to compress last, basis ``Q (..., n, r)`` with orthonormal columns.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch does not declare it
+
+
+def spectral_dtype(device: torch.device) -> torch.dtype:
+    """The precision factorisations run in: fp64 on a CPU, where it costs twice; fp32 elsewhere, where it costs far more.
+
+    The Gram matrix squares the condition number, so in fp32 singular values below ``3e-4`` of the largest are noise.
+    """
+    return torch.float64 if device.type == "cpu" else torch.float32
+
+
+def right_singular(G: Tensor, method: str = "gram") -> tuple[Tensor, Tensor]:
+    """Singular values and right singular vectors of ``G (..., m, n)``.
+
+    Args:
+        G: finite, not entirely zero.
+        method: ``"gram"`` (``eigh`` of the smaller of ``GᵀG`` and ``GGᵀ``; several times cheaper) or ``"svd"``.
+
+    Returns:
+        ``sigma (..., k)`` in descending order and ``V (..., n, k)`` with orthonormal columns, ``k = min(m, n)``.
+        Where ``sigma`` is zero, the columns of ``V`` complete the basis.
+
+    Raises:
+        LinAlgError: if neither method gives a finite answer.
+    """
+    G = G.to(spectral_dtype(G.device))
+    for factorise in (_svd, _gram) if method == "svd" else (_gram, _svd):
+        try:
+            sigma, V = factorise(G)
+        except LinAlgError:
+            continue
+        # Some drivers return NaN where others raise.
+        if sigma.isfinite().all() and V.isfinite().all():
+            return sigma, V
+    raise LinAlgError(f"no finite singular vectors of a matrix of shape {tuple(G.shape)}")
+
+
+def _svd(G: Tensor) -> tuple[Tensor, Tensor]:
+    _, sigma, Vh = torch.linalg.svd(G, full_matrices=False)
+    return sigma, Vh.mT
+
+
+def _gram(G: Tensor) -> tuple[Tensor, Tensor]:
+    # Scaled first: the square of a small gradient would underflow, of a large one overflow.
+    largest = torch.linalg.vector_norm(G, ord=torch.inf, dim=(-2, -1), keepdim=True)
+    G = G / largest.clamp_min(torch.finfo(G.dtype).tiny)
+    m, n = G.shape[-2:]
+    values, vectors = torch.linalg.eigh(G.mT @ G if n <= m else G @ G.mT)
+    # eigh sorts ascending; rounding makes zero eigenvalues slightly negative.
+    sigma = values.flip(-1).clamp_min(0).sqrt() * largest.squeeze(-1)
+    vectors = vectors.flip(-1)
+    # V = Gᵀ U / sigma: the QR does the division, and stays orthonormal where sigma is (nearly) zero.
+    return sigma, vectors if n <= m else orthonormalise(G.mT @ vectors)
+
+
+def orthonormalise(A: Tensor) -> Tensor:
+    """``Q`` of the QR factorisation of ``A (..., n, r)``, made unique by a positive diagonal of its triangular factor."""
+    Q, R = torch.linalg.qr(A)
+    diagonal = R.diagonal(dim1=-2, dim2=-1)
+    return Q * torch.where(diagonal < 0, -1.0, 1.0).to(Q.dtype).unsqueeze(-2)
+
+
+def fix_signs(Q: Tensor, reference: Tensor) -> Tensor:
+    """Choose the sign of each column: that of its partner in ``reference``, else the one that makes its largest entry positive.
+
+    A singular vector's sign is arbitrary and differs between drivers and machines. Moments that are kept across a
+    refresh are coordinates along these columns, so an arbitrary flip would reverse them.
+    """
+    agreement = (Q * reference.to(Q.dtype)).sum(-2, keepdim=True)
+    largest = Q.gather(-2, Q.abs().argmax(-2, keepdim=True))
+    return torch.where(torch.where(agreement == 0, largest, agreement) < 0, -Q, Q)
+
+
+def keyed_generator(*key: object) -> torch.Generator:
+    """A CPU generator that depends on ``key`` alone: the same on every rank and device, and after a resume."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def haar(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Orthonormal columns, uniform on the Stiefel manifold, in the shape ``(..., n, r)`` and on the device of ``like``.
+
+    QR of a Gaussian is uniform only once the signs of the triangular factor's diagonal are fixed
+    (Mezzadri 2007, arXiv math-ph/0609050, section 5).
+    """
+    Z = torch.randn(like.shape, generator=generator, dtype=torch.float32)
+    return orthonormalise(Z.to(like.device, spectral_dtype(like.device)))
+
+
+def sample_without_replacement(log_weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Indices, ascending, of ``count`` of ``n`` items drawn one after another with probability proportional to weight.
+
+    Gumbel-top-k: the ``count`` largest of ``log w_i + Gumbel_i`` are distributed as successive draws without
+    replacement (Yellott 1977; Kool et al. 2019, arXiv 1903.06059). Items of weight zero (``-inf``) are drawn only when
+    no others are left, so a rank-deficient matrix is no error.
+
+    Args:
+        log_weights: ``(..., n)``, on any device; normalisation is not needed.
+    """
+    weights = log_weights.to("cpu", torch.float64)
+    uniform = torch.rand(weights.shape, generator=generator, dtype=torch.float64)
+    gumbel = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
+    last = torch.finfo(torch.float64).min / 2
+    score = torch.where(weights.isneginf(), last + gumbel.argsort(-1).argsort(-1) * 1e300, weights + gumbel)
+    return score.topk(count, dim=-1).indices.sort(-1).values
+
+
+def project(G: Tensor, Q: Tensor) -> Tensor:
+    """``G Q``, accumulated and returned in the precision of ``Q``.
+
+    A gradient of lower precision is raised a few rows at a time: no full-size copy is made.
+    """
+    if G.dtype == Q.dtype:
+        return G @ Q
+    return torch.cat([rows.to(Q.dtype) @ Q for rows in G.split(256, dim=-2)], dim=-2)

@@ -1,0 +1,321 @@
+"""The step that every method of this library shares. It holds no formulas and names no method.
+
+oriented gradient   G (m, n)          the side to compress is last; orient once, on entry, undo once, on exit
+if a refresh is due Q (n, r)          Selector chooses a new basis; Transfer carries the moments over
+project             R = G Q (m, r)
+inside              U = rule(R)
+combine             D = scale * U Qᵀ + residual(G, R, U)
+apply               W <- (1 - lr * wd) W - lr * D
+"""
+
+import logging
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, fields, replace
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from subspan.linalg import LinAlgError
+from subspan.param_groups import EXCLUDED, PROJ_TYPES, projection_side, split_parameters
+from subspan.parts import Key, Residual, Rule, Selector, Transfer
+from subspan.state import State, check_state, copy_state_, state_bytes
+
+logger = logging.getLogger(__name__)
+
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+_GOLDEN = 0.6180339887498949  # multiples of it, modulo one, fill the unit interval evenly however many there are
+
+
+class SubspaceOptimizer(torch.optim.Optimizer):
+    """An optimizer made of a selector, a rule, a residual and a transfer.
+
+    Matrices of groups with a ``rank`` are trained inside a subspace; everything else (``rank=None``, vectors, and matrices
+    with a side no larger than the rank) takes the rule's full-rank step at ``lr``, without ``scale``.
+
+    A non-finite gradient reaches moments and weights as it does in ``torch.optim``; it never reaches a basis.
+
+    Args:
+        params: ``model.named_parameters()`` (embeddings, norms and heads stay full rank, by name), parameter groups
+            (those with ``rank`` are projected, as with galore_torch), or bare tensors (every matrix is projected).
+        lr: learning rate, a float or a tensor; read at every step.
+        rank: dimension of the subspace, >= 1; ``None`` for full rank.
+        selector: which subspace.
+        rule: which step inside it.
+        residual: what becomes of the rest of the gradient.
+        transfer: what becomes of the moments at a refresh: ``keep``, ``rotate``, ``moments`` or ``reset``.
+        update_proj_gap: steps between refreshes, >= 1.
+        scale: factor on the step of projected matrices. ``lr * scale`` is their learning rate: halve one, double the other.
+        proj_type: the side to compress: ``std`` (the shorter), ``reverse_std`` (the longer), ``right`` (columns) or
+            ``left`` (rows).
+        weight_decay: decoupled, multiplied by ``lr``.
+        stagger: spread the refreshes of different matrices over the period, after the first, so that no step pays for all.
+        seed: of every random choice. A choice depends on the seed, the parameter's name and the step alone.
+        targets: with named parameters: ``"all-linear"``, a list of substrings, or a regular expression.
+        exclude: with named parameters: regular expressions of names that stay full rank.
+
+    Raises:
+        ValueError: an argument out of range, a target that matches nothing, a ``rank`` for a group without a matrix.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-2,
+        rank: int | None = None,
+        *,
+        selector: Selector,
+        rule: Rule,
+        residual: Residual,
+        transfer: Transfer = "keep",
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        weight_decay: float = 0.0,
+        stagger: bool = False,
+        seed: int = 0,
+        targets: str | list[str] = "all-linear",
+        exclude: tuple[str, ...] = EXCLUDED,
+    ) -> None:
+        if transfer not in typing.get_args(Transfer):
+            raise ValueError(f"transfer={transfer!r}: expected one of {', '.join(typing.get_args(Transfer))}")
+        self.selector, self.rule, self.residual = selector, rule, residual
+        self.transfer, self.stagger, self.seed = transfer, stagger, seed
+        defaults = {
+            "lr": lr,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "proj_type": proj_type,
+            "weight_decay": weight_decay,
+            "clock": 0,
+        }
+        super().__init__(_as_groups(params, rank, targets, exclude), defaults | asdict(rule))
+        logger.info("%s", self.summary())
+
+    # --- construction -------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group and allocate all of its state (contract R3). Nothing is added if a setting is wrong."""
+        settings = self.defaults | param_group
+        _check_settings(settings)
+        self._rule(settings)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            if group["rank"] is not None and group["params"] and all(p.ndim < 2 for p in group["params"]):
+                raise ValueError(
+                    f"rank={group['rank']}: none of the group's {len(group['params'])} parameters is a matrix. Parameters "
+                    "flattened by FSDP1 or DeepSpeed have lost their shape: shard with fully_shard (FSDP2) instead"
+                )
+            for p in group["params"]:
+                self.state[p] = self._allocate(p, group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _allocate(self, p: Tensor, group: Mapping[str, Any]) -> State:
+        side = projection_side(p.shape, group["rank"], group["proj_type"])
+        if side is None:
+            return self.rule.init(p, tuple(p.shape))
+        G, rank = _orient(p, side), group["rank"]
+        return {
+            **self.rule.init(p, (G.shape[0], rank)),
+            **self.selector.init(G, rank),
+            **self.residual.init(G),
+            # Integers of the host, not tensors: the schedule must not wait for a device.
+            "refresh_step": -1,  # the clock at the last refresh; -1 before the first
+            "skipped_refreshes": 0,
+        }
+
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        """The rule with the settings of ``group``, where schedulers change them; raises if one is out of range."""
+        rule: Any = self.rule
+        return replace(rule, **{field.name: group[field.name] for field in fields(rule)})
+
+    # --- the step -----------------------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step. ``closure`` is run with gradients enabled; its loss is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        order = 0  # among projected matrices, for staggering
+        for number, group in enumerate(self.param_groups):
+            rule = self._rule(group)
+            for name, p in zip(_names(number, group), group["params"], strict=True):
+                side = projection_side(p.shape, group["rank"], group["proj_type"])
+                if p.grad is not None:
+                    self._update(p, p.grad, side, group, rule, name, order)
+                order += side is not None
+            group["clock"] += 1
+        return loss
+
+    def _update(
+        self, p: Tensor, grad: Tensor, side: str | None, group: dict[str, Any], rule: Rule, name: str, order: int
+    ) -> None:
+        if grad.layout != torch.strided:
+            raise ValueError(f"gradient of {name!r}: layout {grad.layout} is not supported; use dense gradients (sparse=False)")
+        state = self.state[p]
+        if side is None:
+            D, factor = rule.update_(grad, state)
+        else:
+            G = _orient(grad, side)
+            if _refresh_due(state["refresh_step"], group, order if self.stagger else 0):
+                self._refresh(G, state, rule, Key(self.seed, name, group["clock"]))
+            R = self.selector.project(G, state)
+            U, factor = rule.update_(R, state)
+            D = self.residual.combine(G, R, U, group["scale"], lambda A: self.selector.project_back(A, state), state)
+            D = _orient(D, side)
+        if group["weight_decay"] != 0:
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.sub_(D.mul_(group["lr"] * factor))
+
+    def _refresh(self, G: Tensor, state: State, rule: Rule, key: Key) -> None:
+        # The only place that waits for the device. A zero or non-finite gradient tells nothing of a subspace (contract R4).
+        largest = float(torch.linalg.vector_norm(G, ord=torch.inf))
+        change = None
+        if 0 < largest < float("inf"):
+            try:
+                change = self.selector.refresh_(G, state, key)
+            except LinAlgError as error:
+                logger.warning("refresh of %s at step %d keeps the old basis: %s", key.name, key.step, error)
+        if change is None:
+            state["skipped_refreshes"] += 1
+            return
+        if self.transfer != "keep":
+            rule.transfer_(state, change, self.transfer)
+        state["refresh_step"] = key.step
+
+    # --- saving and restoring -----------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copy a checkpoint into the tensors allocated at construction, exact in value, dtype and device (contract R2).
+
+        torch's own method would cast every tensor but ``step`` to the dtype of the parameter.
+
+        Raises:
+            ValueError: the checkpoint is of another model or method. Nothing has been changed then.
+        """
+        saved: dict[str, Any] = {}
+
+        def take_state(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            self._check(given)
+            saved.update(given)
+            return {**given, "state": {}}
+
+        def put_state(_: torch.optim.Optimizer) -> None:
+            self.state.update(own)
+            for number, p in enumerate(self._parameters()):
+                copy_state_(self.state[p], saved["state"][number])
+
+        own = dict(self.state)
+        # Around torch's method, inside of the hooks that others have registered.
+        hooks = (
+            self.register_load_state_dict_pre_hook(take_state),
+            self.register_load_state_dict_post_hook(put_state, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _check(self, state_dict: Mapping[str, Any]) -> None:
+        groups, sizes = state_dict["param_groups"], [len(group["params"]) for group in self.param_groups]
+        if [len(group["params"]) for group in groups] != sizes:
+            raise ValueError(
+                f"the checkpoint has parameter groups of {[len(g['params']) for g in groups]} parameters, this optimizer of "
+                f"{sizes}; build it from the same model with the same targets"
+            )
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            ours, theirs = group.get("param_names"), saved.get("param_names")
+            if ours and theirs and list(ours) != list(theirs):
+                first = next(pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1])
+                raise ValueError(f"the checkpoint has parameter {first[1]!r} where this optimizer has {first[0]!r}")
+        names = [name for number, group in enumerate(self.param_groups) for name in _names(number, group)]
+        for number, (name, p) in enumerate(zip(names, self._parameters(), strict=True)):
+            check_state(self.state[p], state_dict["state"].get(number, {}), name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # keys that a checkpoint of another library lacks (contract R8)
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        parts = ("selector", "rule", "residual", "transfer", "stagger", "seed")
+        return {**super().__getstate__(), **{part: getattr(self, part) for part in parts}}
+
+    # --- looking at it ------------------------------------------------------------------------------------------------
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
+
+    def summary(self) -> str:
+        """What is projected, to which rank, and the bytes of state held: one line per kind of parameter."""
+        counts: dict[str, list[int]] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                kind = "vectors" if p.ndim < 2 else "full-rank matrices"
+                if projection_side(p.shape, group["rank"], group["proj_type"]):
+                    kind = f"matrices at rank {group['rank']}, refreshed every {group['update_proj_gap']} steps"
+                elif p.ndim == 2 and group["rank"] is not None:
+                    kind = f"full-rank matrices (rank {group['rank']} reaches their shorter side)"
+                row = counts.setdefault(kind, [0, 0])
+                row[0], row[1] = row[0] + 1, row[1] + p.numel()
+        lines = [f"{number:5d} {kind}: {size:,} parameters" for kind, (number, size) in counts.items()]
+        parts = f"{self.selector!r}, {self.rule!r}, {self.residual!r}, transfer={self.transfer!r}"
+        return "\n".join([parts, *lines, f"{state_bytes(self):,} bytes of optimizer state"])
+
+
+def _orient(A: Tensor, side: str) -> Tensor:
+    """The side to compress last; its own inverse. A view."""
+    return A if side == "right" else A.mT
+
+
+def _refresh_due(last: int, group: Mapping[str, Any], order: int) -> bool:
+    """Whether the last refresh lies before the latest step of the schedule; a skipped one stays due until it succeeds."""
+    clock, gap = group["clock"], group["update_proj_gap"]
+    offset = int(order * _GOLDEN % 1 * gap)
+    return last < 0 or last < clock - (clock - offset) % gap
+
+
+def _names(number: int, group: Mapping[str, Any]) -> list[str]:
+    """Names for messages and keyed draws; positions where the parameters came without names."""
+    return group.get("param_names") or [f"{number}.{index}" for index in range(len(group["params"]))]
+
+
+def _as_groups(params: Params, rank: int | None, targets: str | list[str], exclude: tuple[str, ...]) -> list[Any]:
+    given: list[Any] = list(params)
+    if not given or isinstance(given[0], dict):
+        return given
+    if isinstance(given[0], tuple):
+        return split_parameters(given, rank=rank, targets=targets, exclude=exclude)
+    if rank is not None and sum(p.ndim == 2 for p in given) > 1:
+        logger.warning(
+            "parameters without names: every matrix is projected, embeddings and heads too; pass model.named_parameters()"
+        )
+    return given
+
+
+def _check_settings(group: Mapping[str, Any]) -> None:
+    rank, lr = group["rank"], group["lr"]
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank={rank!r}: expected a whole number >= 1, or None for full rank")
+    if not isinstance(lr, Tensor) and not lr >= 0:
+        raise ValueError(f"lr={lr!r}: expected a number >= 0")
+    if not isinstance(group["update_proj_gap"], int) or group["update_proj_gap"] < 1:
+        raise ValueError(f"update_proj_gap={group['update_proj_gap']!r}: expected a whole number of steps >= 1")
+    for key in ("scale", "weight_decay"):
+        if not group[key] >= 0:
+            raise ValueError(f"{key}={group[key]!r}: expected a number >= 0")
+    if group["proj_type"] not in PROJ_TYPES:
+        raise ValueError(f"proj_type={group['proj_type']!r}: expected one of {', '.join(PROJ_TYPES)}")

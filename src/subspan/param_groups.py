@@ -1,0 +1,116 @@
+"""Which parameter is projected, and on which side."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+EXCLUDED = (r"embed", r"\bw[tp]e\b", r"norm", r"\b(lm_)?head\b", r"\bscore\b", r"\bclassifier\b", r"^output\b", r"lora_")
+"""Regular expressions, searched in a parameter's name: embeddings, norms and heads stay full rank."""
+
+Side = Literal["right", "left"]
+PROJ_TYPES = {"std": "short", "reverse_std": "long", "right": "right", "left": "left", "short": "short", "long": "long"}
+"""The names of galore_torch, and what they mean: which side of the matrix is compressed to the rank."""
+
+
+def projection_side(shape: Sequence[int], rank: int | None, proj_type: str) -> Side | None:
+    """``"right"`` compresses the columns (``R = G Q``), ``"left"`` the rows (``R = Gᵀ Q``), ``None`` is full rank.
+
+    Only matrices are projected, and only where the rank is below both sides.
+    """
+    if rank is None or len(shape) != 2 or rank >= min(shape):
+        return None
+    side = PROJ_TYPES[proj_type]
+    if side in ("right", "left"):
+        return side  # type: ignore[return-value]  # narrowed by the line above
+    wide = shape[0] < shape[1]
+    return "left" if wide == (side == "short") else "right"
+
+
+def split_parameters(
+    parameters: nn.Module | Iterable[tuple[str, Tensor]],
+    *,
+    rank: int | None,
+    targets: str | Sequence[str] = "all-linear",
+    exclude: Sequence[str] = EXCLUDED,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    decay_vectors: bool = True,
+) -> list[dict[str, Any]]:
+    """Sort named parameters into groups: projected matrices, full-rank matrices, vectors. Each lands in exactly one.
+
+    Args:
+        parameters: a module, or pairs as ``module.named_parameters()`` gives them. Frozen ones are left out.
+        rank: of the projected group; the others get ``None``.
+        targets: ``"all-linear"`` (every matrix that ``exclude`` does not name; of a module, every ``nn.Linear`` weight),
+            a list of strings (a name that contains one of them), or a regular expression for a whole module name. A list or
+            an expression that names a parameter wins over ``exclude``.
+        exclude: regular expressions; a name in which one is found stays full rank.
+        overrides: group settings by regular expression, such as ``{r"k_proj": {"rank": 64}}``; the first match wins.
+        decay_vectors: False sets ``weight_decay=0`` for parameters of one dimension (biases, norms).
+
+    Returns:
+        Parameter groups with names, in the order above; empty ones are left out.
+
+    Raises:
+        ValueError: a target or override that matches nothing.
+    """
+    named = list(parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters)
+    named = [(name, p) for name, p in named if p.requires_grad]
+    if not named:
+        raise ValueError("parameters: no trainable parameter; pass model.named_parameters() of an unfrozen model")
+    projected = _projected_names(parameters, named, targets, exclude) if rank is not None else set()
+
+    rows = [(pattern, dict(settings)) for pattern, settings in (overrides or {}).items()]
+    used: set[str] = set()
+    groups: dict[tuple[int, str], dict[str, Any]] = {}
+    for name, p in named:
+        kind = 0 if name in projected else 1 if p.ndim > 1 else 2
+        pattern, settings = next(((pattern, s) for pattern, s in rows if re.search(pattern, name)), ("", {}))
+        used.add(pattern)
+        if (kind, pattern) not in groups:
+            group: dict[str, Any] = {"params": [], "rank": rank if kind == 0 else None}
+            if kind == 2 and not decay_vectors:
+                group["weight_decay"] = 0.0
+            groups[kind, pattern] = group | settings
+        groups[kind, pattern]["params"].append((name, p))
+    for pattern, _ in rows:
+        if pattern not in used:
+            raise ValueError(f"overrides: {pattern!r} matches no parameter; {_names_like(pattern, named)}")
+    return [groups[key] for key in sorted(groups)]
+
+
+def _projected_names(
+    parameters: object, named: list[tuple[str, Tensor]], targets: str | Sequence[str], exclude: Sequence[str]
+) -> set[str]:
+    matrices = [name for name, p in named if p.ndim > 1]
+    if targets == "all-linear":
+        if isinstance(parameters, nn.Module):
+            linear = {f"{path}.weight".lstrip(".") for path, m in parameters.named_modules() if isinstance(m, nn.Linear)}
+            matrices = [name for name in matrices if name in linear]
+        found = {name for name in matrices if not any(re.search(pattern, name) for pattern in exclude)}
+        if not found:
+            raise ValueError(
+                f"targets='all-linear': no matrix to project among {len(named)} parameters; {_names_like('', named)}. "
+                "Parameters flattened by FSDP1 or DeepSpeed have lost their shape: shard with fully_shard (FSDP2) instead"
+            )
+        return found
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    found = set()
+    for pattern in patterns:
+        hits = {
+            name
+            for name in matrices
+            if (re.fullmatch(pattern, name.removesuffix(".weight")) if isinstance(targets, str) else pattern in name)
+        }
+        if not hits:
+            raise ValueError(f"targets: {pattern!r} matches no matrix; {_names_like(pattern, named)}")
+        found |= hits
+    return found
+
+
+def _names_like(pattern: str, named: list[tuple[str, Tensor]]) -> str:
+    names = [name for name, p in named if p.ndim > 1] or [name for name, _ in named]
+    near = difflib.get_close_matches(pattern, names, n=4, cutoff=0.2) or names[:4]
+    return "names here look like " + ", ".join(repr(name) for name in near)

@@ -1,0 +1,162 @@
+"""The papers' names for a choice of parts. A paper that recombines known parts is one more row of ``RECIPES``."""
+
+import difflib
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from subspan.optimizer import SubspaceOptimizer
+from subspan.param_groups import EXCLUDED, split_parameters
+from subspan.parts import Residual, Rule, Selector, Transfer
+from subspan.residuals import Discard, Fira
+from subspan.rules import AdamW
+from subspan.selectors import Dominant, Importance, Random, Switch
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method: its parts and the defaults its paper trains with."""
+
+    summary: str
+    source: str
+    selector: Selector
+    transfer: Transfer = "keep"
+    rule: Rule = AdamW()
+    residual: Residual = Discard()
+    lr: float = 1e-2
+    scale: float = 0.25
+
+
+_GALORE = "Zhao et al. 2024, arXiv 2403.03507"
+_SARA = "Zhang et al. 2025, arXiv 2502.05790"
+_FIRA = "Chen et al. 2024, arXiv 2410.01623"
+_GOLORE = "He et al. 2024, arXiv 2410.11289"
+
+RECIPES: dict[str, Recipe] = {
+    "galore_adamw": Recipe("GaLore: the dominant subspace", _GALORE, Dominant()),
+    "sara_adamw": Recipe("SARA: an importance-sampled subspace", _SARA, Importance()),
+    "golore_adamw": Recipe("GoLore: a random subspace", _GOLORE, Random(), "rotate", lr=2.5e-3, scale=1.0),
+    "golore_hybrid_adamw": Recipe(
+        "GoLore@20%: dominant, then random for the last fifth", _GOLORE, Switch(Dominant(), Random(), at=0.8), "rotate",
+        lr=2.5e-3, scale=1.0,
+    ),
+    "fira_adamw": Recipe("Fira: GaLore and the scaled residual", _FIRA, Dominant(), residual=Fira()),
+    "fira_sara_adamw": Recipe("Fira with SARA's subspace", f"{_FIRA}; {_SARA}", Importance(), residual=Fira()),
+}  # fmt: skip
+"""By name. Full-rank ``adamw`` is torch's own, the baseline."""
+
+_BASELINES = {"adamw": "full-rank AdamW (torch.optim.AdamW)"}
+_BASELINE_LR = 1e-3
+
+
+def list_optimizers(pattern: str = "*") -> dict[str, str]:
+    """Names that ``create`` knows and a line on each; ``pattern`` may hold wildcards, as in ``"*sara*"``."""
+    rows = _BASELINES | {name: f"{recipe.summary} ({recipe.source})" for name, recipe in RECIPES.items()}
+    return {name: line for name, line in rows.items() if fnmatch.fnmatch(name, pattern)}
+
+
+def default_lr(name: str) -> float:
+    """The learning rate ``create`` uses when none is given."""
+    _check_name(name)
+    return RECIPES[name].lr if name in RECIPES else _BASELINE_LR
+
+
+def create(
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float | Tensor | None = None,
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    scale: float | None = None,
+    proj_type: str = "std",
+    transfer: Transfer | None = None,
+    selector: Selector | Mapping[str, Any] | None = None,
+    residual: Residual | Mapping[str, Any] | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    stagger: bool = False,
+    seed: int = 0,
+    total_steps: int | None = None,
+    targets: str | list[str] = "all-linear",
+    exclude: tuple[str, ...] = EXCLUDED,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> torch.optim.Optimizer:
+    """An optimizer by its paper's name, for all trainable parameters of ``model``.
+
+    Args:
+        name: one of ``list_optimizers()``. ``adamw`` ignores what concerns subspaces.
+        model: its ``nn.Linear`` weights are projected, except those that ``exclude`` names.
+        lr: learning rate; ``None`` is the recipe's own, as is ``None`` for scale and transfer.
+        selector: another selector, or settings for the recipe's own such as ``{"power": 2.0, "floor": 0.1}``.
+        residual: likewise, such as ``{"mode": "official"}``.
+        weight_decay: decoupled; parameters of one dimension (biases, norms) are never decayed.
+        total_steps: length of the run; the hybrid needs it.
+        targets, exclude, overrides: see ``subspan.split_parameters``.
+
+    The other arguments are those of ``SubspaceOptimizer``.
+
+    Raises:
+        ValueError: an unknown name (near ones are listed), or a setting out of range.
+    """
+    _check_name(name)
+    groups = split_parameters(
+        model,
+        rank=None if name in _BASELINES else rank,
+        targets=targets,
+        exclude=exclude,
+        overrides=overrides,
+        decay_vectors=False,
+    )
+    lr = default_lr(name) if lr is None else lr
+    if name in _BASELINES:
+        for group in groups:
+            del group["rank"]  # ours; torch's groups do without
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    recipe = RECIPES[name]
+    chosen = _with(recipe.selector, selector, "selector")
+    if isinstance(chosen, Switch) and chosen.total_steps is None:
+        chosen = replace(chosen, total_steps=total_steps)
+    return SubspaceOptimizer(
+        groups,
+        lr,
+        rank,
+        selector=chosen,
+        rule=replace(AdamW(), betas=(betas[0], betas[1]), eps=eps),
+        residual=_with(recipe.residual, residual, "residual"),
+        transfer=transfer or recipe.transfer,
+        update_proj_gap=update_proj_gap,
+        scale=recipe.scale if scale is None else scale,
+        proj_type=proj_type,
+        weight_decay=weight_decay,
+        stagger=stagger,
+        seed=seed,
+    )
+
+
+def _check_name(name: str) -> None:
+    known = list_optimizers()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+        raise ValueError(f"optimizer {name!r} is unknown; {hint} (subspan list optimizers shows all)")
+
+
+def _with(part: Part, change: Part | Mapping[str, Any] | None, what: str) -> Part:
+    """``part`` itself, with settings changed, or replaced."""
+    if change is None:
+        return part
+    if not isinstance(change, Mapping):
+        return change
+    allowed = [field.name for field in fields(part)]  # type: ignore[arg-type]  # every part is a dataclass
+    for key in change:
+        if key not in allowed:
+            raise ValueError(f"{what} setting {key!r}: {type(part).__name__} has {', '.join(allowed) or 'no settings'}")
+    return replace(part, **change)  # type: ignore[type-var]

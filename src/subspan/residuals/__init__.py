@@ -1,0 +1,12 @@
+"""Residuals: what becomes of the gradient outside the subspace? A new one is one file here and one line in ``RESIDUALS``."""
+
+from collections.abc import Callable
+
+from subspan.parts import Residual
+from subspan.residuals.discard import Discard
+from subspan.residuals.fira import Fira
+
+RESIDUALS: dict[str, Callable[[], Residual]] = {"discard": Discard, "fira": Fira}
+"""By name, with their papers' settings."""
+
+__all__ = ["RESIDUALS", "Discard", "Fira"]

@@ -1,0 +1,19 @@
+"""Drop what lies outside the subspace: ``D = scale * U Qᵀ``. GaLore, SARA, GoLore. Deviations: none."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from subspan.state import State
+
+
+@dataclass(frozen=True)
+class Discard:
+    """No residual."""
+
+    def init(self, G: Tensor) -> State:
+        return {}
+
+    def combine(self, G: Tensor, R: Tensor, U: Tensor, scale: float, back: Callable[[Tensor], Tensor], state: State) -> Tensor:
+        return back(U * scale)

@@ -1,0 +1,34 @@
+"""The span of the r leading singular vectors of the gradient.
+
+``Q = V[:, :r]`` where ``G = S diag(sigma) Vᵀ (m, n)``, ``sigma`` descending.
+
+Source: GaLore (Zhao et al. 2024, arXiv 2403.03507), Algorithm 2.
+Deviations from the paper: the spectrum comes from the Gram matrix unless ``method="svd"``; each vector takes the sign of
+the one it replaces, where GaLore takes whatever sign its SVD returns.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from subspan import linalg
+from subspan.parts import Key
+from subspan.selectors._matrix import MatrixSelector, check_method
+
+
+@dataclass(frozen=True)
+class Dominant(MatrixSelector):
+    """The ``r`` leading singular vectors.
+
+    Args:
+        method: ``"gram"`` or ``"svd"``, see ``linalg.right_singular``.
+    """
+
+    method: str = "gram"
+
+    def __post_init__(self) -> None:
+        check_method(self.method)
+
+    def choose(self, G: Tensor, old: Tensor, key: Key) -> Tensor:
+        _, V = linalg.right_singular(G, self.method)
+        return linalg.fix_signs(V[..., : old.shape[-1]], old)

@@ -1,0 +1,65 @@
+"""r singular vectors of the gradient, sampled without replacement with probability proportional to singular value.
+
+With ``G = S diag(sigma) Vᵀ (m, n)``: ``Q = V[:, I]``, ``I`` drawn one index after another, without replacement, with
+
+    w_i = (1 - floor) * sigma_i^power / sum_j sigma_j^power + floor / k,        k = min(m, n)
+
+and sorted ascending, so that column j of the new basis stays close in rank to column j of the old one.
+
+Source: SARA (Zhang et al. 2025, arXiv 2502.05790), Algorithm 2, lines 3 to 6, is ``power=1, floor=0``.
+Deviations from the paper: the spectrum comes from the Gram matrix unless ``method="svd"``; the draw is keyed, not taken from
+a live generator; where fewer than r singular values are positive the rest of the basis is filled up from the others
+(``torch.multinomial`` would raise); signs are aligned with the old basis; ``power`` and ``floor`` are additions.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subspan import linalg
+from subspan.parts import Key
+from subspan.selectors._matrix import MatrixSelector, check_method, columns
+
+
+@dataclass(frozen=True)
+class Importance(MatrixSelector):
+    """Importance-sampled singular vectors (SARA).
+
+    The paper's convergence constant ``delta`` is the least probability with which a direction is selected. With
+    ``floor=0`` it falls to zero with the smallest singular value, and the guarantee with it; with ``floor > 0`` one draw
+    already picks each direction with probability at least ``floor / k``, so ``delta >= floor / k``.
+
+    Args:
+        power: exponent on the singular values, >= 0: 1 is the paper, 0 uniform, a large one nearly dominant.
+        floor: share of the probability spread evenly over all directions, in [0, 1].
+        method: ``"gram"`` or ``"svd"``, see ``linalg.right_singular``.
+    """
+
+    power: float = 1.0
+    floor: float = 0.0
+    method: str = "gram"
+
+    def __post_init__(self) -> None:
+        check_method(self.method)
+        if not 0 <= self.power < math.inf:
+            raise ValueError(f"power={self.power}: expected a number >= 0 (1 is SARA, 0 samples uniformly)")
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor={self.floor}: expected a share between 0 and 1")
+
+    def log_weights(self, sigma: Tensor) -> Tensor:
+        """``log w (..., k)`` for singular values ``sigma (..., k)``. In logarithms: a large power would underflow."""
+        log_w = torch.xlogy(self.power, sigma.double())  # 0 * log 0 = 0, so power 0 is uniform over zeros too
+        log_w = log_w - log_w.logsumexp(-1, keepdim=True)
+        if self.floor == 0:
+            return log_w
+        uniform = torch.full_like(log_w, math.log(self.floor / sigma.shape[-1]))
+        return uniform if self.floor == 1 else torch.logaddexp(log_w + math.log1p(-self.floor), uniform)
+
+    def choose(self, G: Tensor, old: Tensor, key: Key) -> Tensor:
+        sigma, V = linalg.right_singular(G, self.method)
+        index = linalg.sample_without_replacement(
+            self.log_weights(sigma), old.shape[-1], linalg.keyed_generator("importance", *key)
+        )
+        return linalg.fix_signs(columns(V, index), old)

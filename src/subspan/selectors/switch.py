@@ -1,0 +1,58 @@
+"""One selector until a step of the run, another from there on.
+
+Source: GoLore (He et al. 2024, arXiv 2410.11289), section 5: "GoLore@x%" is ``Switch(Dominant(), Random(), at=1 - x/100)``.
+Deviations from the paper: none. (Its SGD code leaves the momentum as it is at the switch; here the switch is a refresh like
+any other, and the transfer applies.)
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from subspan.parts import Key, Selector
+from subspan.state import State
+
+
+@dataclass(frozen=True)
+class Switch:
+    """``first``, then ``second`` from the first refresh at or past the switch.
+
+    Args:
+        first: the selector at the start.
+        second: the one that takes over; its state must be that of the first.
+        at: when, as a step (an integer >= 0) or as a share of ``total_steps`` (a float in [0, 1]).
+        total_steps: length of the run; ``create`` fills it in from its own argument. Not needed for a step.
+    """
+
+    first: Selector
+    second: Selector
+    at: int | float = 0.8
+    total_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.at < 0 or (isinstance(self.at, float) and not self.at <= 1):
+            raise ValueError(f"at={self.at}: expected a step (an integer >= 0) or a share of the run (a float in [0, 1])")
+
+    @property
+    def needs_gradient(self) -> bool:
+        return self.first.needs_gradient or self.second.needs_gradient
+
+    def init(self, G: Tensor, rank: int) -> State:
+        self._step()
+        return self.first.init(G, rank)
+
+    def refresh_(self, G: Tensor, state: State, key: Key) -> Tensor:
+        return (self.first if key.step < self._step() else self.second).refresh_(G, state, key)
+
+    def project(self, G: Tensor, state: State) -> Tensor:
+        return self.first.project(G, state)
+
+    def project_back(self, R: Tensor, state: State) -> Tensor:
+        return self.first.project_back(R, state)
+
+    def _step(self) -> float:
+        if isinstance(self.at, int):
+            return self.at
+        if self.total_steps is None:
+            raise ValueError(f"total_steps=None: to switch at {self.at} of the run its length is needed; pass total_steps")
+        return self.at * self.total_steps

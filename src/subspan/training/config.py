@@ -1,0 +1,116 @@
+"""The settings of a pretraining run. Each field is a YAML key and a command-line flag."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Finer settings of the optimizer."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    proj_type: str = "std"
+    """Side to compress: std (the shorter), reverse_std (the longer), right, left."""
+    transfer: Literal["keep", "rotate", "moments", "reset"] | None = None
+    """What becomes of the moments at a refresh; null is the recipe's own."""
+    selector: dict[str, Any] | None = None
+    """Settings of the recipe's selector, such as {power: 2.0, floor: 0.1}."""
+    residual: dict[str, Any] | None = None
+    """Settings of the recipe's residual, such as {mode: official}."""
+    stagger: bool = False
+    """Spread the refreshes over the period."""
+    targets: str | list[str] = "all-linear"
+    """Which matrices are projected: all-linear, a list of substrings, or a regular expression."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Linear warmup, then a cosine."""
+
+    warmup_steps: int | None = None
+    """Steps of linear warmup; null is the preset's, or a tenth of the run."""
+    min_lr_ratio: float = 0.1
+    """Where the cosine ends, as a share of the learning rate."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The validation loss: the exact mean over the tokens of a fixed set."""
+
+    every: int | None = None
+    """Steps between evaluations; null is five in a run. The last step is always evaluated."""
+    tokens: int = 131_072
+    """Size of the fixed set, spread evenly over the validation documents; all of them if they hold less."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving."""
+
+    every: int = 100
+    """Steps between checkpoints. The last step is always saved."""
+    keep: int = 2
+    """How many of the newest to keep."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Pretrain a language model."""
+
+    model: str = "llama-nano"
+    """A preset (`subspan list models`), a config.json, a model directory, or a Hugging Face name."""
+    optimizer: str = "sara_adamw"
+    """A name from `subspan list optimizers`."""
+    data: str = "embedded"
+    """embedded; a text or JSONL file, folder or glob; c4 or slimpajama, or c4:PATH for a local copy of their files."""
+    validation_data: str | None = None
+    """Files of validation documents; null sets aside 5 % of the documents of `data`."""
+    tokenizer: str | None = None
+    """bytes, embedded (a BPE of 4,096), or a Hugging Face path or name; null is the preset's."""
+    steps: int | None = None
+    """Optimizer steps; null is the preset's."""
+    batch_size: int | None = None
+    """Sequences in a step; null is the preset's."""
+    micro_batch_size: int | None = None
+    """Sequences in a forward pass, fewer than a batch to accumulate gradients; null is the whole batch."""
+    sequence_length: int | None = None
+    """Tokens predicted in a sequence; null is the preset's."""
+    packing: bool = True
+    """Streamed data: join documents end to end; false is one document a sequence, cut or padded, as in GaLore's runs."""
+    lr: float | None = None
+    """Peak learning rate; null is the method's own."""
+    rank: int | None = None
+    """Dimension of the subspace; null is the preset's."""
+    update_proj_gap: int | None = None
+    """Steps between refreshes of the subspace; null is the preset's."""
+    scale: float | None = None
+    """Factor on the step of projected matrices; null is the recipe's own."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; biases and norms are not decayed."""
+    clip: float | None = 1.0
+    """Largest norm of the whole gradient; null does not clip."""
+    seed: int = 0
+    """Of the weights, the data order and every subspace."""
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    out: str | None = None
+    """Directory of the run; null is runs/MODEL-OPTIMIZER-seedSEED, numbered if taken."""
+    resume: str | None = None
+    """auto continues the newest checkpoint of `out` if there is one; a path continues that checkpoint."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto is cuda if there is one."""
+    precision: Literal["auto", "fp32", "bf16-mixed", "bf16"] = "auto"
+    """bf16-mixed computes in bf16 and keeps fp32 weights; bf16 keeps bf16 weights; auto is bf16-mixed on cuda, else fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    threads: int | None = None
+    """CPU threads; null is torch's choice."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    tensorboard: bool = False
+    """Write TensorBoard files too, beside metrics.jsonl."""

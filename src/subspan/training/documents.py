@@ -1,0 +1,123 @@
+"""Documents and their split: from the embedded corpus, or from text and JSONL files. A document is never in both halves."""
+
+import glob
+import gzip
+import hashlib
+import io
+import json
+import lzma
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from subspan.training.embedded import CORPUS
+from subspan.training.errors import InputError
+
+Split = Literal["train", "validation"]
+VALIDATION_SHARE = 0.05
+_OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+_TEXT, _JSON = (".txt", ".md"), (".jsonl", ".json")
+
+
+@dataclass(frozen=True)
+class Documents:
+    """A set of files, and a second one if validation has its own."""
+
+    files: tuple[Path, ...]
+    validation_files: tuple[Path, ...] = ()
+
+    def identity(self) -> list[tuple[str, int, int]]:
+        """Changes whenever a file does: path, bytes, time of change."""
+        return [
+            (f"{kind}:{path.resolve()}", path.stat().st_size, path.stat().st_mtime_ns)
+            for kind, files in (("train", self.files), ("validation", self.validation_files))
+            for path in files
+        ]
+
+    def split(self) -> Iterator[tuple[Split, str]]:
+        """Every document with its half.
+
+        A document that names its ``split`` keeps it. Of the others, the 5 % with the smallest hash of their text are
+        validation, so equal documents share a half and the order of files does not matter.
+        """
+        if self.validation_files:
+            yield from (("train", text) for text, _ in _read(self.files))
+            yield from (("validation", text) for text, _ in _read(self.validation_files))
+            return
+        hashes = sorted({_hash(text) for text, half in _read(self.files) if half is None})
+        last = hashes[max(1, round(len(hashes) * VALIDATION_SHARE)) - 1] if len(hashes) > 1 else b""
+        for text, half in _read(self.files):
+            yield half or ("validation" if _hash(text) <= last else "train"), text
+
+
+def find_documents(data: str, validation_data: str | None = None) -> Documents:
+    """The files that ``data`` names: ``embedded``, a file, a folder (searched through), or a glob.
+
+    Raises:
+        InputError: no such file, or none of a kind that can be read.
+    """
+    if data == "embedded" and validation_data is None:
+        return Documents((CORPUS,))
+    return Documents(_files(data, "data"), _files(validation_data, "validation_data") if validation_data else ())
+
+
+def _files(pattern: str, argument: str) -> tuple[Path, ...]:
+    if pattern == "embedded":
+        return (CORPUS,)
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p))
+    elif path.is_file():
+        found = [path]
+    else:
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    kinds = ", ".join((*_TEXT, *_JSON))
+    if not found:
+        raise InputError(
+            f"{argument} {pattern!r}: no such file, and nothing to read there; "
+            f"expected 'embedded', 'c4', 'slimpajama', or {kinds} files (also .gz, .xz)"
+        )
+    for file in found:
+        if not _kind(file):
+            raise InputError(f"{argument}: {file} is of no known kind; expected {kinds} files (also .gz, .xz)")
+    return tuple(found)
+
+
+def _kind(path: Path) -> str:
+    name = path.name.removesuffix(path.suffix) if path.suffix in _OPEN else path.name
+    return next((kind for kind in (*_TEXT, *_JSON) if name.endswith(kind)), "")
+
+
+def _read(files: tuple[Path, ...]) -> Iterator[tuple[str, Split | None]]:
+    """Documents and the split they name: a text file is one document, a line of JSON is one document."""
+    for path in files:
+        try:
+            with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+                yield from _documents_of(file, path)
+        except (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+            raise InputError(f"data file {path} cannot be read: {error}; expected UTF-8 text") from error
+
+
+def _documents_of(file: io.TextIOBase, path: Path) -> Iterator[tuple[str, Split | None]]:
+    if _kind(path) in _TEXT:
+        text = file.read()
+        if text.strip():
+            yield text, None
+        return
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            text, half = row["text"], row.get("split")
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f'{path}, line {number}: {error!r}; expected one JSON object a line with a "text"') from error
+        if not isinstance(text, str):
+            raise InputError(f'{path}, line {number}: "text" is {type(text).__name__}, expected a string')
+        if text.strip():
+            yield text, half if half in ("train", "validation") else None
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -1,0 +1,32 @@
+"""The validation loss: the exact mean over tokens."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from subspan.training.batches import IGNORED, Batch
+
+
+def token_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """The sum, in fp32, of the negative log-likelihood of every target that counts."""
+    logits = model(input_ids=batch.inputs, use_cache=False).logits
+    return cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Batch, batch_size: int, autocast: AbstractContextManager[object]) -> float:
+    """Mean negative log-likelihood per token: one sum over all tokens, one division by their number.
+
+    Dividing by the number of batches instead weighs tokens by the batch they are in; seven codes of this field divide by
+    the number of batches plus one.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    total = torch.zeros((), dtype=torch.float64)
+    with autocast:
+        for batch in data.split(batch_size):
+            total += token_losses(model, batch.to(device)).double().cpu()
+    model.train()
+    return float(total / data.tokens())

@@ -1,0 +1,254 @@
+"""The pretraining run: everything is checked and loaded first, then trained, measured and saved."""
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from subspan.recipes import create
+from subspan.state import state_bytes
+from subspan.training import checkpoint as checkpoints
+from subspan.training.batches import DataSource
+from subspan.training.config import PretrainConfig
+from subspan.training.documents import find_documents
+from subspan.training.errors import InputError
+from subspan.training.evaluation import evaluate, token_losses
+from subspan.training.metrics import Meter, Metrics
+from subspan.training.model import build_model
+from subspan.training.progress import ProgressLine, say
+from subspan.training.resolve import ResolvedConfig, resolve
+from subspan.training.rundir import locate
+from subspan.training.schedule import lr_factor
+from subspan.training.signals import RunInterruptedError, collect_signals
+from subspan.training.streams import STREAMS, TokenStream
+from subspan.training.tokenizer import load_tokenizer
+from subspan.training.tokens import TokenWindows, tokenise
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run reports."""
+
+    optimizer: str
+    model: str
+    steps: int
+    tokens: int
+    val_loss: float
+    val_ppl: float
+    state_bytes: int
+    seconds: float
+    out: str
+    seed: int
+
+
+class RunDivergedError(RuntimeError):
+    """The loss is no longer a number."""
+
+
+class Pretraining:
+    """A run that is ready to start. Building it reads, checks and loads; it writes nothing but the cache of tokens.
+
+    Raises:
+        ValueError: a setting is wrong; the message names it.
+    """
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config = config = resolve(config)
+        self.settings = _plain(asdict(config))
+        self.out, resumed = locate(config, self.settings)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+
+        self.tokenizer = load_tokenizer(config.tokenizer)
+        self.data = _open_data(config, self.tokenizer)
+        model = build_model(config.model, self.tokenizer, config.sequence_length, config.seed)
+        if config.gradient_checkpointing:
+            # The second name is that of transformers before 5.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()  # type: ignore[operator]  # transformers' method
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.model: nn.Module = model.to(config.device, dtype)
+        self.optimizer = _build_optimizer(config, self.model)
+        steps, warmup, floor = config.steps, config.schedule.warmup_steps, config.schedule.min_lr_ratio
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda t: lr_factor(t, steps, warmup, floor))
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        if resumed:
+            self._load(resumed)
+
+    def run(self) -> Summary:
+        """Train to the last step.
+
+        Raises:
+            RunInterruptedError: SIGTERM or SIGINT came; the run is saved and can be resumed.
+            RunDivergedError: the loss is not finite.
+        """
+        config = self.config
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "config.yaml").write_text(yaml.safe_dump(self.settings | {"out": None, "resume": None}, sort_keys=False))
+        self._announce()
+        validation = self.data.validation()
+        began = time.monotonic() - self.seconds
+        with (
+            ProgressLine(config.steps, self.step) as progress,
+            Metrics(self.out, self.step, config.tensorboard) as metrics,
+            collect_signals() as received,
+        ):
+            meter = Meter()
+            while self.step < config.steps:
+                meter.start()
+                loss, norm, lr, tokens = self._train_step()
+                meter.stop(loss, tokens)
+                self.seconds = time.monotonic() - began
+                last = self.step == config.steps
+                if self.step % config.log_every == 0 or last:
+                    row = {"step": self.step, "tokens": self.tokens, **meter.read(), "grad_norm": float(norm), "lr": lr}
+                    metrics.write(row | {"seconds": round(self.seconds, 3)})
+                    if not math.isfinite(row["loss"]):
+                        raise RunDivergedError(
+                            f"loss {row['loss']} at step {self.step}: the run diverged; try a lower --lr (now {config.lr})"
+                        )
+                    progress.note(row["loss"], row["tokens_per_second"])
+                progress.update(self.step)
+                if self.step % config.evaluation.every == 0 and not last:
+                    val_loss = self._evaluate(validation, metrics)
+                    progress.say(f"step {self.step}: validation loss {val_loss:.4f}, perplexity {math.exp(val_loss):.2f}")
+                if (received or self.step % config.checkpoint.every == 0) and not last:
+                    self._save()
+                if received and not last:
+                    raise RunInterruptedError(received[0], self.step, str(self.out))
+            val_loss = self._evaluate(validation, metrics)
+            self.seconds = time.monotonic() - began
+            self._save()
+        summary = Summary(
+            optimizer=config.optimizer,
+            model=config.model,
+            steps=self.step,
+            tokens=self.tokens,
+            val_loss=val_loss,
+            val_ppl=math.exp(val_loss) if val_loss < 700 else math.inf,
+            state_bytes=state_bytes(self.optimizer),
+            seconds=round(self.seconds, 3),
+            out=str(self.out),
+            seed=config.seed,
+        )
+        (self.out / "summary.json").write_text(json.dumps(asdict(summary)) + "\n")
+        return summary
+
+    def _train_step(self) -> tuple[torch.Tensor, torch.Tensor, float, int]:
+        """One optimizer step: the mean token loss, the norm of the gradient before clipping, the learning rate, the tokens."""
+        config = self.config
+        batch = self.data.next_batch(config.batch_size)
+        tokens = batch.tokens()
+        total = torch.zeros((), device=config.device)
+        for part in batch.split(config.micro_batch_size):
+            with self._autocast():
+                # Over the whole batch's tokens, so that accumulation changes nothing, padding or not.
+                loss = token_losses(self.model, part.to(config.device)) / max(1, tokens)
+            loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.tokens += tokens
+        return total, norm, lr, tokens
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.config.device, torch.bfloat16, enabled=self.config.precision == "bf16-mixed")
+
+    def _evaluate(self, validation: Any, metrics: Metrics) -> float:
+        config = self.config
+        began = time.monotonic()
+        loss = evaluate(self.model, validation, config.micro_batch_size, self._autocast())
+        seconds = round(time.monotonic() - began, 3)
+        metrics.write({"step": self.step, "tokens": self.tokens, "val_loss": loss, "val_seconds": seconds})
+        return loss
+
+    def _announce(self) -> None:
+        config = self.config
+        number = sum(p.numel() for p in self.model.parameters())
+        say(f"{config.model}: {number:,} parameters in {config.precision} on {config.device}; {self.data.describe()}")
+        summary = getattr(self.optimizer, "summary", None)
+        say(
+            f"{config.optimizer}: {summary()}"
+            if summary
+            else f"{config.optimizer}: {state_bytes(self.optimizer):,} bytes of state"
+        )
+        if self.step:
+            say(f"continues at step {self.step}")
+        say(f"writes to {self.out}")
+
+    def _save(self) -> None:
+        rng = {"cpu": torch.get_rng_state()}
+        if self.config.device == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state()
+        training = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "data": self.data.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": rng,
+            "settings": self.settings,
+        }
+        parts = {"optimizer": self.optimizer.state_dict(), "training": training}
+        checkpoints.save(self.out / "checkpoints", self.step, self.config.checkpoint.keep, self.model, self.tokenizer, parts)
+
+    def _load(self, folder: Any) -> None:
+        training = checkpoints.load_part(folder, "training")
+        optimizer = checkpoints.load_part(folder, "optimizer")
+        checkpoints.load_weights(folder, self.model)
+        self.optimizer.load_state_dict(optimizer)
+        self.scheduler.load_state_dict(training["scheduler"])
+        self.data.load_state_dict(training["data"])
+        torch.set_rng_state(training["rng"]["cpu"])
+        if "cuda" in training["rng"] and self.config.device == "cuda":
+            torch.cuda.set_rng_state(training["rng"]["cuda"])
+        self.step, self.tokens, self.seconds = training["step"], training["tokens"], training["seconds"]
+
+
+def _build_optimizer(config: ResolvedConfig, model: nn.Module) -> torch.optim.Optimizer:
+    return create(
+        config.optimizer,
+        model,
+        lr=config.lr,
+        rank=config.rank,
+        update_proj_gap=config.update_proj_gap,
+        scale=config.scale,
+        proj_type=config.optim.proj_type,
+        transfer=config.optim.transfer,
+        selector=config.optim.selector,
+        residual=config.optim.residual,
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+        weight_decay=config.weight_decay,
+        stagger=config.optim.stagger,
+        seed=config.seed,
+        total_steps=config.steps,
+        targets=config.optim.targets,
+    )
+
+
+def _open_data(config: ResolvedConfig, tokenizer: Any) -> DataSource:
+    if config.data.partition(":")[0] in STREAMS:
+        return TokenStream(config.data, tokenizer, config.sequence_length, config.evaluation.tokens, config.packing)
+    if not config.packing:
+        raise InputError(
+            f"packing=False: only streamed data ({', '.join(STREAMS)}) can be left unpacked; data is {config.data!r}"
+        )
+    documents = find_documents(config.data, config.validation_data)
+    return TokenWindows(tokenise(documents, tokenizer), config.sequence_length, config.seed, config.evaluation.tokens)
+
+
+def _plain(value: Any) -> Any:
+    """Lists for tuples, so that settings equal what YAML and a checkpoint give back."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

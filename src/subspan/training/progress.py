@@ -1,0 +1,59 @@
+"""What a person sees while a run goes on: a bar on a terminal, a line now and then elsewhere. On standard error."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class ProgressLine:
+    """Steps, loss, tokens per second and time left. A context manager."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self.total, self.start, self.began = total, done, time.monotonic()
+        self.every = max(1, total // 20)
+        self._note = ""
+        self.bar: Progress | None = None
+        if sys.stderr.isatty():
+            self.bar = Progress(
+                TextColumn("step"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self.task = self.bar.add_task("", total=total, completed=done, note="")
+
+    def __enter__(self) -> "ProgressLine":
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def note(self, loss: float, tokens_per_second: float) -> None:
+        """The newest measurements, shown from the next update on."""
+        self._note = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s"
+
+    def update(self, step: int) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=step, note=self._note)
+        elif step % self.every == 0 or step == self.total:
+            left = (time.monotonic() - self.began) / max(1, step - self.start) * (self.total - step)
+            say(f"step {step}/{self.total}  {self._note}  {left:.0f} s left")
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self.bar:
+            self.bar.console.print(text, highlight=False)
+        else:
+            say(text)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

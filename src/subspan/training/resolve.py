@@ -1,0 +1,112 @@
+"""Settings with every blank filled in, and checked."""
+
+from dataclasses import dataclass, fields
+from typing import Literal, TypeVar
+
+import torch
+
+from subspan.recipes import default_lr
+from subspan.training.config import EvaluationConfig, PretrainConfig, ScheduleConfig
+from subspan.training.errors import InputError
+from subspan.training.model import own_tokenizer, preset_of
+from subspan.training.presets import Preset
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ResolvedSchedule(ScheduleConfig):
+    warmup_steps: int = 0
+
+
+@dataclass(frozen=True)
+class ResolvedEvaluation(EvaluationConfig):
+    every: int = 1
+
+
+@dataclass(frozen=True)
+class ResolvedConfig(PretrainConfig):
+    """A ``PretrainConfig`` in which nothing is left to a default of the model or the method."""
+
+    tokenizer: str = ""
+    steps: int = 0
+    batch_size: int = 0
+    micro_batch_size: int = 0
+    sequence_length: int = 0
+    lr: float = 0.0
+    rank: int = 0
+    update_proj_gap: int = 0
+    schedule: ResolvedSchedule = ResolvedSchedule()
+    evaluation: ResolvedEvaluation = ResolvedEvaluation()
+    device: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal["fp32", "bf16-mixed", "bf16"] = "fp32"
+
+
+def resolve(config: PretrainConfig) -> ResolvedConfig:
+    """Fill in what the preset, the method and the machine decide.
+
+    Raises:
+        InputError: a number out of range; the message names it.
+        ValueError: an unknown optimizer or model.
+    """
+    own_lr = default_lr(config.optimizer)
+    preset = preset_of(config.model)
+    if preset and config.optimizer == "adamw":
+        own_lr = preset.adamw_lr
+    known = preset or Preset(0, 0, 0, 0, batch_size=32)  # for the run's settings; its shape is the model's own
+    steps = _first(config.steps, known.steps)
+    batch_size = _first(config.batch_size, known.batch_size)
+    # A preset's warmup belongs to the preset's number of steps.
+    warmup = known.warmup_steps if steps == known.steps and known.warmup_steps is not None else max(1, steps // 10)
+    device: Literal["cpu", "cuda"] = "cuda" if config.device == "cuda" else "cpu"
+    if config.device == "auto" and torch.cuda.is_available():
+        device = "cuda"
+    filled = {field.name: getattr(config, field.name) for field in fields(config)} | {
+        "tokenizer": config.tokenizer or (preset.tokenizer if preset else own_tokenizer(config.model)),
+        "steps": steps,
+        "batch_size": batch_size,
+        "micro_batch_size": _first(config.micro_batch_size, batch_size),
+        "sequence_length": _first(config.sequence_length, known.sequence_length),
+        "lr": _first(config.lr, own_lr),
+        "rank": _first(config.rank, known.rank),
+        "update_proj_gap": _first(config.update_proj_gap, known.update_proj_gap),
+        "schedule": ResolvedSchedule(_first(config.schedule.warmup_steps, warmup), config.schedule.min_lr_ratio),
+        "evaluation": ResolvedEvaluation(_first(config.evaluation.every, max(1, steps // 5)), config.evaluation.tokens),
+        "device": device,
+        "precision": ("bf16-mixed" if device == "cuda" else "fp32") if config.precision == "auto" else config.precision,
+    }
+    resolved = ResolvedConfig(**filled)
+    _check(resolved)
+    return resolved
+
+
+def _first(given: T | None, otherwise: T) -> T:
+    return otherwise if given is None else given
+
+
+def _check(config: ResolvedConfig) -> None:
+    at_least_one = {
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "micro_batch_size": config.micro_batch_size,
+        "sequence_length": config.sequence_length,
+        "log_every": config.log_every,
+        "threads": config.threads,
+        "evaluation.every": config.evaluation.every,
+        "evaluation.tokens": config.evaluation.tokens,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep": config.checkpoint.keep,
+    }
+    for name, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name}={value}: expected a whole number >= 1")
+    if config.batch_size % config.micro_batch_size:
+        raise InputError(f"micro_batch_size={config.micro_batch_size}: expected a divisor of batch_size={config.batch_size}")
+    if config.clip is not None and not config.clip > 0:
+        raise InputError(f"clip={config.clip}: expected a number > 0, or null to turn clipping off")
+    if not 0 <= config.schedule.min_lr_ratio <= 1:
+        raise InputError(f"schedule.min_lr_ratio={config.schedule.min_lr_ratio}: expected a share between 0 and 1")
+    if not 0 <= config.schedule.warmup_steps <= config.steps:
+        raise InputError(f"schedule.warmup_steps={config.schedule.warmup_steps}: expected 0 to steps={config.steps}")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device='cuda': torch finds no CUDA device; use --device cpu, or auto")

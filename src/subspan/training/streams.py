@@ -1,0 +1,136 @@
+"""C4 and SlimPajama, streamed through ``datasets`` and tokenised on the way, with an exact cursor.
+
+GaLore's and SARA's runs take one document a sequence, cut or padded (``packing=False``). Here documents come in stored order:
+C4's files are shuffled already, and a shuffle buffer could not be restored exactly.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from subspan.training.batches import IGNORED, Batch
+from subspan.training.errors import InputError
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    hub: tuple[str, ...]
+    """What ``datasets.load_dataset`` is called with."""
+    files: dict[str, str]
+    """The data set's own file names, under a local copy."""
+
+
+STREAMS = {
+    "c4": _Dataset(("allenai/c4", "en"), {"train": "**/c4-train*.json*", "validation": "**/c4-validation*.json*"}),
+    "slimpajama": _Dataset(
+        ("cerebras/SlimPajama-627B",), {"train": "train/**/*.jsonl*", "validation": "validation/**/*.jsonl*"}
+    ),
+}
+
+
+class TokenStream:
+    """Sequences from a streamed data set.
+
+    Args:
+        data: ``c4`` or ``slimpajama`` from the hub, or ``c4:PATH`` for a local copy of its files.
+        packing: join documents with end-of-text tokens and cut; or one document a sequence, cut or padded.
+    """
+
+    def __init__(
+        self, data: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int, validation_tokens: int, packing: bool
+    ) -> None:
+        self.data, self.tokenizer, self.length, self.packing = data, tokenizer, sequence_length, packing
+        self._train = _load(data, "train")
+        self._beginning = copy.deepcopy(self._train.state_dict())
+        self._documents: Iterator[dict[str, Any]] | None = None
+        self._left: list[int] = []  # tokens of the current document that have not been used yet
+        self._validation = self._fixed_set(validation_tokens)
+
+    def next_batch(self, size: int) -> Batch:
+        return self._batch([self._next_sequence() for _ in range(size)])
+
+    def validation(self) -> Batch:
+        return self._validation
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stream": self._train.state_dict(), "left": list(self._left)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._train.load_state_dict(state["stream"])
+        self._left, self._documents = list(state["left"]), None
+
+    def describe(self) -> str:
+        return f"{self.data}, streamed; {self._validation.tokens():,} validation tokens"
+
+    def _next_sequence(self) -> list[int]:
+        """The next ``length + 1`` tokens; fewer without packing."""
+        if not self.packing:
+            return self._encode(self._next_document())[: self.length + 1]
+        while len(self._left) < self.length + 1:
+            self._left += self._encode(self._next_document())
+        sequence = self._left[: self.length + 1]
+        del self._left[: self.length]  # the last token is predicted here and starts the next sequence
+        return sequence
+
+    def _next_document(self) -> str:
+        if self._documents is None:
+            self._documents = iter(self._train)
+        row = next(self._documents, None)
+        if row is None:  # the next epoch; said outright, or a restored stream would start again where it was restored
+            self._train.load_state_dict(copy.deepcopy(self._beginning))
+            self._documents = iter(self._train)
+            row = next(self._documents)
+        text: str = row["text"]
+        return text
+
+    def _encode(self, text: str) -> list[int]:
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+
+    def _batch(self, sequences: list[list[int]]) -> Batch:
+        rows = torch.full((len(sequences), self.length + 1), IGNORED)
+        for row, sequence in zip(rows, sequences, strict=True):
+            row[: len(sequence)] = torch.tensor(sequence)
+        # Behind the end of a document the inputs do not matter: attention is causal and the targets are ignored.
+        return Batch(rows[:, :-1].masked_fill(rows[:, :-1] == IGNORED, self.tokenizer.eos_token_id), rows[:, 1:])
+
+    def _fixed_set(self, tokens: int) -> Batch:
+        sequences: list[list[int]] = []
+        joined: list[int] = []
+        for row in _load(self.data, "validation"):
+            ids = self._encode(row["text"])
+            if self.packing:
+                joined += ids
+            elif len(ids) > 1:
+                sequences.append(ids[: self.length + 1])
+            if len(joined) + sum(map(len, sequences)) > tokens + self.length:
+                break
+        sequences += [joined[i : i + self.length + 1] for i in range(0, min(tokens, len(joined) - 1), self.length)]
+        if not sequences:
+            raise InputError(f"data {self.data!r}: its validation half holds no text")
+        return self._batch(sequences)
+
+
+def _load(data: str, half: str) -> Any:
+    import datasets  # seconds to import, and only streams need it
+
+    name, _, path = data.partition(":")
+    known = STREAMS[name]
+    try:
+        if not path:
+            return datasets.load_dataset(*known.hub, split=half, streaming=True)
+        files = sorted(str(file) for file in Path(path).expanduser().glob(known.files[half]))
+        if not files:
+            raise InputError(f"data {data!r}: no {known.files[half]} under {path}; expected a copy of {known.hub[0]}'s files")
+        return datasets.load_dataset("json", data_files={half: files}, split=half, streaming=True)
+    except InputError:
+        raise
+    except Exception as error:  # the hub's client raises errors of a dozen kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"data {data!r} cannot be opened: {reason}; without a network give a local copy as {name}:PATH"
+        ) from error

@@ -1,0 +1,133 @@
+"""Tokenised documents in a memory map, read as shuffled windows with an exact cursor."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from subspan.training.batches import Batch
+from subspan.training.documents import Documents, Split
+from subspan.training.errors import InputError
+from subspan.training.tokenizer import fingerprint
+
+_FORMAT = 1  # part of the cache's key: raise it when the files change
+
+
+class TokenWindows:
+    """Windows of ``sequence_length`` predictions, cut end to end from the documents of a half and joined by end-of-text tokens.
+
+    Epoch ``e`` visits every training window once, in the order of ``torch.randperm`` seeded by ``(seed, e)``. The cursor is
+    ``(epoch, index)``.
+    """
+
+    def __init__(self, folder: Path, sequence_length: int, seed: int, validation_tokens: int) -> None:
+        self.length, self.seed, self.validation_tokens = sequence_length, seed, validation_tokens
+        meta = json.loads((folder / "meta.json").read_text())
+        self.documents: dict[str, int] = meta["documents"]
+        self.halves = {half: _open_map(folder / f"{half}.bin", meta["dtype"]) for half in ("train", "validation")}
+        for half, tokens in self.halves.items():
+            if len(tokens) < sequence_length + 1:
+                raise InputError(
+                    f"sequence_length={sequence_length}: the {half} half of the data holds {len(tokens)} tokens in "
+                    f"{self.documents[half]} documents, fewer than one sequence and its next token; "
+                    "give more data, or a shorter sequence"
+                )
+        self.epoch, self.index = 0, 0
+        self._order = self._shuffle(0)
+
+    def next_batch(self, size: int) -> Batch:
+        chosen: list[Tensor] = []
+        while (wanted := size - sum(map(len, chosen))) > 0:
+            chosen.append(self._order[self.index : self.index + wanted])
+            self.index += len(chosen[-1])
+            if self.index == len(self._order):
+                self.epoch, self.index = self.epoch + 1, 0
+                self._order = self._shuffle(self.epoch)
+        return self._windows("train", torch.cat(chosen))
+
+    def validation(self) -> Batch:
+        count = self._count("validation")
+        wanted = min(count, max(1, self.validation_tokens // self.length))
+        return self._windows("validation", torch.arange(wanted) * count // wanted)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "index": self.index}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.index = state["epoch"], state["index"]
+        self._order = self._shuffle(self.epoch)
+
+    def describe(self) -> str:
+        sizes = ", ".join(f"{len(tokens):,} {half} tokens in {self.documents[half]}" for half, tokens in self.halves.items())
+        return f"{sizes} documents"
+
+    def _count(self, half: Split) -> int:
+        return (len(self.halves[half]) - 1) // self.length
+
+    def _shuffle(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+        return torch.randperm(self._count("train"), generator=generator)
+
+    def _windows(self, half: Split, numbers: Tensor) -> Batch:
+        tokens = self.halves[half]
+        rows = [tokens[start : start + self.length + 1] for start in (numbers * self.length).tolist()]
+        window = torch.from_numpy(np.stack(rows).astype(np.int64))
+        return Batch(window[:, :-1], window[:, 1:])
+
+
+def tokenise(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """The folder with ``train.bin``, ``validation.bin`` and ``meta.json``, made once and kept in the cache.
+
+    The cache is ``$SUBSPAN_CACHE`` or ``~/.cache/subspan``; its key covers the files and the tokenizer.
+    """
+    key = json.dumps([_FORMAT, documents.identity(), fingerprint(tokenizer)])
+    cache = Path(os.environ.get("SUBSPAN_CACHE", "~/.cache/subspan")).expanduser()
+    folder = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
+    if (folder / "meta.json").exists():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=cache, prefix="unfinished-"))
+    try:
+        _write(scratch, documents, tokenizer)
+        # Renamed when complete: a reader sees all of it or nothing. Where another process was first, its folder stands.
+        if not folder.exists():
+            scratch.rename(folder)
+    except OSError:
+        if not (folder / "meta.json").exists():
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _write(folder: Path, documents: Documents, tokenizer: PreTrainedTokenizerBase) -> None:
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    counts = {"train": 0, "validation": 0}
+    with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
+        files = {"train": train, "validation": validation}
+        for some in _chunks(documents.split()):
+            encoded = tokenizer([text for _, text in some], add_special_tokens=False, return_attention_mask=False)["input_ids"]
+            for (half, _), ids in zip(some, encoded, strict=True):
+                files[half].write(np.asarray([*ids, tokenizer.eos_token_id], dtype=dtype).tobytes())
+                counts[half] += 1
+    (folder / "meta.json").write_text(json.dumps({"dtype": dtype.name, "documents": counts}))
+
+
+def _chunks(documents: Iterator[tuple[Split, str]]) -> Iterator[list[tuple[Split, str]]]:
+    while some := list(islice(documents, 64)):
+        yield some
+
+
+def _open_map(path: Path, dtype: str) -> Any:
+    # An empty file cannot be mapped.
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype=dtype)

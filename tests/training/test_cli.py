@@ -1,0 +1,163 @@
+"""The command as a user runs it: what it prints, its exit status, and signals that stop it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from subspan.cli import main
+from subspan.training.pretrain import Pretraining
+from subspan.training.resolve import resolve
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+KEYS = ["optimizer", "model", "steps", "tokens", "val_loss", "val_ppl", "state_bytes", "seconds", "out", "seed"]
+
+
+def flags(corpus: Path, out: Path, **extra: object) -> list[str]:
+    settings = {"data": corpus, "out": out, "batch_size": 4, "sequence_length": 16, "rank": 4, "update_proj_gap": 5,
+                "steps": 12, "threads": 1, "device": "cpu", "checkpoint.every": 4, "evaluation.tokens": 64} | extra  # fmt: skip
+    return ["pretrain", "--model=llama-nano", *(f"--{key}={value}" for key, value in settings.items())]
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "subspan.cli", *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(out / "checkpoints" / f"step-{step:06d}" / "model.safetensors")
+
+
+def test_json_is_one_last_line(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*flags(corpus, tmp_path / "run"), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert list(json.loads(out)) == KEYS
+    assert out.count("\n") == 1
+    assert "bytes of optimizer state" in err
+    assert "step 12/12" in err
+
+
+def test_without_json_a_person_reads_the_perplexity(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags(corpus, tmp_path / "run")) == 0
+    assert "perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_and_resumed_is_the_unbroken_run(how: signal.Signals, corpus: Path, tmp_path: Path) -> None:
+    """The process is really killed in the middle; the continued run ends in the same weights, bit for bit."""
+    steps, broken, whole = 300, tmp_path / "broken", tmp_path / "whole"
+    process = start(flags(corpus, broken, steps=steps))
+    deadline = time.monotonic() + 120
+    while not list((broken / "checkpoints").glob("step-*")):
+        assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(how)
+    _, err = process.communicate(timeout=60)
+    if how == signal.SIGKILL:
+        assert process.returncode == -9
+    else:
+        assert process.returncode == 128 + how
+        assert f"{how.name}: saved at step" in err
+        assert "Traceback" not in err
+    assert not (broken / "summary.json").exists(), "the run was over before the signal came"
+
+    resumed = start([*flags(corpus, broken, steps=steps, resume="auto"), "--json"])
+    out, err = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, err
+    assert "continues at step" in err
+    assert main([*flags(corpus, whole, steps=steps), "--json"]) == 0
+    first, second = weights(broken, steps), weights(whole, steps)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert json.loads(out.splitlines()[-1])["val_loss"] == json.loads((whole / "summary.json").read_text())["val_loss"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--optimizer=sara_adm"], ["sara_adm", "did you mean sara_adamw"]),
+        (["--model=llama-nan"], ["llama-nan", "llama-nano"]),
+        (["--stpes=3"], ["--stpes", "did you mean steps"]),
+        (["--config=bad.yaml"], ["batch_sise", "did you mean batch_size"]),
+        (["--config=missing.yaml"], ["missing.yaml", "does not exist"]),
+        (["--steps=many"], ["steps", "many"]),
+        (["--rank=0"], ["rank=0", ">= 1"]),
+        (["--data=nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
+        (["--data=empty"], ["empty", "no such file, and nothing to read"]),
+        (["--sequence_length=1000000"], ["sequence_length=1000000", "shorter sequence"]),
+        (["--checkpoint.evry=3"], ["checkpoint.evry", "checkpoint.every"]),
+    ],
+)
+def test_bad_input(
+    arguments: list[str], words: list[str], corpus: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Exit status 2, one line that names what is wrong, no traceback, nothing written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text("batch_sise: 3\n")
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as exit:
+        main([*flags(corpus, tmp_path / "run"), *arguments])
+    assert exit.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("subspan: error: ")
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_checkpoint_of_another_method(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags(corpus, tmp_path / "run")) == 0
+    with pytest.raises(SystemExit) as exit:
+        main(flags(corpus, tmp_path / "run", resume="auto", optimizer="galore_adamw"))
+    assert exit.value.code == 2
+    assert "optimizer was sara_adamw, is galore_adamw" in capsys.readouterr().err
+
+
+def test_print_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str], corpus: Path) -> None:
+    """What it prints, given back as a file, runs; a later flag wins over the file."""
+    with pytest.raises(SystemExit) as exit:
+        main([*flags(corpus, tmp_path / "run"), "--optim.eps=1e-7", "--print_config"])
+    assert exit.value.code == 0
+    (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
+    assert main(["pretrain", f"--config={tmp_path / 'config.yaml'}", "--steps=3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 3
+    assert "eps: 1.0e-07" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_the_config_of_a_run_repeats_it(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*flags(corpus, tmp_path / "run"), "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert main(["pretrain", f"--config={tmp_path / 'run' / 'config.yaml'}", f"--out={tmp_path / 'again'}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["val_loss"] == first["val_loss"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_run_files(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is read without error and names a run that can be resolved."""
+    seen = []
+    monkeypatch.setattr(Pretraining, "__init__", lambda self, config: seen.append(resolve(config)))
+    monkeypatch.setattr(Pretraining, "run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        main(["pretrain", f"--config={path}"])
+    assert seen[0].model in path.stem or path.stem.startswith(seen[0].model)
+
+
+def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "optimizers"]) == 0
+    assert "sara_adamw" in capsys.readouterr().out
+    assert main(["list", "models"]) == 0
+    assert "llama-60m" in capsys.readouterr().out
