@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # torch first and alone, at the tested version: what follows finds it and pulls in no other build.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# A waiting OpenMP thread that spins makes a machine with other work on it ten times slower.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: train check format clean
 
 train: $(VENV)/.train

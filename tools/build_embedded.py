@@ -2,9 +2,12 @@
 
     python tools/build_embedded.py documents.jsonl.xz
 
-Input: one ``{"source", "doc", "text"}`` per line. Output, in ``src/subspan/training/embedded/``: ``corpus.jsonl.xz`` (the same,
-and a ``split``: every twentieth document is validation, so all sources are in it) and ``bpe-4096.json`` (a byte-level BPE of 4,096
-tokens, trained on the training documents). The same input gives the same output.
+Input: one ``{"source", "doc", "text"}`` a line. Output, in ``src/subspan/training/embedded/``:
+
+- ``corpus.jsonl.xz``: the same, and a ``split``: every twentieth document is validation, so all sources are in it;
+- ``bpe-4096.json``: a byte-level BPE of 4,096 tokens, trained on the training documents.
+
+The same input gives the same output.
 """
 
 import json

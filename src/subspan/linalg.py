@@ -110,8 +110,8 @@ def sample_without_replacement(log_weights: Tensor, count: int, generator: torch
     weights = log_weights.to("cpu", torch.float64)
     uniform = torch.rand(weights.shape, generator=generator, dtype=torch.float64)
     gumbel = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
-    last = torch.finfo(torch.float64).min / 2
-    score = torch.where(weights.isneginf(), last + gumbel.argsort(-1).argsort(-1) * 1e300, weights + gumbel)
+    # Below any logarithm of a positive weight, and still in random order among themselves.
+    score = torch.where(weights.isneginf(), gumbel - 1e12, weights + gumbel)
     return score.topk(count, dim=-1).indices.sort(-1).values
 
 

@@ -213,7 +213,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
         def put_state(_: torch.optim.Optimizer) -> None:
             self.state.update(own)
-            for number, p in enumerate(self._parameters()):
+            for number, p in zip(_saved_ids(saved), self._parameters(), strict=True):
                 copy_state_(self.state[p], saved["state"][number])
 
         own = dict(self.state)
@@ -241,14 +241,15 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 first = next(pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1])
                 raise ValueError(f"the checkpoint has parameter {first[1]!r} where this optimizer has {first[0]!r}")
         names = [name for number, group in enumerate(self.param_groups) for name in _names(number, group)]
-        for number, (name, p) in enumerate(zip(names, self._parameters(), strict=True)):
+        for number, name, p in zip(_saved_ids(state_dict), names, self._parameters(), strict=True):
             check_state(self.state[p], state_dict["state"].get(number, {}), name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:  # keys that a checkpoint of another library lacks (contract R8)
             for key, value in self.defaults.items():
-                group.setdefault(key, value)
+                if key != "differentiable":  # torch's own addition to the defaults; no group of ours has it
+                    group.setdefault(key, value)
 
     def __getstate__(self) -> dict[str, Any]:
         parts = ("selector", "rule", "residual", "transfer", "stagger", "seed")
@@ -274,6 +275,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         lines = [f"{number:5d} {kind}: {size:,} parameters" for kind, (number, size) in counts.items()]
         parts = f"{self.selector!r}, {self.rule!r}, {self.residual!r}, transfer={self.transfer!r}"
         return "\n".join([parts, *lines, f"{state_bytes(self):,} bytes of optimizer state"])
+
+
+def _saved_ids(state_dict: Mapping[str, Any]) -> list[Any]:
+    """The keys of the saved state in the order of the parameters: numbers, or names from torch.distributed.checkpoint."""
+    return [key for group in state_dict["param_groups"] for key in group["params"]]
 
 
 def _orient(A: Tensor, side: str) -> Tensor:

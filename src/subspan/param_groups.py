@@ -43,9 +43,9 @@ def split_parameters(
     Args:
         parameters: a module, or pairs as ``module.named_parameters()`` gives them. Frozen ones are left out.
         rank: of the projected group; the others get ``None``.
-        targets: ``"all-linear"`` (every matrix that ``exclude`` does not name; of a module, every ``nn.Linear`` weight),
-            a list of strings (a name that contains one of them), or a regular expression for a whole module name. A list or
-            an expression that names a parameter wins over ``exclude``.
+        targets: ``"all-linear"`` (every matrix that ``exclude`` does not name; of a module, every ``nn.Linear`` weight), a
+            list of strings (a name that contains one of them), or a regular expression for the whole name of a parameter
+            or its module. A list or an expression that names a parameter wins over ``exclude``.
         exclude: regular expressions; a name in which one is found stays full rank.
         overrides: group settings by regular expression, such as ``{r"k_proj": {"rank": 64}}``; the first match wins.
         decay_vectors: False sets ``weight_decay=0`` for parameters of one dimension (biases, norms).
@@ -73,7 +73,8 @@ def split_parameters(
             group: dict[str, Any] = {"params": [], "rank": rank if kind == 0 else None}
             if kind == 2 and not decay_vectors:
                 group["weight_decay"] = 0.0
-            groups[kind, pattern] = group | settings
+            # A pattern for a matrix often names its bias too, which has no rank.
+            groups[kind, pattern] = group | {key: value for key, value in settings.items() if kind < 2 or key != "rank"}
         groups[kind, pattern]["params"].append((name, p))
     for pattern, _ in rows:
         if pattern not in used:
@@ -87,8 +88,11 @@ def _projected_names(
     matrices = [name for name, p in named if p.ndim > 1]
     if targets == "all-linear":
         if isinstance(parameters, nn.Module):
-            linear = {f"{path}.weight".lstrip(".") for path, m in parameters.named_modules() if isinstance(m, nn.Linear)}
-            matrices = [name for name in matrices if name in linear]
+            modules = list(parameters.modules())
+            # By identity: a head tied to the embedding is one parameter under two names.
+            linear = {id(m.weight) for m in modules if isinstance(m, nn.Linear)}
+            linear -= {id(m.weight) for m in modules if isinstance(m, nn.Embedding)}
+            matrices = [name for name, p in named if id(p) in linear]
         found = {name for name in matrices if not any(re.search(pattern, name) for pattern in exclude)}
         if not found:
             raise ValueError(
@@ -99,11 +103,10 @@ def _projected_names(
     patterns = [targets] if isinstance(targets, str) else list(targets)
     found = set()
     for pattern in patterns:
-        hits = {
-            name
-            for name in matrices
-            if (re.fullmatch(pattern, name.removesuffix(".weight")) if isinstance(targets, str) else pattern in name)
-        }
+        if isinstance(targets, str):
+            hits = {n for n in matrices if re.fullmatch(pattern, n) or re.fullmatch(pattern, n.removesuffix(".weight"))}
+        else:
+            hits = {n for n in matrices if pattern in n}
         if not hits:
             raise ValueError(f"targets: {pattern!r} matches no matrix; {_names_like(pattern, named)}")
         found |= hits

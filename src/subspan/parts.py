@@ -70,7 +70,7 @@ class Rule(Protocol):
         """Carry the moments into the new basis; see ``Transfer``. Not called for ``keep``."""
 
     def update_(self, R: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """The direction ``U`` and the 0-d step-size factor that corrects it (bias correction, or one).
+        """The direction ``U`` and the 0-d fp64 step-size factor that corrects it (bias correction, or one), on the CPU.
 
         Law: ``U`` is a fresh tensor, which the caller may overwrite. No branch on a tensor's value.
         """

@@ -49,4 +49,4 @@ class SGD:
     def update_(self, R: Tensor, state: State) -> tuple[Tensor, Tensor]:
         state["step"].add_(1)
         M = state["exp_avg"].mul_(self.momentum).add_(R, alpha=1 - self.dampening)
-        return M.clone(), torch.ones(())
+        return M.clone(), torch.ones((), dtype=torch.float64)

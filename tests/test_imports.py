@@ -1,0 +1,51 @@
+"""``import subspan`` needs torch and nothing else."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import subspan
+
+OPTIONAL = (
+    "datasets", "fira", "galore_torch", "jsonargparse", "matplotlib", "numpy", "rich", "safetensors", "scipy", "tensorboard",
+    "tokenizers", "transformers", "wandb", "yaml",
+)  # fmt: skip
+
+PROGRAM = f"""
+import sys
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+PathFinder.find_spec = staticmethod(lambda name, *args: None if name.split(".")[0] in {OPTIONAL!r} else find(name, *args))
+try:
+    import numpy
+except ModuleNotFoundError:
+    pass
+else:
+    sys.exit("the block does not work")
+import torch, subspan
+model = torch.nn.Linear(16, 16)
+for name in subspan.list_optimizers():
+    optimizer = subspan.create(name, model, rank=2, total_steps=10)
+    model(torch.ones(1, 16)).sum().backward()
+    optimizer.step()
+loaded = sorted(name for name in sys.modules if name.split(".")[0] in {OPTIONAL!r} or name.startswith("subspan.training"))
+assert not loaded, loaded
+print("done")
+"""
+
+
+def test_torch_alone():
+    """With every optional package blocked the library imports and trains, and it loads no part of the harness."""
+    env = {**os.environ, "PYTHONPATH": str(Path(subspan.__file__).parents[1])}
+    result = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "done"
+
+
+def test_public_names():
+    """``__all__`` is complete and true."""
+    assert all(hasattr(subspan, name) for name in subspan.__all__)
+    public = {name for name, value in vars(subspan).items() if not name.startswith("_") and callable(value)}
+    assert public <= set(subspan.__all__)

@@ -1,0 +1,264 @@
+"""Which parameter is projected, and on which side."""
+
+import copy
+import re
+
+import pytest
+import torch
+from helpers import RANK, SHAPES, oriented_side
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from subspan import SubspaceAdamW, create, split_parameters
+from subspan.param_groups import projection_side
+
+LINEAR = [
+    f"self_attn.{name}_proj" for name in "qkvo"
+] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def template():
+    return LlamaForCausalLM(
+        LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
+    )
+
+
+@pytest.fixture
+def llama(template):
+    return copy.deepcopy(template)
+
+
+def by_rank(groups):
+    """Names of the parameters that are projected, and of the others."""
+    projected, full = [], []
+    for group in groups:
+        (full if group["rank"] is None else projected).extend(name for name, _ in group["params"])
+    return projected, full
+
+
+def layers(*names):
+    return [f"model.layers.{layer}.{name}.weight" for layer in (0, 1) for name in names]
+
+
+class Block(nn.Module):
+    """Names that resemble the excluded ones, and some that are excluded."""
+
+    def __init__(self):
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(50, 16)
+        self.wte = nn.Embedding(50, 16)
+        self.positions = nn.Embedding(50, 16)
+        self.headroom = nn.Linear(16, 24)
+        self.outputs = nn.Linear(24, 16)
+        self.multihead = nn.Linear(16, 16, bias=False)
+        self.conv = nn.Conv2d(3, 16, 3)
+        self.rms_norm = nn.LayerNorm(16)
+        self.score = nn.Linear(16, 8)
+        self.head = nn.Linear(16, 50)
+
+
+# --- the side ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "right", "left"])
+def test_projection_side(shape, proj_type):
+    """galore_torch's words: std compresses the shorter side, reverse_std the longer, a square counts as tall."""
+    assert projection_side(shape, RANK, proj_type) == oriented_side(shape, proj_type)
+
+
+@pytest.mark.parametrize(("word", "same"), [("short", "std"), ("long", "reverse_std")])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_plain_words(shape, word, same):
+    """short and long are other names of std and reverse_std."""
+    assert projection_side(shape, RANK, word) == projection_side(shape, RANK, same)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank"), [((48,), 4), ((), 4), ((4, 8, 6), 2), ((48, 20), None), ((48, 20), 20), ((20, 48), 20), ((32, 32), 40)]
+)
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "right", "left"])
+def test_full_rank(shape, rank, proj_type):
+    """Vectors, stacks, groups without a rank, and ranks that reach the shorter side are full rank, whatever the side."""
+    assert projection_side(shape, rank, proj_type) is None
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("proj_type", "kept"), [("std", max), ("reverse_std", min)])
+def test_the_moments_keep_the_other_side(shape, proj_type, kept):
+    """std keeps moments of max(m, n) x r, reverse_std of min(m, n) x r, with a basis for the side that is compressed."""
+    p = nn.Parameter(torch.zeros(shape))
+    state = SubspaceAdamW([p], rank=RANK, proj_type=proj_type).state[p]
+    assert state["exp_avg"].shape == (kept(shape), RANK)
+    assert state["basis"].shape == (sum(shape) - kept(shape), RANK)
+
+
+# --- the split --------------------------------------------------------------------------------------------------------
+
+
+def test_llama(llama):
+    """Of a Llama exactly the seven linear weights of each layer are projected."""
+    projected, full = by_rank(split_parameters(llama, rank=RANK))
+    assert sorted(projected) == sorted(layers(*LINEAR))
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= set(full)
+
+
+@pytest.mark.parametrize("as_module", [True, False])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "mlp"], r".*self_attn\.[qk]_proj"])
+def test_every_trainable_parameter_is_in_one_group(llama, as_module, targets):
+    """The groups partition the trainable parameters; frozen ones are left out; vectors come last."""
+    llama.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
+    llama.model.norm.weight.requires_grad_(False)
+    groups = split_parameters(llama if as_module else llama.named_parameters(), rank=RANK, targets=targets)
+    given = [pair for group in groups for pair in group["params"]]
+    trainable = {name: p for name, p in llama.named_parameters() if p.requires_grad}
+    assert len(given) == len(trainable)
+    assert all(trainable[name] is p for name, p in given)
+    assert [group["rank"] for group in groups] == [RANK, None, None]
+    assert all(p.ndim == 1 for _, p in groups[-1]["params"])
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["q_proj", "down_proj"], layers("self_attn.q_proj", "mlp.down_proj")),
+        (["layers.1.mlp"], layers(*LINEAR[4:])[3:]),
+        (r".*\.[qk]_proj", layers("self_attn.q_proj", "self_attn.k_proj")),
+        (r"model\.layers\.0\.mlp\.up_proj", layers("mlp.up_proj")[:1]),
+        (["lm_head"], ["lm_head.weight"]),
+        (r".*embed_tokens.*", ["model.embed_tokens.weight"]),
+    ],
+)
+def test_targets(llama, targets, expected):
+    """A list selects names that contain a string, an expression whole module names; both win over the exclusions."""
+    projected, _ = by_rank(split_parameters(llama, rank=RANK, targets=targets))
+    assert projected == expected
+
+
+def test_exclude(llama):
+    """Names in which an excluded pattern is found stay full rank."""
+    projected, _ = by_rank(split_parameters(llama, rank=RANK, exclude=(r"lm_head", r"layers\.0\.", r"mlp")))
+    assert projected == layers(*LINEAR[:4])[4:]
+
+
+def test_of_a_module_only_linear_weights():
+    """Embeddings, convolutions, heads and norms are full rank; names that merely resemble them are projected."""
+    projected, full = by_rank(split_parameters(Block(), rank=RANK))
+    assert projected == ["headroom.weight", "outputs.weight", "multihead.weight"]
+    assert {"positions.weight", "conv.weight", "head.weight", "score.weight", "rms_norm.weight", "headroom.bias"} <= set(full)
+
+
+def test_a_bare_linear_layer():
+    """A model that is one linear layer has its weight projected."""
+    projected, full = by_rank(split_parameters(nn.Linear(16, 16), rank=RANK))
+    assert (projected, full) == (["weight"], ["bias"])
+
+
+def test_tied_embeddings():
+    """A head tied to the embedding is one parameter: full rank, once."""
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=64,
+            tie_word_embeddings=True,
+        )
+    )
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    groups = split_parameters(model, rank=RANK)
+    holders = [group for group in groups for _, p in group["params"] if p is model.lm_head.weight]
+    assert [group["rank"] for group in holders] == [None]
+    assert len(by_rank(groups)[0]) == 7
+
+
+def test_a_head_tied_to_an_embedding_of_any_name():
+    """A tied head stays full rank when the names tell nothing: the matrix is an embedding's."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(16, 50, bias=False)
+            self.tokens = nn.Embedding(50, 16)
+            self.out.weight = self.tokens.weight
+            self.fc = nn.Linear(16, 16)
+
+    assert by_rank(split_parameters(Tied(), rank=RANK))[0] == ["fc.weight"]
+
+
+def test_overrides(llama):
+    """Settings by expression, the first match wins; they reach the optimizer."""
+    overrides = {r"layers\.0.*k_proj": {"rank": 2, "scale": 1.0}, r"k_proj": {"rank": 8}, r"lm_head": {"lr": 0.5}}
+    groups = split_parameters(llama, rank=RANK, overrides=overrides)
+    optimizer = SubspaceAdamW(groups, lr=0.1)
+    first, second = (layer.self_attn.k_proj.weight for layer in llama.model.layers)
+    assert optimizer.state[first]["basis"].shape[1] == 2
+    assert optimizer.state[second]["basis"].shape[1] == 8
+    assert optimizer.state[llama.model.layers[0].self_attn.q_proj.weight]["basis"].shape[1] == RANK
+    of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert (of[id(first)]["scale"], of[id(second)]["scale"]) == (1.0, 0.25)
+    assert (of[id(llama.lm_head.weight)]["lr"], of[id(llama.model.embed_tokens.weight)]["lr"]) == (0.5, 0.1)
+    assert len(of) == len(list(llama.parameters()))
+
+
+def test_an_override_of_the_rank_leaves_vectors_alone():
+    """An expression that names a layer also meets its bias, which has no rank; its other settings hold for both."""
+    model = nn.ModuleDict({"q_proj": nn.Linear(16, 16), "k_proj": nn.Linear(16, 16)})
+    optimizer = SubspaceAdamW(split_parameters(model, rank=RANK, overrides={"k_proj": {"rank": 2, "lr": 0.5}}), lr=0.1)
+    assert optimizer.state[model["k_proj"].weight]["basis"].shape == (16, 2)
+    assert optimizer.state[model["k_proj"].bias]["exp_avg"].shape == (16,)
+    of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert [of[id(p)]["lr"] for p in model.parameters()] == [0.1, 0.1, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("as_module", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"targets": ["q_porj"]},
+        {"targets": ["q_proj", "q_porj"]},
+        {"targets": "self_attn.q_porj"},
+        {"overrides": {"q_porj": {"rank": 2}}},
+    ],
+)
+def test_a_pattern_that_matches_nothing(llama, as_module, settings):
+    """It is an error that shows the pattern and names near it (contract R13)."""
+    with pytest.raises(ValueError, match=r"q_porj' matches no .*names here look like 'model.layers.\d"):
+        split_parameters(llama if as_module else llama.named_parameters(), rank=RANK, **settings)
+
+
+def test_the_names_an_error_shows_can_be_used(llama):
+    """What the message offers instead of a wrong expression is itself a target that matches."""
+    with pytest.raises(ValueError, match="names here look like") as error:
+        split_parameters(llama, rank=RANK, targets="self_attn.q_porj")
+    shown = re.findall(r"'(model[^']*)'", str(error.value))
+    assert shown
+    for name in shown:
+        assert len(by_rank(split_parameters(llama, rank=RANK, targets=name))[0]) == 1
+
+
+def test_nothing_to_project():
+    """all-linear without a matrix names fully_shard; without a trainable parameter it says so."""
+    with pytest.raises(ValueError, match="fully_shard"):
+        split_parameters([("flat_param", nn.Parameter(torch.zeros(100)))], rank=RANK)
+    with pytest.raises(ValueError, match="fully_shard"):
+        split_parameters(nn.Embedding(10, 4), rank=RANK)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        split_parameters(nn.Linear(4, 4).requires_grad_(False), rank=RANK)
+
+
+def test_without_a_rank(llama):
+    """rank=None projects nothing and needs no target."""
+    assert by_rank(split_parameters(llama, rank=None))[0] == []
+
+
+def test_vectors_may_go_without_decay(llama):
+    """decay_vectors=False sets weight_decay=0 for parameters of one dimension alone; create does so."""
+    groups = split_parameters(llama, rank=RANK, decay_vectors=False)
+    assert ["weight_decay" in group for group in groups] == [False, False, True]
+    assert groups[-1]["weight_decay"] == 0.0
+    assert all(p.ndim == 1 for _, p in groups[-1]["params"])
+    decayed = create("sara_adamw", llama, rank=RANK, weight_decay=0.1)
+    assert [group["weight_decay"] for group in decayed.param_groups] == [0.1, 0.1, 0.0]
