@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import ClassVar, NoReturn
 
-import jsonargparse
-from jsonargparse import ArgumentParser
+try:
+    import jsonargparse
+    from jsonargparse import ArgumentParser
+except ImportError as error:  # the library was installed without the harness
+    raise SystemExit(f"subspan: error: {error}; the command line comes with an extra: pip install 'subspan[train]'") from error
 
 from subspan import __version__
 from subspan.recipes import list_optimizers
@@ -41,7 +44,7 @@ def _parser() -> tuple[ArgumentParser, ArgumentParser]:
     pretrain.add_argument("--json", action="store_true", help="print one line of JSON last")
     pretrain.add_class_arguments(PretrainConfig)
     listing = _Parser(description="List what is known by name.")
-    listing.add_argument("what", choices=["optimizers", "models"], help="optimizers or models")
+    listing.add_argument("what", nargs="?", choices=["optimizers", "models"], default="optimizers", help="optimizers or models")
     parser = _Parser(prog="subspan", description="Train large language models inside moving subspaces.", version=__version__)
     commands = parser.add_subcommands(required=True, dest="command")
     commands.add_subcommand("pretrain", pretrain, help="pretrain a language model")

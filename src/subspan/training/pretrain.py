@@ -105,21 +105,22 @@ class Pretraining:
                 meter.stop(loss, tokens)
                 self.seconds = time.monotonic() - began
                 last = self.step == config.steps
-                if self.step % config.log_every == 0 or last:
+                saving = last or self.step % config.checkpoint.every == 0
+                if saving or self.step % config.log_every == 0:  # nothing is saved whose loss is not known to be finite
                     row = {"step": self.step, "tokens": self.tokens, **meter.read(), "grad_norm": float(norm), "lr": lr}
+                    self._check_finite(row["loss"])
                     metrics.write(row | {"seconds": round(self.seconds, 3)})
-                    if not math.isfinite(row["loss"]):
-                        raise RunDivergedError(
-                            f"loss {row['loss']} at step {self.step}: the run diverged; try a lower --lr (now {config.lr})"
-                        )
                     progress.note(row["loss"], row["tokens_per_second"])
                 progress.update(self.step)
-                if self.step % config.evaluation.every == 0 and not last:
+                if last:
+                    break
+                if self.step % config.evaluation.every == 0:
                     val_loss = self._evaluate(validation, metrics)
                     progress.say(f"step {self.step}: validation loss {val_loss:.4f}, perplexity {math.exp(val_loss):.2f}")
-                if (received or self.step % config.checkpoint.every == 0) and not last:
+                stopping = bool(received)  # looked at once: a signal may come between any two lines
+                if saving or stopping:
                     self._save()
-                if received and not last:
+                if stopping:
                     raise RunInterruptedError(received[0], self.step, str(self.out))
             val_loss = self._evaluate(validation, metrics)
             self.seconds = time.monotonic() - began
@@ -130,7 +131,7 @@ class Pretraining:
             steps=self.step,
             tokens=self.tokens,
             val_loss=val_loss,
-            val_ppl=math.exp(val_loss) if val_loss < 700 else math.inf,
+            val_ppl=math.exp(val_loss),
             state_bytes=state_bytes(self.optimizer),
             seconds=round(self.seconds, 3),
             out=str(self.out),
@@ -168,8 +169,16 @@ class Pretraining:
         began = time.monotonic()
         loss = evaluate(self.model, validation, config.micro_batch_size, self._autocast())
         seconds = round(time.monotonic() - began, 3)
+        self._check_finite(loss)
         metrics.write({"step": self.step, "tokens": self.tokens, "val_loss": loss, "val_seconds": seconds})
         return loss
+
+    def _check_finite(self, loss: float) -> None:
+        if not loss < 700:  # beyond, its perplexity is no longer a number
+            raise RunDivergedError(
+                f"loss {loss} at step {self.step}: the run diverged; try a lower --lr (now {self.config.lr}) "
+                f"or a longer --schedule.warmup_steps (now {self.config.schedule.warmup_steps})"
+            )
 
     def _announce(self) -> None:
         config = self.config
