@@ -5,7 +5,7 @@ import torch
 from helpers import RANK, SHAPES, gradients
 
 from subspan.parts import Key
-from subspan.selectors import SELECTORS, Dominant, Importance, Random, Switch
+from subspan.selectors import Dominant, Importance, Random, Switch
 
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 ALL = [Dominant(), Dominant("svd"), Importance(), Importance(floor=0.2), Random(), Switch(Dominant(), Random(), at=3)]
@@ -139,7 +139,7 @@ def test_switch_switches_at_a_step_or_a_share(at, total_steps, step):
 def test_a_share_needs_the_length_of_the_run():
     """The error names the argument to pass, when the optimizer is built."""
     with pytest.raises(ValueError, match="pass total_steps"):
-        SELECTORS["switch"]().init(torch.zeros(8, 8), 2)
+        Switch(Dominant(), Random()).init(torch.zeros(8, 8), 2)
 
 
 def test_switch_needs_the_gradient_if_one_of_its_parts_does():
@@ -184,3 +184,16 @@ def test_settings_check_themselves(make, words):
     """The error shows the bad value."""
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_the_change_across_a_switch():
+    """The refresh that switches returns Q_oldᵀ Q_new like any other, with the basis before and after read from the state."""
+    switch, generator = Switch(Dominant(), Random(), at=3), torch.Generator().manual_seed(0)
+    G = torch.randn(12, 8, generator=generator, dtype=torch.float64)
+    state = switch.init(G, 3)
+    switch.refresh_(G, state, Key(0, "w", 0))
+    for step, switched in ((2, 0), (3, 1), (9, 1)):
+        old = state["basis"].clone()
+        change = switch.refresh_(G, state, Key(0, "w", step))
+        torch.testing.assert_close(change, old.mT @ state["basis"])
+        assert state["switched"] == switched

@@ -51,6 +51,8 @@ def test_state_keys_and_types(method):
     projected = {"step", "exp_avg", "exp_avg_sq", "basis", "refresh_step", "skipped_refreshes"}
     if method.startswith("fira"):
         projected |= {"residual_norm"}
+    if "hybrid" in method:
+        projected |= {"switched"}
     for p, state in optimizer.state.items():
         assert set(state) == (projected if p.ndim == 2 else {"step", "exp_avg", "exp_avg_sq"})
         for value in state.values():
@@ -154,13 +156,40 @@ def missing_state(method):
     return optimizer
 
 
+class Damaged:
+    """Something whose ``state_dict`` is not what it should be."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def state_dict(self):
+        return self.content
+
+
+def damaged(method, change):
+    content = snapshot(build(method, net()))
+    change(content)
+    return Damaged(content)
+
+
 FOREIGN = {
     "another rank": (lambda method: build(method, net(), rank=RANK + 1), "shape"),
     "another side": (lambda method: build(method, net(), proj_type="reverse_std"), "shape"),
     "another method": (
         lambda method: build("galore_adamw" if method.startswith("fira") else "fira_adamw", net()),
-        "residual_norm",
+        "the checkpoint is of .*, this optimizer is .*; build it alike",
     ),
+    "another selector": (
+        lambda method: build("galore_adamw" if method == "sara_adamw" else "fira_sara_adamw", net()),
+        "the checkpoint is of (Dominant|Importance), .*, this optimizer is (Importance|Dominant), ",
+    ),
+    "a damaged integer": (
+        lambda method: damaged(method, lambda d: d["state"][0].update(refresh_step="x")),
+        "'refresh_step' is 'x'",
+    ),
+    "a damaged setting": (lambda method: damaged(method, lambda d: d["param_groups"][0].update(rank=0)), "rank=0"),
+    "damaged betas": (lambda method: damaged(method, lambda d: d["param_groups"][0].update(betas=(2, 2))), r"betas=\(2, 2\)"),
+    "no state dict": (lambda method: Damaged({"model": {}}), r"state_dict has \['model'\]: expected"),
     "full rank": (lambda method: build("adamw", net()), "holds|groups"),
     "another model": (other_model, "groups|shape|parameter"),
     "missing state": (missing_state, "holds"),
@@ -241,3 +270,37 @@ def test_fresh_and_resumed_differ_where_they_should():
     optimizer.step()
     build("sara_adamw", twin).step()
     assert not torch.equal(model.up.weight, twin.up.weight)
+
+
+def test_settings_a_checkpoint_lacks_stay_as_they_are():
+    """Each group keeps its own value, not the constructor's default (contract R8)."""
+    model = net()
+    optimizer = create("sara_adamw", model, rank=RANK, overrides={"up": {"scale": 1.0, "update_proj_gap": 7}})
+    walk(model, optimizer, range(3))
+    checkpoint = snapshot(optimizer)
+    for group in checkpoint["param_groups"]:
+        for key in ("rank", "scale", "update_proj_gap", "clock", "method"):
+            del group[key]
+    before = snapshot(optimizer)
+    optimizer.load_state_dict(checkpoint)
+    assert_same(snapshot(optimizer), before)
+    walk(model, optimizer, range(3, 5))
+
+
+def test_parameters_swapped_in_the_groups():
+    """A framework may replace the parameters in the groups and load the state dict (contract R6)."""
+    model, other = net(), net()
+    optimizer, reference = build("sara_adamw", model), build("sara_adamw", other)
+    for m, o in ((model, optimizer), (other, reference)):
+        walk(m, o, range(4))
+    saved = snapshot(optimizer)
+    fresh = net()
+    fresh.load_state_dict(model.state_dict())
+    new = dict(fresh.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [new[name] for name in group["param_names"]]
+    optimizer.load_state_dict(saved)
+    walk(fresh, optimizer, range(4, 12))
+    walk(other, reference, range(4, 12))
+    assert_same(weights(fresh), weights(other))
+    assert len(optimizer.state) == len(new)

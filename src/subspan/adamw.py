@@ -68,7 +68,7 @@ class SubspaceAdamW(SubspaceOptimizer):
             lr,
             rank,
             selector=selector,
-            rule=AdamW((betas[0], betas[1]), eps),
+            rule=AdamW(betas, eps),
             residual=residual,
             transfer=transfer,
             update_proj_gap=update_proj_gap,

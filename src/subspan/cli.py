@@ -17,6 +17,7 @@ except ImportError as error:  # the library was installed without the harness
 from subspan import __version__
 from subspan.recipes import list_optimizers
 from subspan.training.config import PretrainConfig
+from subspan.training.errors import InputError
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -27,6 +28,11 @@ class _Parser(ArgumentParser):
     known: ClassVar[list[str]] = []
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        wrong = re.search(r'Parser key "([^"]+)":(.*?)Given value: (.*)', " ".join(message.split()))
+        if wrong:
+            kinds = dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", wrong[2]))
+            names = ["null" if kind == "NoneType" else kind for kind in kinds]
+            _fail(f"{wrong[1]}={wrong[3]}: expected {' or '.join(names)}; see subspan pretrain --help")
         words = [word for word in re.findall(r"[\w.]+", message) if word not in self.known]
         near = {hit for word in words for hit in difflib.get_close_matches(word, self.known, n=2, cutoff=0.75)}
         hint = f" (did you mean {' or '.join(sorted(near))}?)" if near else ""
@@ -56,14 +62,21 @@ def _parser() -> tuple[ArgumentParser, ArgumentParser]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser, pretrain = _parser()
-    given = parser.parse_args(argv)
-    settings = given[given.command]
-    if given.command == "list":
-        _list(settings.what)
-        return 0
-    as_json = settings.pop("json")
-    settings.pop("config", None)
-    return _pretrain(pretrain.instantiate(settings), as_json)
+    try:
+        given = parser.parse_args(argv)
+        settings = given[given.command]
+        if given.command == "list":
+            _list(settings.what)
+            return 0
+        as_json = settings.pop("json")
+        settings.pop("config", None)
+        for section in ("optim", "schedule", "evaluation", "checkpoint"):
+            if not isinstance(settings[section], jsonargparse.Namespace):
+                _fail(f"{section}={settings[section]!r}: expected settings of its own; see subspan pretrain --help")
+        config = PretrainConfig(**vars(pretrain.instantiate(settings)))
+    except (TypeError, ValueError) as error:  # a config file that is no text
+        _fail(f"the settings cannot be read: {error}")
+    return _pretrain(config, as_json)
 
 
 def _list(what: str) -> None:
@@ -81,20 +94,22 @@ def _list(what: str) -> None:
         print(f"{name:22s} {line}")
 
 
-def _pretrain(settings: jsonargparse.Namespace, as_json: bool) -> int:
+def _pretrain(config: PretrainConfig, as_json: bool) -> int:
     # Here, because they take seconds to import: --help and mistyped flags need not wait.
     from subspan.training.pretrain import Pretraining, RunDivergedError
     from subspan.training.signals import RunInterruptedError
 
-    config = PretrainConfig(**vars(settings))
     try:
-        run = Pretraining(config)
-    except (ValueError, OSError) as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        return 130
-    try:
+        try:
+            run = Pretraining(config)
+        except (ValueError, OSError) as error:
+            _fail(str(error))
         summary = run.run()
+    except InputError as error:  # found late: data that breaks off, a directory taken meanwhile
+        _fail(str(error))
+    except KeyboardInterrupt:  # before the first step, or twice
+        print("subspan: stopped at once; the last checkpoint stands", file=sys.stderr)
+        return 130
     except RunInterruptedError as error:
         print(f"subspan: {error}", file=sys.stderr)
         return 128 + error.signum

@@ -37,7 +37,9 @@ def right_singular(G: Tensor, method: str = "gram") -> tuple[Tensor, Tensor]:
     for factorise in (_svd, _gram) if method == "svd" else (_gram, _svd):
         try:
             sigma, V = factorise(G)
-        except LinAlgError:
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # LinAlgError is one; cuSOLVER's own failures are others
             continue
         # Some drivers return NaN where others raise.
         if sigma.isfinite().all() and V.isfinite().all():

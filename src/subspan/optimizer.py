@@ -9,9 +9,10 @@ apply               W <- (1 - lr * wd) W - lr * D
 """
 
 import logging
+import math
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any, overload
 
 import torch
@@ -80,6 +81,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     ) -> None:
         if transfer not in typing.get_args(Transfer):
             raise ValueError(f"transfer={transfer!r}: expected one of {', '.join(typing.get_args(Transfer))}")
+        for what, part in (("selector", selector), ("rule", rule), ("residual", residual)):
+            if isinstance(part, type) or not is_dataclass(part):
+                raise ValueError(f"{what}={part!r}: expected an object with settings, such as subspan.selectors.Importance()")
         self.selector, self.rule, self.residual = selector, rule, residual
         self.transfer, self.stagger, self.seed = transfer, stagger, seed
         defaults = {
@@ -90,9 +94,15 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             "proj_type": proj_type,
             "weight_decay": weight_decay,
             "clock": 0,
+            # Compared on loading: moments mean nothing in another method's basis.
+            "method": f"{_kind(selector)}, {_kind(rule)}, {_kind(residual)}, {transfer}",
         }
         super().__init__(_as_groups(params, rank, targets, exclude), defaults | asdict(rule))
+        if rank is not None and all(p.ndim < 2 for p in self._parameters()):
+            raise ValueError(_no_matrix(rank))
         logger.info("%s", self.summary())
+        if not any("refresh_step" in state for state in self.state.values()):
+            logger.warning("no matrix is projected, so this is full-rank training: give a rank below the matrices' sides")
 
     # --- construction -------------------------------------------------------------------------------------------------
 
@@ -101,14 +111,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         settings = self.defaults | param_group
         _check_settings(settings)
         self._rule(settings)
+        own_rank = param_group.get("rank")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            if group["rank"] is not None and group["params"] and all(p.ndim < 2 for p in group["params"]):
-                raise ValueError(
-                    f"rank={group['rank']}: none of the group's {len(group['params'])} parameters is a matrix. Parameters "
-                    "flattened by FSDP1 or DeepSpeed have lost their shape: shard with fully_shard (FSDP2) instead"
-                )
+            # A rank of the constructor may meet a group of biases; one that the group itself sets may not.
+            if own_rank is not None and group["params"] and all(p.ndim < 2 for p in group["params"]):
+                raise ValueError(_no_matrix(own_rank))
             for p in group["params"]:
                 self.state[p] = self._allocate(p, group)
         except ValueError:
@@ -121,7 +130,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             return self.rule.init(p, tuple(p.shape))
         G, rank = _orient(p, side), group["rank"]
         return {
-            **self.rule.init(p, (G.shape[0], rank)),
+            **self.rule.init(p, (*G.shape[:-1], rank)),
             **self.selector.init(G, rank),
             **self.residual.init(G),
             # Integers of the host, not tensors: the schedule must not wait for a device.
@@ -199,24 +208,31 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy a checkpoint into the tensors allocated at construction, exact in value, dtype and device (contract R2).
 
-        torch's own method would cast every tensor but ``step`` to the dtype of the parameter.
+        torch's own method would cast every tensor but ``step`` to the dtype of the parameter. Settings that a saved group
+        lacks stay as they are here; keys of other libraries are kept (contract R8).
 
         Raises:
-            ValueError: the checkpoint is of another model or method. Nothing has been changed then.
+            ValueError: the checkpoint is of another model, method, rank or side. Nothing has been changed then.
         """
+        # Frameworks may have swapped parameters in the groups (contract R6): those get fresh state to copy into.
+        own = {
+            p: self.state[p] if p in self.state else self._allocate(p, group)
+            for group in self.param_groups
+            for p in group["params"]
+        }
         saved: dict[str, Any] = {}
 
         def take_state(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            self._check(given)
+            self._check(given, own)
             saved.update(given)
-            return {**given, "state": {}}
+            groups = zip(self.param_groups, given["param_groups"], strict=True)
+            return {**given, "state": {}, "param_groups": [{**ours, **theirs} for ours, theirs in groups]}
 
         def put_state(_: torch.optim.Optimizer) -> None:
             self.state.update(own)
-            for number, p in zip(_saved_ids(saved), self._parameters(), strict=True):
-                copy_state_(self.state[p], saved["state"][number])
+            for number, state in zip(_saved_ids(saved), own.values(), strict=True):
+                copy_state_(state, saved["state"][number])
 
-        own = dict(self.state)
         # Around torch's method, inside of the hooks that others have registered.
         hooks = (
             self.register_load_state_dict_pre_hook(take_state),
@@ -228,7 +244,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _check(self, state_dict: Mapping[str, Any]) -> None:
+    def _check(self, state_dict: Mapping[str, Any], own: Mapping[Tensor, State]) -> None:
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError(f"state_dict has {sorted(state_dict)}: expected what an optimizer's state_dict() returns")
         groups, sizes = state_dict["param_groups"], [len(group["params"]) for group in self.param_groups]
         if [len(group["params"]) for group in groups] != sizes:
             raise ValueError(
@@ -240,16 +258,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             if ours and theirs and list(ours) != list(theirs):
                 first = next(pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1])
                 raise ValueError(f"the checkpoint has parameter {first[1]!r} where this optimizer has {first[0]!r}")
+            if saved.get("method", group["method"]) != group["method"]:
+                raise ValueError(f"the checkpoint is of {saved['method']}, this optimizer is {group['method']}; build it alike")
+            _check_settings({**group, **saved})
+            self._rule({**group, **saved})
         names = [name for number, group in enumerate(self.param_groups) for name in _names(number, group)]
-        for number, name, p in zip(_saved_ids(state_dict), names, self._parameters(), strict=True):
-            check_state(self.state[p], state_dict["state"].get(number, {}), name)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # keys that a checkpoint of another library lacks (contract R8)
-            for key, value in self.defaults.items():
-                if key != "differentiable":  # torch's own addition to the defaults; no group of ours has it
-                    group.setdefault(key, value)
+        for number, name, state in zip(_saved_ids(state_dict), names, own.values(), strict=True):
+            check_state(state, state_dict["state"].get(number, {}), name)
 
     def __getstate__(self) -> dict[str, Any]:
         parts = ("selector", "rule", "residual", "transfer", "stagger", "seed")
@@ -275,6 +290,19 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         lines = [f"{number:5d} {kind}: {size:,} parameters" for kind, (number, size) in counts.items()]
         parts = f"{self.selector!r}, {self.rule!r}, {self.residual!r}, transfer={self.transfer!r}"
         return "\n".join([parts, *lines, f"{state_bytes(self):,} bytes of optimizer state"])
+
+
+def _kind(part: object) -> str:
+    """The kinds of a part: ``Switch(Dominant, Random)``; settings may change between runs, kinds may not."""
+    inner = [_kind(value) for value in vars(part).values() if is_dataclass(value)]
+    return type(part).__name__ + (f"({', '.join(inner)})" if inner else "")
+
+
+def _no_matrix(rank: int) -> str:
+    return (
+        f"rank={rank}: there is no matrix among the parameters to project. Parameters flattened by FSDP1 or DeepSpeed have "
+        "lost their shape: shard with fully_shard (FSDP2) instead"
+    )
 
 
 def _saved_ids(state_dict: Mapping[str, Any]) -> list[Any]:
@@ -313,15 +341,16 @@ def _as_groups(params: Params, rank: int | None, targets: str | list[str], exclu
 
 
 def _check_settings(group: Mapping[str, Any]) -> None:
-    rank, lr = group["rank"], group["lr"]
+    rank, gap = group["rank"], group["update_proj_gap"]
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank={rank!r}: expected a whole number >= 1, or None for full rank")
-    if not isinstance(lr, Tensor) and not lr >= 0:
-        raise ValueError(f"lr={lr!r}: expected a number >= 0")
-    if not isinstance(group["update_proj_gap"], int) or group["update_proj_gap"] < 1:
-        raise ValueError(f"update_proj_gap={group['update_proj_gap']!r}: expected a whole number of steps >= 1")
-    for key in ("scale", "weight_decay"):
-        if not group[key] >= 0:
-            raise ValueError(f"{key}={group[key]!r}: expected a number >= 0")
+    if not isinstance(gap, int) or gap < 1:
+        raise ValueError(f"update_proj_gap={gap!r}: expected a whole number of steps >= 1")
+    for key in ("lr", "scale", "weight_decay"):
+        value = group[key]
+        if key == "lr" and isinstance(value, Tensor):
+            continue  # reading it would wait for its device
+        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"{key}={value!r}: expected a number >= 0")
     if group["proj_type"] not in PROJ_TYPES:
         raise ValueError(f"proj_type={group['proj_type']!r}: expected one of {', '.join(PROJ_TYPES)}")

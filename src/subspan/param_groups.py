@@ -62,12 +62,12 @@ def split_parameters(
         raise ValueError("parameters: no trainable parameter; pass model.named_parameters() of an unfrozen model")
     projected = _projected_names(parameters, named, targets, exclude) if rank is not None else set()
 
-    rows = [(pattern, dict(settings)) for pattern, settings in (overrides or {}).items()]
+    rows = [(_compiled(pattern, "overrides"), dict(settings)) for pattern, settings in (overrides or {}).items()]
     used: set[str] = set()
     groups: dict[tuple[int, str], dict[str, Any]] = {}
     for name, p in named:
         kind = 0 if name in projected else 1 if p.ndim > 1 else 2
-        pattern, settings = next(((pattern, s) for pattern, s in rows if re.search(pattern, name)), ("", {}))
+        pattern, settings = next(((row.pattern, s) for row, s in rows if row.search(name)), ("", {}))
         used.add(pattern)
         if (kind, pattern) not in groups:
             group: dict[str, Any] = {"params": [], "rank": rank if kind == 0 else None}
@@ -76,9 +76,9 @@ def split_parameters(
             # A pattern for a matrix often names its bias too, which has no rank.
             groups[kind, pattern] = group | {key: value for key, value in settings.items() if kind < 2 or key != "rank"}
         groups[kind, pattern]["params"].append((name, p))
-    for pattern, _ in rows:
-        if pattern not in used:
-            raise ValueError(f"overrides: {pattern!r} matches no parameter; {_names_like(pattern, named)}")
+    for row, _ in rows:
+        if row.pattern not in used:
+            raise ValueError(f"overrides: {row.pattern!r} matches no parameter; {_names_like(row.pattern, named)}")
     return [groups[key] for key in sorted(groups)]
 
 
@@ -93,7 +93,8 @@ def _projected_names(
             linear = {id(m.weight) for m in modules if isinstance(m, nn.Linear)}
             linear -= {id(m.weight) for m in modules if isinstance(m, nn.Embedding)}
             matrices = [name for name, p in named if id(p) in linear]
-        found = {name for name in matrices if not any(re.search(pattern, name) for pattern in exclude)}
+        kept = [_compiled(pattern, "exclude") for pattern in exclude]
+        found = {name for name in matrices if not any(pattern.search(name) for pattern in kept)}
         if not found:
             raise ValueError(
                 f"targets='all-linear': no matrix to project among {len(named)} parameters; {_names_like('', named)}. "
@@ -101,16 +102,26 @@ def _projected_names(
             )
         return found
     patterns = [targets] if isinstance(targets, str) else list(targets)
+    if not patterns:
+        raise ValueError("targets=[]: nothing would be projected; give names, an expression, or 'all-linear'")
     found = set()
     for pattern in patterns:
         if isinstance(targets, str):
-            hits = {n for n in matrices if re.fullmatch(pattern, n) or re.fullmatch(pattern, n.removesuffix(".weight"))}
+            whole = _compiled(pattern, "targets")
+            hits = {n for n in matrices if whole.fullmatch(n) or whole.fullmatch(n.removesuffix(".weight"))}
         else:
             hits = {n for n in matrices if pattern in n}
         if not hits:
             raise ValueError(f"targets: {pattern!r} matches no matrix; {_names_like(pattern, named)}")
         found |= hits
     return found
+
+
+def _compiled(pattern: str, argument: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{argument}: {pattern!r} is no regular expression: {error}; mend or escape it") from error
 
 
 def _names_like(pattern: str, named: list[tuple[str, Tensor]]) -> str:

@@ -1,14 +1,14 @@
 """The papers' names for a choice of parts. A paper that recombines known parts is one more row of ``RECIPES``."""
 
-import difflib
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from subspan.names import near_names
 from subspan.optimizer import SubspaceOptimizer
 from subspan.param_groups import EXCLUDED, split_parameters
 from subspan.parts import Residual, Rule, Selector, Transfer
@@ -21,7 +21,11 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method: its parts and the defaults its paper trains with."""
+    """A method: its parts and default settings.
+
+    ``lr`` and ``scale`` are GaLore's, which SARA's and Fira's runs share. GoLore's scripts train at scale 1 (at 60M with
+    lr 1e-3); its default here is the step of the others, 0.01 * 0.25.
+    """
 
     summary: str
     source: str
@@ -107,6 +111,8 @@ def create(
         ValueError: an unknown name (near ones are listed), or a setting out of range.
     """
     _check_name(name)
+    if rank is None and name not in _BASELINES:
+        raise ValueError(f"rank=None: {name} needs a whole number >= 1; the full-rank baseline is 'adamw'")
     groups = split_parameters(
         model,
         rank=None if name in _BASELINES else rank,
@@ -124,12 +130,12 @@ def create(
     chosen = _with(recipe.selector, selector, "selector")
     if isinstance(chosen, Switch) and chosen.total_steps is None:
         chosen = replace(chosen, total_steps=total_steps)
-    return SubspaceOptimizer(
+    optimizer = SubspaceOptimizer(
         groups,
         lr,
         rank,
         selector=chosen,
-        rule=replace(AdamW(), betas=(betas[0], betas[1]), eps=eps),
+        rule=AdamW(betas, eps),
         residual=_with(recipe.residual, residual, "residual"),
         transfer=transfer or recipe.transfer,
         update_proj_gap=update_proj_gap,
@@ -139,14 +145,17 @@ def create(
         stagger=stagger,
         seed=seed,
     )
+    for pattern, settings in (overrides or {}).items():
+        for key in settings:
+            if key not in optimizer.defaults:
+                raise ValueError(f"overrides[{pattern!r}]: {key!r} is no setting; {near_names(key, optimizer.defaults)}")
+    return optimizer
 
 
 def _check_name(name: str) -> None:
     known = list_optimizers()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
-        raise ValueError(f"optimizer {name!r} is unknown; {hint} (subspan list optimizers shows all)")
+        raise ValueError(f"optimizer {name!r} is unknown; {near_names(name, known)} (subspan list optimizers shows all)")
 
 
 def _with(part: Part, change: Part | Mapping[str, Any] | None, what: str) -> Part:
@@ -156,7 +165,14 @@ def _with(part: Part, change: Part | Mapping[str, Any] | None, what: str) -> Par
     if not isinstance(change, Mapping):
         return change
     allowed = [field.name for field in fields(part)]  # type: ignore[arg-type]  # every part is a dataclass
-    for key in change:
+    for key, value in change.items():
         if key not in allowed:
             raise ValueError(f"{what} setting {key!r}: {type(part).__name__} has {', '.join(allowed) or 'no settings'}")
-    return replace(part, **change)  # type: ignore[type-var]
+        if is_dataclass(getattr(part, key)) and not is_dataclass(value):
+            raise ValueError(
+                f"{what} setting {key!r}={value!r}: expected a part, as an object; build the {what} itself instead"
+            )
+    try:
+        return replace(part, **change)  # type: ignore[type-var]
+    except TypeError as error:  # a setting that does not compare with a number
+        raise ValueError(f"{what}={dict(change)}: {error}; {type(part).__name__} is by default {part}") from error

@@ -23,6 +23,11 @@ def check_state(own: State, saved: Mapping[str, Any], name: str) -> None:
             "build the optimizer with the method, rank and residual of the checkpoint"
         )
     for key, value in own.items():
+        if not isinstance(value, Tensor) and not isinstance(saved[key], type(value)):
+            raise ValueError(
+                f"optimizer state of {name!r}: {key!r} is {saved[key]!r} in the checkpoint, expected {type(value).__name__}; "
+                "the checkpoint is damaged or of another version"
+            )
         if isinstance(value, Tensor) and value.shape != torch.as_tensor(saved[key]).shape:
             raise ValueError(
                 f"optimizer state of {name!r}: {key!r} has shape {tuple(torch.as_tensor(saved[key]).shape)} in the "
@@ -36,7 +41,7 @@ def copy_state_(own: State, saved: Mapping[str, Any]) -> None:
         if isinstance(value, Tensor):
             value.copy_(torch.as_tensor(saved[key]))
         else:
-            own[key] = type(value)(saved[key])
+            own[key] = saved[key]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -68,6 +68,7 @@ def test_killed_and_resumed_is_the_unbroken_run(how: signal.Signals, corpus: Pat
     else:
         assert process.returncode == 128 + how
         assert f"{how.name}: saved at step" in err
+        assert f"--config {broken}/config.yaml --out {broken} --resume auto" in err
         assert "Traceback" not in err
     assert not (broken / "summary.json").exists(), "the run was over before the signal came"
 
@@ -95,6 +96,10 @@ def test_killed_and_resumed_is_the_unbroken_run(how: signal.Signals, corpus: Pat
         (["--data=nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
         (["--data=empty"], ["empty", "no such file, and nothing to read"]),
         (["--sequence_length=1000000"], ["sequence_length=1000000", "shorter sequence"]),
+        (["--config=list.yaml"], ["optim=3", "expected settings of its own"]),
+        (["--config=latin.yaml"], ["cannot be read"]),
+        (["--rank=abc"], ["rank=abc", "expected int or null"]),
+        (["--out=bad.yaml/run"], ["out='bad.yaml/run'", "no directory that can be written"]),
         (["--checkpoint.evry=3"], ["checkpoint.evry", "checkpoint.every"]),
     ],
 )
@@ -105,6 +110,8 @@ def test_bad_input(
     """Exit status 2, one line that names what is wrong, no traceback, nothing written."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.yaml").write_text("batch_sise: 3\n")
+    (tmp_path / "list.yaml").write_text("optim: 3\n")
+    (tmp_path / "latin.yaml").write_bytes(b"model: \xe4\n")
     (tmp_path / "empty").mkdir()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as exit:
@@ -151,8 +158,7 @@ def test_run_files(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(Pretraining, "__init__", lambda self, config: seen.append(resolve(config)))
     monkeypatch.setattr(Pretraining, "run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        main(["pretrain", f"--config={path}"])
+    assert main(["pretrain", f"--config={path}"]) == 130
     assert seen[0].model in path.stem or path.stem.startswith(seen[0].model)
 
 

@@ -85,6 +85,8 @@ def test_own_validation_files(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "x"}\nnot json\n', r"a\.jsonl, line 2"),
         ("a.jsonl", '{"text": 3}\n', r'line 1: "text" is int'),
         ("a.jsonl", "[1]\n", r"a\.jsonl, line 1"),
+        ("a.jsonl", '{"text": "x", "split": "test"}\n', r"line 1: \"split\" is 'test', expected"),
+        ("a.jsonl", '{"text": "\\ud800"}\n', r"line 1: \"text\" holds half a surrogate"),
         ("a.png", "x", r"a\.png is of no known kind"),
     ],
 )
@@ -100,6 +102,27 @@ def test_not_utf8(tmp_path: Path) -> None:
         list(find_documents(str(tmp_path)).split())
 
 
+def test_damaged_archives(tmp_path: Path) -> None:
+    whole = gzip.compress(b'{"text": "x"}\n' * 1000)
+    for name, content in {"short": whole[:40], "garbled": whole[:30] + b"\x00" * 20 + whole[50:]}.items():
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(content)
+        with pytest.raises(InputError, match=rf"{name}\.jsonl\.gz cannot be read"):
+            list(find_documents(str(tmp_path / f"{name}.jsonl.gz")).split())
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data .*none.* no such file.*'embedded'"):
         find_documents(str(tmp_path / "none"))
+
+
+def test_no_document_is_in_both_halves(tmp_path: Path) -> None:
+    """Whatever the files say: a training document that is also validation is left out of training."""
+    rows = [{"text": "a", "split": "train"}, {"text": "a", "split": "validation"}, {"text": "b"}, {"text": "c"}, {"text": "a"}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = halves(find_documents(str(tmp_path / "x.jsonl")))
+    assert not set(found["train"]) & set(found["validation"])
+    assert set(found["train"]) | set(found["validation"]) == {"a", "b", "c"}
+    (tmp_path / "held.txt").write_text("b")
+    found = halves(find_documents(str(tmp_path / "x.jsonl"), str(tmp_path / "held.txt")))
+    assert (set(found["train"]), found["validation"]) == ({"c"}, ["b"])
+    assert halves(find_documents(str(tmp_path / "held.txt"), str(tmp_path / "held.txt"))) == {"train": [], "validation": ["b"]}

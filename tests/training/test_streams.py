@@ -95,3 +95,12 @@ def test_slimpajama(tmp_path: Path) -> None:
 def test_no_files_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data 'c4:.*no .*c4-train.* under"):
         stream(f"c4:{tmp_path}")
+
+
+@pytest.mark.parametrize(("line", "words"), [('{"body": "x"}', "KeyError"), ("{broken", "JSON parse error")])
+def test_rows_that_cannot_be_read(line: str, words: str, tmp_path: Path) -> None:
+    for half in ("train", "validation"):
+        with gzip.open(tmp_path / f"c4-{half}.00000-of-00001.json.gz", "wt") as file:
+            file.write(line + "\n")
+    with pytest.raises(InputError, match=rf'{words}.*expected readable rows with a "text"'):
+        stream(f"c4:{tmp_path}")

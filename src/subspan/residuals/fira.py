@@ -9,10 +9,10 @@
 ``||T_prev||`` is the norm after limiting. ``U`` is Adam's direction without bias correction, which the optimizer
 applies to all of ``D``.
 
-Source: Fira (Chen et al. 2024, arXiv 2410.01623), equations 5 to 8 and Algorithm 1.
+Source: Fira (Chen et al. 2024, arXiv 2410.01623): norm-based scaling and the norm-growth limiter.
 Deviations from the paper: none for ``mode="orthogonal"``. ``mode="official"`` is what the authors' code computes: its
 ``project_back`` carries the scale, so a share ``1 - scale`` of the gradient *inside* the subspace stays in the residual. The
-published tables were made with it.
+published tables were presumably made with it.
 """
 
 from collections.abc import Callable

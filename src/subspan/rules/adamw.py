@@ -12,6 +12,7 @@ Deviations: none from ``torch.optim.AdamW``. GaLore's code adds epsilon before t
 ``eps / sqrt(c2)``.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ class AdamW:
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas}: expected two numbers, each at least 0 and below 1")
-        if not self.eps >= 0:
+        if not 0 <= self.eps < math.inf:
             raise ValueError(f"eps={self.eps}: expected a number >= 0")
 
     def init(self, like: Tensor, shape: tuple[int, ...]) -> State:

@@ -12,8 +12,7 @@ SELECTORS: dict[str, Callable[[], Selector]] = {
     "dominant": Dominant,
     "importance": Importance,
     "random": Random,
-    "switch": lambda: Switch(Dominant(), Random()),
 }
-"""By name, with their papers' settings."""
+"""By name, with their papers' settings. ``Switch`` is made of two of them."""
 
 __all__ = ["SELECTORS", "Dominant", "Importance", "Random", "Switch"]

@@ -1,12 +1,14 @@
 """One selector until a step of the run, another from there on.
 
-Source: GoLore (He et al. 2024, arXiv 2410.11289), section 5: "GoLore@x%" is ``Switch(Dominant(), Random(), at=1 - x/100)``.
+Source: GoLore (He et al. 2024, arXiv 2410.11289): "GoLore@x%" is ``Switch(Dominant(), Random(), at=1 - x / 100)``.
 Deviations from the paper: none. (Its SGD code leaves the momentum as it is at the switch; here the switch is a refresh like
 any other, and the transfer applies.)
 """
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from subspan.parts import Key, Selector
@@ -17,9 +19,11 @@ from subspan.state import State
 class Switch:
     """``first``, then ``second`` from the first refresh at or past the switch.
 
+    Selectors that keep their basis under the same name share its memory.
+
     Args:
         first: the selector at the start.
-        second: the one that takes over; its state must be that of the first.
+        second: the one that takes over.
         at: when, as a step (an integer >= 0) or as a share of ``total_steps`` (a float in [0, 1]).
         total_steps: length of the run; ``create`` fills it in from its own argument. Not needed for a step.
     """
@@ -30,7 +34,7 @@ class Switch:
     total_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.at < 0 or (isinstance(self.at, float) and not self.at <= 1):
+        if not 0 <= self.at < math.inf or (isinstance(self.at, float) and self.at > 1):
             raise ValueError(f"at={self.at}: expected a step (an integer >= 0) or a share of the run (a float in [0, 1])")
 
     @property
@@ -39,16 +43,27 @@ class Switch:
 
     def init(self, G: Tensor, rank: int) -> State:
         self._step()
-        return self.first.init(G, rank)
+        return {**self.first.init(G, rank), **self.second.init(G, rank), "switched": 0}
 
     def refresh_(self, G: Tensor, state: State, key: Key) -> Tensor:
-        return (self.first if key.step < self._step() else self.second).refresh_(G, state, key)
+        if state["switched"] or key.step < self._step():
+            return self._active(state).refresh_(G, state, key)
+        # Across the switch: the old basis as rows, Q_oldᵀ (r, n), projected by the new one.
+        rank = self.first.project(G[..., :1, :], state).shape[-1]
+        identity = torch.eye(rank, device=G.device, dtype=torch.promote_types(G.dtype, torch.float32))
+        rows = self.first.project_back(identity.expand(*G.shape[:-2], rank, rank), state)
+        self.second.refresh_(G, state, key)
+        state["switched"] = 1
+        return self.second.project(rows, state)
 
     def project(self, G: Tensor, state: State) -> Tensor:
-        return self.first.project(G, state)
+        return self._active(state).project(G, state)
 
     def project_back(self, R: Tensor, state: State) -> Tensor:
-        return self.first.project_back(R, state)
+        return self._active(state).project_back(R, state)
+
+    def _active(self, state: State) -> Selector:
+        return self.second if state["switched"] else self.first
 
     def _step(self) -> float:
         if isinstance(self.at, int):

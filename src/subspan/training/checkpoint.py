@@ -4,7 +4,6 @@ checkpoints/step-000100/  config.json, model.safetensors, tokenizer files      l
                           optimizer.pt, training.pt                            tensors and primitives only
 """
 
-import os
 import pickle
 import re
 import shutil
@@ -12,35 +11,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from subspan.training.errors import InputError
+from subspan.training.errors import InputError, first_line
+from subspan.training.files import remove_directory, replace_directory
 
 _NAME = re.compile(r"step-(\d{6,})")
+_OTHER = "remove it, or continue an older one with --resume PATH"
 
 
 def save(
     folder: Path, step: int, keep: int, model: nn.Module, tokenizer: PreTrainedTokenizerBase, parts: dict[str, dict[str, Any]]
-) -> Path:
+) -> None:
     """Write the checkpoint of ``step``, then drop all but the ``keep`` newest. ``parts`` become files, one by name."""
-    target, scratch = folder / f"step-{step:06d}", folder / "unfinished"
-    if target.exists():  # saved before an interruption, and reached again: the same bits
-        return target
+    scratch = folder / "unfinished"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    model.save_pretrained(scratch)  # type: ignore[operator]  # transformers' method
+    model.save_pretrained(scratch, max_shard_size="10TB")  # type: ignore[operator]  # transformers' method; one file
     tokenizer.save_pretrained(scratch)
     for name, part in parts.items():
         torch.save(part, scratch / f"{name}.pt")
-    for file in scratch.iterdir():
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
-    scratch.rename(target)  # atomic: a kill before leaves the last checkpoint, a kill after leaves this one
+    replace_directory(scratch, folder / f"step-{step:06d}")
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
-    return target
+        remove_directory(old)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -54,9 +50,7 @@ def load_part(checkpoint: Path, name: str) -> dict[str, Any]:
     try:
         part: dict[str, Any] = torch.load(checkpoint / f"{name}.pt", map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise InputError(
-            f"checkpoint {checkpoint}: {name}.pt cannot be read ({type(error).__name__}); choose another"
-        ) from error
+        raise InputError(f"checkpoint {checkpoint}: {name}.pt cannot be read ({type(error).__name__}); {_OTHER}") from error
     return part
 
 
@@ -64,5 +58,5 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
     """Copy the checkpoint's weights into ``model``."""
     try:
         load_model(model, checkpoint / "model.safetensors")
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"checkpoint {checkpoint}: its weights do not fit the model: {str(error).splitlines()[0]}") from error
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise InputError(f"checkpoint {checkpoint}: model.safetensors cannot be used: {first_line(error)}; {_OTHER}") from error

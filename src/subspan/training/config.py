@@ -61,7 +61,7 @@ class PretrainConfig:
     """Pretrain a language model."""
 
     model: str = "llama-nano"
-    """A preset (`subspan list models`), a config.json, a model directory, or a Hugging Face name."""
+    """A preset (`subspan list models`), a config.json, a model directory, or OWNER/NAME on the Hugging Face hub."""
     optimizer: str = "sara_adamw"
     """A name from `subspan list optimizers`."""
     data: str = "embedded"
@@ -79,7 +79,7 @@ class PretrainConfig:
     sequence_length: int | None = None
     """Tokens predicted in a sequence; null is the preset's."""
     packing: bool = True
-    """Streamed data: join documents end to end; false is one document a sequence, cut or padded, as in GaLore's runs."""
+    """Streamed data: join documents end to end; false is one document a sequence, cut or padded, as in GaLore's code."""
     lr: float | None = None
     """Peak learning rate; null is the method's own."""
     rank: int | None = None
@@ -93,7 +93,7 @@ class PretrainConfig:
     clip: float | None = 1.0
     """Largest norm of the whole gradient; null does not clip."""
     seed: int = 0
-    """Of the weights, the data order and every subspace."""
+    """Of the weights, the order of stored data and every subspace."""
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,17 +39,26 @@ class Documents:
     def split(self) -> Iterator[tuple[Split, str]]:
         """Every document with its half.
 
-        A document that names its ``split`` keeps it. Of the others, the 5 % with the smallest hash of their text are
-        validation, so equal documents share a half and the order of files does not matter.
+        A document that names its ``split`` keeps it, and files of validation are validation. Of all others, the 5 % with the
+        smallest hash of their text are validation, so equal documents share a half and the order of files does not matter. A
+        training document that is in validation too is left out.
         """
-        if self.validation_files:
-            yield from (("train", text) for text, _ in _read(self.files))
-            yield from (("validation", text) for text, _ in _read(self.validation_files))
-            return
-        hashes = sorted({_hash(text) for text, half in _read(self.files) if half is None})
-        last = hashes[max(1, round(len(hashes) * VALIDATION_SHARE)) - 1] if len(hashes) > 1 else b""
+        held = {_hash(text) for text, _ in _read(self.validation_files)}
+        free: set[bytes] = set()
         for text, half in _read(self.files):
-            yield half or ("validation" if _hash(text) <= last else "train"), text
+            if half == "validation":
+                held.add(_hash(text))
+            elif half is None:
+                free.add(_hash(text))
+        if not self.validation_files and len(free) > 1:
+            held |= set(sorted(free)[: max(1, round(len(free) * VALIDATION_SHARE))])
+        for text, half in _read(self.files):
+            if _hash(text) not in held:
+                yield "train", text
+            elif not self.validation_files and half != "train":
+                yield "validation", text
+        for text, _ in _read(self.validation_files):
+            yield "validation", text
 
 
 def find_documents(data: str, validation_data: str | None = None) -> Documents:
@@ -95,7 +105,7 @@ def _read(files: tuple[Path, ...]) -> Iterator[tuple[str, Split | None]]:
         try:
             with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
                 yield from _documents_of(file, path)
-        except (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+        except (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
             raise InputError(f"data file {path} cannot be read: {error}; expected UTF-8 text") from error
 
 
@@ -115,8 +125,20 @@ def _documents_of(file: io.TextIOBase, path: Path) -> Iterator[tuple[str, Split 
             raise InputError(f'{path}, line {number}: {error!r}; expected one JSON object a line with a "text"') from error
         if not isinstance(text, str):
             raise InputError(f'{path}, line {number}: "text" is {type(text).__name__}, expected a string')
+        if half not in (None, "train", "validation"):
+            raise InputError(f'{path}, line {number}: "split" is {half!r}, expected "train" or "validation", or none')
+        if not _encodable(text):
+            raise InputError(f'{path}, line {number}: "text" holds half a surrogate pair, which UTF-8 cannot; mend the file')
         if text.strip():
-            yield text, half if half in ("train", "validation") else None
+            yield text, half
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _hash(text: str) -> bytes:

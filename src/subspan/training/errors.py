@@ -1,15 +1,10 @@
 """The error a user can mend: it names the argument, its value, what is allowed and the next step."""
 
-import difflib
-from collections.abc import Iterable
-
 
 class InputError(ValueError):
     """Shown without a traceback; the command exits with 2."""
 
 
-def near_names(name: str, known: Iterable[str]) -> str:
-    """``did you mean ...?``, or all that is known."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subspan.training.files import write_text
+
 
 class Metrics:
     """Appends rows to ``metrics.jsonl``; each has a ``step``.
@@ -21,9 +23,7 @@ class Metrics:
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
         self.path = folder / "metrics.jsonl"
         rows = [row for row in read_metrics(folder) if row["step"] <= step]
-        scratch = self.path.with_suffix(".unfinished")
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        scratch.replace(self.path)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  # open as long as the run
         self._board: Any = None
         if tensorboard:

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from subspan.training.errors import InputError, near_names
+from subspan.names import near_names
+from subspan.training.errors import InputError, first_line
 from subspan.training.presets import PRESETS, Preset
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -58,16 +59,31 @@ def build_model(name: str, tokenizer: PreTrainedTokenizerBase, sequence_length: 
         if path.is_file() or (path.is_dir() and not list(path.glob("*.safetensors")) + list(path.glob("*.bin"))):
             config = AutoConfig.from_pretrained(path)
             config.vocab_size = len(tokenizer)
-            return _from_config(config)
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model {name!r} cannot be loaded: {_first_line(error)}; presets are {', '.join(PRESETS)}") from error
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+            model = _from_config(config)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except Exception as error:  # configs and weights can be wrong in a dozen ways, each with an error class of its own
+        raise InputError(f"model {name!r} cannot be loaded: {first_line(error)}; presets are {', '.join(PRESETS)}") from error
+    _check_fits(name, model, tokenizer, sequence_length)
+    return model
+
+
+def _check_fits(name: str, model: Any, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise InputError(
             f"model {name!r} knows {rows} tokens, the tokenizer {len(tokenizer)}; use the model's own: --tokenizer {name}"
         )
-    return model
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions < sequence_length:
+        raise InputError(f"sequence_length={sequence_length}: the model {name!r} has {positions} positions; give fewer tokens")
+    ids = torch.zeros(2, 4, dtype=torch.long)
+    ids[1, -1] = 1
+    model.eval()
+    with torch.no_grad():
+        first, second = model(input_ids=ids, use_cache=False).logits[:, 0]
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-4):
+        raise InputError(f"model {name!r} sees the tokens it should predict: it is not causal; give a decoder, such as a LLaMA")
 
 
 def _llama(preset: Preset, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> LlamaConfig:
@@ -89,7 +105,3 @@ def _llama(preset: Preset, tokenizer: PreTrainedTokenizerBase, sequence_length: 
 def _from_config(config: Any) -> nn.Module:
     model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from subspan.recipes import create
@@ -18,11 +17,12 @@ from subspan.training.config import PretrainConfig
 from subspan.training.documents import find_documents
 from subspan.training.errors import InputError
 from subspan.training.evaluation import evaluate, token_losses
+from subspan.training.files import write_text
 from subspan.training.metrics import Meter, Metrics
 from subspan.training.model import build_model
 from subspan.training.progress import ProgressLine, say
 from subspan.training.resolve import ResolvedConfig, resolve
-from subspan.training.rundir import locate
+from subspan.training.rundir import claim, locate
 from subspan.training.schedule import lr_factor
 from subspan.training.signals import RunInterruptedError, collect_signals
 from subspan.training.streams import STREAMS, TokenStream
@@ -71,8 +71,10 @@ class Pretraining:
             # The second name is that of transformers before 5.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable()  # type: ignore[operator]  # transformers' method
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        self.model: nn.Module = model.to(config.device, dtype)
+        if config.precision == "bf16":
+            for p in model.parameters():  # not the buffers: rotary frequencies in bf16 would be another model
+                p.data = p.data.to(torch.bfloat16)
+        self.model: nn.Module = model.to(config.device).train()
         self.optimizer = _build_optimizer(config, self.model)
         steps, warmup, floor = config.steps, config.schedule.warmup_steps, config.schedule.min_lr_ratio
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda t: lr_factor(t, steps, warmup, floor))
@@ -88,8 +90,8 @@ class Pretraining:
             RunDivergedError: the loss is not finite.
         """
         config = self.config
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "config.yaml").write_text(yaml.safe_dump(self.settings | {"out": None, "resume": None}, sort_keys=False))
+        if not (config.resume and (self.out / "config.yaml").exists()):
+            self.out = claim(self.out, self.settings, numbered=config.out is None)
         self._announce()
         validation = self.data.validation()
         began = time.monotonic() - self.seconds
@@ -105,7 +107,8 @@ class Pretraining:
                 meter.stop(loss, tokens)
                 self.seconds = time.monotonic() - began
                 last = self.step == config.steps
-                saving = last or self.step % config.checkpoint.every == 0
+                stopping = bool(received) and not last
+                saving = stopping or last or self.step % config.checkpoint.every == 0
                 if saving or self.step % config.log_every == 0:  # nothing is saved whose loss is not known to be finite
                     row = {"step": self.step, "tokens": self.tokens, **meter.read(), "grad_norm": float(norm), "lr": lr}
                     self._check_finite(row["loss"])
@@ -114,10 +117,10 @@ class Pretraining:
                 progress.update(self.step)
                 if last:
                     break
-                if self.step % config.evaluation.every == 0:
+                if self.step % config.evaluation.every == 0 and not stopping:  # who stops a run does not want to wait
                     val_loss = self._evaluate(validation, metrics)
                     progress.say(f"step {self.step}: validation loss {val_loss:.4f}, perplexity {math.exp(val_loss):.2f}")
-                stopping = bool(received)  # looked at once: a signal may come between any two lines
+                    stopping = bool(received)
                 if saving or stopping:
                     self._save()
                 if stopping:
@@ -137,7 +140,7 @@ class Pretraining:
             out=str(self.out),
             seed=config.seed,
         )
-        (self.out / "summary.json").write_text(json.dumps(asdict(summary)) + "\n")
+        write_text(self.out / "summary.json", json.dumps(asdict(summary)) + "\n")
         return summary
 
     def _train_step(self) -> tuple[torch.Tensor, torch.Tensor, float, int]:
@@ -247,6 +250,8 @@ def _build_optimizer(config: ResolvedConfig, model: nn.Module) -> torch.optim.Op
 
 def _open_data(config: ResolvedConfig, tokenizer: Any) -> DataSource:
     if config.data.partition(":")[0] in STREAMS:
+        if config.validation_data:
+            raise InputError(f"validation_data={config.validation_data!r}: {config.data} has a validation half of its own")
         return TokenStream(config.data, tokenizer, config.sequence_length, config.evaluation.tokens, config.packing)
     if not config.packing:
         raise InputError(

@@ -1,5 +1,7 @@
 """Settings with every blank filled in, and checked."""
 
+import importlib.util
+import math
 from dataclasses import dataclass, fields
 from typing import Literal, TypeVar
 
@@ -102,11 +104,18 @@ def _check(config: ResolvedConfig) -> None:
             raise InputError(f"{name}={value}: expected a whole number >= 1")
     if config.batch_size % config.micro_batch_size:
         raise InputError(f"micro_batch_size={config.micro_batch_size}: expected a divisor of batch_size={config.batch_size}")
+    for name, number in {"lr": config.lr, "weight_decay": config.weight_decay}.items():
+        if not 0 <= number < math.inf:
+            raise InputError(f"{name}={number}: expected a number >= 0")
+    if not 0 <= config.seed < 2**63:
+        raise InputError(f"seed={config.seed}: expected a whole number from 0 to 2^63 - 1")
     if config.clip is not None and not config.clip > 0:
         raise InputError(f"clip={config.clip}: expected a number > 0, or null to turn clipping off")
     if not 0 <= config.schedule.min_lr_ratio <= 1:
         raise InputError(f"schedule.min_lr_ratio={config.schedule.min_lr_ratio}: expected a share between 0 and 1")
     if not 0 <= config.schedule.warmup_steps <= config.steps:
         raise InputError(f"schedule.warmup_steps={config.schedule.warmup_steps}: expected 0 to steps={config.steps}")
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("tensorboard=True: the package is not installed; pip install 'subspan[tensorboard]'")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device='cuda': torch finds no CUDA device; use --device cpu, or auto")

@@ -11,7 +11,8 @@ class RunInterruptedError(Exception):
     """A signal asked the run to stop; it has saved a checkpoint."""
 
     def __init__(self, signum: int, step: int, out: str) -> None:
-        super().__init__(f"{signal.Signals(signum).name}: saved at step {step}; continue with --out {out} --resume auto")
+        again = f"subspan pretrain --config {out}/config.yaml --out {out} --resume auto"
+        super().__init__(f"{signal.Signals(signum).name}: saved at step {step}; to continue: {again}")
         self.signum = signum
 
 

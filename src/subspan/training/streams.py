@@ -1,6 +1,6 @@
 """C4 and SlimPajama, streamed through ``datasets`` and tokenised on the way, with an exact cursor.
 
-GaLore's and SARA's runs take one document a sequence, cut or padded (``packing=False``). Here documents come in stored order:
+GaLore's code takes one document a sequence, cut or padded (``packing=False``). Here documents come in stored order:
 C4's files are shuffled already, and a shuffle buffer could not be restored exactly.
 """
 
@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from subspan.training.batches import IGNORED, Batch
-from subspan.training.errors import InputError
+from subspan.training.errors import InputError, first_line
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class TokenStream:
         self.data, self.tokenizer, self.length, self.packing = data, tokenizer, sequence_length, packing
         self._train = _load(data, "train")
         self._beginning = copy.deepcopy(self._train.state_dict())
-        self._documents: Iterator[dict[str, Any]] | None = None
+        self._documents: Iterator[str] | None = None
         self._left: list[int] = []  # tokens of the current document that have not been used yet
         self._validation = self._fixed_set(validation_tokens)
 
@@ -79,13 +79,12 @@ class TokenStream:
 
     def _next_document(self) -> str:
         if self._documents is None:
-            self._documents = iter(self._train)
-        row = next(self._documents, None)
-        if row is None:  # the next epoch; said outright, or a restored stream would start again where it was restored
+            self._documents = _texts(self._train, self.data)
+        text = next(self._documents, None)
+        if text is None:  # the next epoch; said outright, or a restored stream would start again where it was restored
             self._train.load_state_dict(copy.deepcopy(self._beginning))
-            self._documents = iter(self._train)
-            row = next(self._documents)
-        text: str = row["text"]
+            self._documents = _texts(self._train, self.data)
+            text = next(self._documents)
         return text
 
     def _encode(self, text: str) -> list[int]:
@@ -101,8 +100,8 @@ class TokenStream:
     def _fixed_set(self, tokens: int) -> Batch:
         sequences: list[list[int]] = []
         joined: list[int] = []
-        for row in _load(self.data, "validation"):
-            ids = self._encode(row["text"])
+        for text in _texts(_load(self.data, "validation"), self.data):
+            ids = self._encode(text)
             if self.packing:
                 joined += ids
             elif len(ids) > 1:
@@ -113,6 +112,16 @@ class TokenStream:
         if not sequences:
             raise InputError(f"data {self.data!r}: its validation half holds no text")
         return self._batch(sequences)
+
+
+def _texts(dataset: Any, data: str) -> Iterator[str]:
+    try:
+        for row in dataset:
+            yield row["text"]
+    except Exception as error:  # readers of files and of the hub raise errors of a dozen kinds
+        known = STREAMS[data.partition(":")[0]].hub[0]
+        cause = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f'data {data!r}: {cause}; expected readable rows with a "text", as in {known}') from error
 
 
 def _load(data: str, half: str) -> Any:
@@ -130,7 +139,6 @@ def _load(data: str, half: str) -> Any:
     except InputError:
         raise
     except Exception as error:  # the hub's client raises errors of a dozen kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"data {data!r} cannot be opened: {reason}; without a network give a local copy as {name}:PATH"
+            f"data {data!r} cannot be opened: {first_line(error)}; without a network give a local copy as {name}:PATH"
         ) from error

@@ -4,7 +4,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from subspan.training.embedded import BPE
-from subspan.training.errors import InputError
+from subspan.training.errors import InputError, first_line
 
 _EOS = "<eos>"
 
@@ -22,9 +22,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"tokenizer {name!r} cannot be loaded: {reason}; give 'bytes', 'embedded', or the directory of a saved tokenizer"
+            f"tokenizer {name!r} cannot be loaded: {first_line(error)}; "
+            "give 'bytes', 'embedded', or the directory of a saved tokenizer"
         ) from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"tokenizer {name!r} has no end-of-text token to put between documents; set eos_token in its config")
@@ -33,9 +33,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A text that differs whenever two tokenizers would encode differently."""
+    """A text that differs whenever two tokenizers would write different tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    encoding = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return f"{tokenizer.eos_token_id} {encoding}"
 
 
 def _byte_tokenizer() -> Tokenizer:

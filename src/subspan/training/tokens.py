@@ -20,7 +20,7 @@ from subspan.training.documents import Documents, Split
 from subspan.training.errors import InputError
 from subspan.training.tokenizer import fingerprint
 
-_FORMAT = 1  # part of the cache's key: raise it when the files change
+_FORMAT = 2  # part of the cache's key: raise it when the files change
 
 
 class TokenWindows:
@@ -34,8 +34,14 @@ class TokenWindows:
         self.length, self.seed, self.validation_tokens = sequence_length, seed, validation_tokens
         meta = json.loads((folder / "meta.json").read_text())
         self.documents: dict[str, int] = meta["documents"]
+        self.digest: str = meta["digest"]
         self.halves = {half: _open_map(folder / f"{half}.bin", meta["dtype"]) for half in ("train", "validation")}
         for half, tokens in self.halves.items():
+            if not self.documents[half]:
+                raise InputError(
+                    f"data: no document is left for the {half} half; "
+                    "give two different documents or more, or other files as --validation_data"
+                )
             if len(tokens) < sequence_length + 1:
                 raise InputError(
                     f"sequence_length={sequence_length}: the {half} half of the data holds {len(tokens)} tokens in "
@@ -50,7 +56,7 @@ class TokenWindows:
         while (wanted := size - sum(map(len, chosen))) > 0:
             chosen.append(self._order[self.index : self.index + wanted])
             self.index += len(chosen[-1])
-            if self.index == len(self._order):
+            if self.index >= len(self._order):
                 self.epoch, self.index = self.epoch + 1, 0
                 self._order = self._shuffle(self.epoch)
         return self._windows("train", torch.cat(chosen))
@@ -61,9 +67,13 @@ class TokenWindows:
         return self._windows("validation", torch.arange(wanted) * count // wanted)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "index": self.index}
+        return {"epoch": self.epoch, "index": self.index, "digest": self.digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["digest"] != self.digest:
+            raise InputError(
+                "data: the documents or the tokenizer have changed since the checkpoint; start anew with another --out"
+            )
         self.epoch, self.index = state["epoch"], state["index"]
         self._order = self._shuffle(self.epoch)
 
@@ -113,14 +123,17 @@ def tokenise(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Path:
 def _write(folder: Path, documents: Documents, tokenizer: PreTrainedTokenizerBase) -> None:
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     counts = {"train": 0, "validation": 0}
+    digest = hashlib.sha256()
     with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
         files = {"train": train, "validation": validation}
         for some in _chunks(documents.split()):
             encoded = tokenizer([text for _, text in some], add_special_tokens=False, return_attention_mask=False)["input_ids"]
             for (half, _), ids in zip(some, encoded, strict=True):
-                files[half].write(np.asarray([*ids, tokenizer.eos_token_id], dtype=dtype).tobytes())
+                content = np.asarray([*ids, tokenizer.eos_token_id], dtype=dtype).tobytes()
+                files[half].write(content)
+                digest.update(half.encode() + content)
                 counts[half] += 1
-    (folder / "meta.json").write_text(json.dumps({"dtype": dtype.name, "documents": counts}))
+    (folder / "meta.json").write_text(json.dumps({"dtype": dtype.name, "documents": counts, "digest": digest.hexdigest()}))
 
 
 def _chunks(documents: Iterator[tuple[Split, str]]) -> Iterator[list[tuple[Split, str]]]:
