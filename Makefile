@@ -28,17 +28,17 @@ clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(VENV)/.torch: constraints.txt
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	@echo "installing torch"
-	$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	touch $@
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch into $(VENV)"
+	@$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	@touch $@
 
 $(VENV)/.train: $(VENV)/.torch pyproject.toml
 	@echo "installing subspan"
-	$(PIP) --editable '.[train]'
-	touch $@
+	@$(PIP) --editable '.[train]'
+	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	@echo "installing subspan and its development tools"
-	$(PIP) --editable '.[dev]'
-	touch $@
+	@$(PIP) --editable '.[dev]'
+	@touch $@

@@ -6,7 +6,7 @@ With ``G = S diag(sigma) Vᵀ (m, n)``: ``Q = V[:, I]``, ``I`` drawn one index a
 
 and sorted ascending, so that column j of the new basis stays close in rank to column j of the old one.
 
-Source: SARA (Zhang et al. 2025, arXiv 2502.05790), Algorithm 2, lines 3 to 6, is ``power=1, floor=0``.
+Source: SARA (Zhang et al. 2025, arXiv 2502.05790), Algorithm 2, is ``power=1, floor=0``.
 Deviations from the paper: the spectrum comes from the Gram matrix unless ``method="svd"``; the draw is keyed, not taken from
 a live generator; where fewer than r singular values are positive the rest of the basis is filled up from the others
 (``torch.multinomial`` would raise); signs are aligned with the old basis; ``power`` and ``floor`` are additions. Off the CPU

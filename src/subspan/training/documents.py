@@ -67,8 +67,6 @@ def find_documents(data: str, validation_data: str | None = None) -> Documents:
     Raises:
         InputError: no such file, or none of a kind that can be read.
     """
-    if data == "embedded" and validation_data is None:
-        return Documents((CORPUS,))
     return Documents(_files(data, "data"), _files(validation_data, "validation_data") if validation_data else ())
 
 
