@@ -12,10 +12,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from subspan.recipes import RECIPES
+from subspan.rules import RULES
+from subspan.selectors import SELECTORS, Dominant, Importance, Random, Switch
 
 SHAPES = {"tall": (48, 20), "wide": (20, 48), "square": (32, 32)}
 RANK = 4
 METHODS = list(RECIPES)
+EVERY_SELECTOR = [
+    *(make() for make in SELECTORS.values()),
+    Dominant("svd"),
+    Importance(floor=0.2),
+    Switch(Dominant(), Random(), at=3),
+]
+EVERY_RULE = [make() for make in RULES.values()]
 SETTINGS: dict[str, dict[str, Any]] = {"golore_hybrid_adamw": {"total_steps": 20}}
 """What a recipe needs besides the settings all share."""
 

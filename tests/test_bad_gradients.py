@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from helpers import RANK, SHAPES, assert_same, feed, gradients, parameter
+from helpers import EVERY_SELECTOR, RANK, SHAPES, assert_same, feed, gradients, parameter
 
 from subspan import SubspaceAdamW
 from subspan.residuals import Discard, Fira
-from subspan.selectors import Dominant, Importance, Random, Switch
+from subspan.selectors import Dominant, Importance, Random
 
-SELECTORS = [Dominant(), Dominant("svd"), Importance(), Importance(floor=0.1), Random(), Switch(Dominant(), Random(), at=3)]
-selectors = pytest.mark.parametrize("selector", SELECTORS, ids=repr)
+selectors = pytest.mark.parametrize("selector", EVERY_SELECTOR, ids=repr)
 residuals = pytest.mark.parametrize("residual", [Discard(), Fira(), Fira("official")], ids=repr)
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -240,11 +241,12 @@ def test_the_names_an_error_shows_can_be_used(llama):
 
 
 def test_nothing_to_project():
-    """all-linear without a matrix names fully_shard; without a trainable parameter it says so."""
+    """all-linear without a matrix names fully_shard; with matrices of other layers alone, targets; frozen, it says so."""
     with pytest.raises(ValueError, match="fully_shard"):
         split_parameters([("flat_param", nn.Parameter(torch.zeros(100)))], rank=RANK)
-    with pytest.raises(ValueError, match="fully_shard"):
-        split_parameters(nn.Embedding(10, 4), rank=RANK)
+    for module in (nn.Embedding(10, 4), nn.LSTM(8, 8)):
+        with pytest.raises(ValueError, match=r"no weight of an nn\.Linear is left .* Name others with targets"):
+            split_parameters(module, rank=RANK)
     with pytest.raises(ValueError, match="no trainable parameter"):
         split_parameters(nn.Linear(4, 4).requires_grad_(False), rank=RANK)
 
@@ -262,3 +264,20 @@ def test_vectors_may_go_without_decay(llama):
     assert all(p.ndim == 1 for _, p in groups[-1]["params"])
     decayed = create("sara_adamw", llama, rank=RANK, weight_decay=0.1)
     assert [group["weight_decay"] for group in decayed.param_groups] == [0.1, 0.1, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "projected"),
+    [("tok_emb.weight", False), ("emb.weight", False), ("word_embeddings.weight", False), ("wte.weight", False),
+     ("lm_head.weight", False), ("ensemble.fc.weight", True), ("attn.multihead.weight", True)],
+)  # fmt: skip
+def test_names_that_stay_full_rank(name, projected):
+    """Embeddings and heads are known by the start of a word in their name, not by letters inside one."""
+    named = [("fc.weight", nn.Parameter(torch.zeros(16, 16))), (name, nn.Parameter(torch.zeros(16, 16)))]
+    assert (name in by_rank(split_parameters(named, rank=RANK))[0]) == projected
+
+
+def test_one_expression_to_exclude():
+    """A string is one expression, not a list of letters."""
+    model = nn.Sequential(OrderedDict(fc=nn.Linear(8, 8), block=nn.Linear(8, 8)))
+    assert by_rank(split_parameters(model, rank=RANK, exclude="block"))[0] == ["fc.weight"]

@@ -1,5 +1,8 @@
 """The papers' names: what they are made of, that they train, and the bytes they hold."""
 
+import re
+from collections import OrderedDict
+
 import pytest
 import torch
 from helpers import METHODS, RANK, SETTINGS, SHAPES, net, parameter, set_gradients
@@ -7,7 +10,7 @@ from torch import nn
 
 import subspan
 from subspan import create, list_optimizers, state_bytes
-from subspan.recipes import default_lr
+from subspan.recipes import defaults_of
 from subspan.residuals import Discard, Fira
 from subspan.rules import AdamW
 from subspan.selectors import Dominant, Importance, Random, Switch
@@ -42,7 +45,7 @@ def test_defaults(name):
     optimizer = build(name, net())
     assert (optimizer.selector, optimizer.transfer, optimizer.residual) == (selector, transfer, residual)
     assert optimizer.rule == AdamW((0.9, 0.999), 1e-8)
-    assert default_lr(name) == lr
+    assert defaults_of(name) == (lr, scale, transfer)
     for group in optimizer.param_groups:
         settings = {key: group[key] for key in ("lr", "scale", "update_proj_gap", "proj_type", "weight_decay")}
         assert settings == {"lr": lr, "scale": scale, "update_proj_gap": 200, "proj_type": "std", "weight_decay": 0.0}
@@ -185,3 +188,68 @@ def test_summary_counts():
     assert f"2 matrices at rank {RANK}, refreshed every 200 steps: {24 * 40 + 40 * 12:,} parameters" in text
     assert f"4 vectors: {40 * 3 + 12} parameters" in text
     assert f"{state_bytes(optimizer):,} bytes" in text
+
+
+def test_a_selector_by_name():
+    """create takes the names that SubspaceAdamW takes."""
+    assert create("sara_adamw", net(), rank=4, selector="dominant").selector == Dominant()
+    with pytest.raises(ValueError, match="selector='dominnt': did you mean dominant"):
+        create("sara_adamw", net(), rank=4, selector="dominnt")
+
+
+def test_names_are_found_whatever_their_case():
+    assert list(list_optimizers("SARA")) == ["sara_adamw", "fira_sara_adamw"]
+    with pytest.raises(ValueError, match="did you mean galore_adamw"):
+        create("GaLore", net(), rank=4)
+
+
+def test_a_hybrid_that_never_switches_says_so(caplog):
+    """No refresh falls between the switch at step 16 and the end at 20 when the period is 50."""
+    create("golore_hybrid_adamw", net(), rank=4, update_proj_gap=50, total_steps=20)
+    assert "never switches" in caplog.text
+    caplog.clear()
+    create("golore_hybrid_adamw", net(), rank=4, update_proj_gap=9, total_steps=20)
+    assert "never switches" not in caplog.text
+
+
+LIKELY_MISTAKES = {
+    "parameters for a model": (lambda m: create("sara_adamw", m.parameters(), rank=4), "model: got a generator"),
+    "a tensor for parameters": (lambda m: subspan.SubspaceAdamW(m.up.weight, rank=4), "params: got a Parameter"),
+    "a dict": (lambda m: subspan.SubspaceAdamW(dict(m.named_parameters()), rank=4), "params: got a dict"),
+    "a group without params": (lambda m: subspan.SubspaceAdamW([{"param": [m.up.weight]}], rank=4), "is no parameter group"),
+    "one beta": (lambda m: subspan.SubspaceAdamW(m, rank=4, betas=0.9), "betas=0.9: expected two numbers"),
+    "betas as text": (lambda m: subspan.SubspaceAdamW(m, rank=4, betas=("0.9", "0.99")), "betas="),
+    "eps as text": (lambda m: subspan.SubspaceAdamW(m, rank=4, eps="1e-8"), "eps='1e-8'"),
+    "lr as text": (lambda m: subspan.SubspaceAdamW(m, "0.1", 4), "lr='0.1'"),
+    "a class": (lambda m: subspan.SubspaceAdamW(m, rank=4, selector=Importance), "expected a selector, such as"),
+    "another part": (lambda m: subspan.SubspaceAdamW(m, rank=4, selector=AdamW()), "expected a selector, such as"),
+    "no residual": (lambda m: subspan.SubspaceAdamW(m, rank=4, residual=None), "expected a residual, such as"),
+    "a number for targets": (lambda m: subspan.SubspaceAdamW(m, rank=4, targets=[3]), "targets=[3]"),
+    "True for a number": (lambda m: subspan.SubspaceAdamW(m, rank=4, update_proj_gap=True), "update_proj_gap=True"),
+    "no rank": (lambda m: create("sara_adamw", m, rank=None), "rank=None: sara_adamw needs"),
+    "a setting as text": (lambda m: Importance(floor="0.1"), "floor='0.1'"),
+}
+
+
+@pytest.mark.parametrize(("call", "words"), LIKELY_MISTAKES.values(), ids=LIKELY_MISTAKES)
+def test_likely_mistakes(call, words):
+    """Each is a ValueError that names the argument and its value."""
+    with pytest.raises(ValueError, match=re.escape(words)):
+        call(net())
+
+
+def test_a_module_is_enough():
+    """Its nn.Linear weights are projected; embeddings of any name are not."""
+    model = torch.nn.Sequential(OrderedDict(a=torch.nn.Embedding(50, 24), b=net()))
+    optimizer = subspan.SubspaceAdamW(model, rank=4)
+    projected = {name for g in optimizer.param_groups if g["rank"] for name in g["param_names"]}
+    assert projected == {"b.up.weight", "b.down.weight"}
+
+
+def test_nothing_projected_and_misspelt_keys_are_said(caplog):
+    subspan.SubspaceAdamW(net())
+    assert "no matrix is projected" in caplog.text
+    subspan.SubspaceAdamW([{"params": [net().up.weight], "rank": 4, "update_projgap": 3, "fused": True, "initial_lr": 1.0}])
+    assert "'update_projgap' is not used here; did you mean 'update_proj_gap'" in caplog.text
+    assert "fused" not in caplog.text
+    assert "initial_lr" not in caplog.text

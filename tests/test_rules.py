@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import RANK, SHAPES, feed, gradients, parameter
+from helpers import EVERY_RULE, RANK, SHAPES, feed, gradients, parameter
 
 from subspan import SubspaceAdamW, SubspaceOptimizer
 from subspan.linalg import orthonormalise
@@ -85,7 +85,7 @@ def frame(seed, n=20, r=RANK):
     return orthonormalise(torch.randn(n, r, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
 
 
-@pytest.mark.parametrize("rule", [AdamW(), SGD(0.9)], ids=repr)
+@pytest.mark.parametrize("rule", EVERY_RULE, ids=repr)
 @pytest.mark.parametrize("how", ["rotate", "moments"])
 def test_momentum_survives_a_rotation_of_the_basis(rule, how):
     """If the new basis spans the old subspace, the momentum M Qᵀ in the full space is the same."""
@@ -138,7 +138,7 @@ def test_ldadam_transport_of_a_signed_permutation():
 
 
 @pytest.mark.parametrize("how", ["rotate", "moments", "reset"])
-@pytest.mark.parametrize("rule", [AdamW(), AdamW(betas=(0.0, 0.0)), SGD()], ids=repr)
+@pytest.mark.parametrize("rule", [*EVERY_RULE, AdamW(betas=(0.0, 0.0))], ids=repr)
 def test_transfer_before_the_first_step(rule, how):
     """The first refresh finds zero moments and a zero old basis; they stay zero."""
     state = rule.init(torch.zeros(48, 20), (48, RANK))

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from helpers import RANK, SHAPES, gradients
+from helpers import EVERY_SELECTOR, RANK, SHAPES, gradients
 
 from subspan.parts import Key
 from subspan.selectors import Dominant, Importance, Random, Switch
 
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-ALL = [Dominant(), Dominant("svd"), Importance(), Importance(floor=0.2), Random(), Switch(Dominant(), Random(), at=3)]
 KEY = Key(0, "layer.weight", 0)
 
 
@@ -36,7 +35,7 @@ def test_dominant_is_the_leading_right_singular_subspace(shape, method):
 
 
 @shapes
-@pytest.mark.parametrize("selector", ALL, ids=repr)
+@pytest.mark.parametrize("selector", EVERY_SELECTOR, ids=repr)
 def test_protocol(shape, selector):
     """Orthonormal columns; refresh_ returns Q_oldᵀ Q_new; project_back is the adjoint of project, a fresh tensor."""
     first, second = gradients(shape, 2)
@@ -55,7 +54,7 @@ def test_protocol(shape, selector):
     assert state["basis"].any()
 
 
-@pytest.mark.parametrize("selector", ALL, ids=repr)
+@pytest.mark.parametrize("selector", EVERY_SELECTOR, ids=repr)
 def test_the_result_depends_on_gradient_state_and_key_alone(selector):
     """The same key gives the same basis, bit for bit, whatever the process's generator has done."""
     (G,) = gradients((32, 32), 1)

@@ -181,7 +181,7 @@ FOREIGN = {
     ),
     "another selector": (
         lambda method: build("galore_adamw" if method == "sara_adamw" else "fira_sara_adamw", net()),
-        "the checkpoint is of (Dominant|Importance), .*, this optimizer is (Importance|Dominant), ",
+        "the checkpoint is of selector (Dominant|Importance), .*, this optimizer is selector (Importance|Dominant), ",
     ),
     "a damaged integer": (
         lambda method: damaged(method, lambda d: d["state"][0].update(refresh_step="x")),

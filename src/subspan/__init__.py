@@ -1,4 +1,4 @@
-"""Train large language models with optimizer state, gradients and activations in a small, moving subspace of every matrix."""
+"""Train large language models with the optimizer's state in a small, moving subspace of every weight matrix."""
 
 from subspan import residuals, rules, selectors
 from subspan.adamw import SubspaceAdamW

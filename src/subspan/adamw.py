@@ -1,9 +1,8 @@
 """``SubspaceAdamW``: the optimizer most people want, in one typed constructor."""
 
-from typing import Literal
-
 from torch import Tensor
 
+from subspan.names import look_up
 from subspan.optimizer import Params, SubspaceOptimizer
 from subspan.param_groups import EXCLUDED
 from subspan.parts import Residual, Selector, Transfer
@@ -30,7 +29,7 @@ class SubspaceAdamW(SubspaceOptimizer):
     Example:
         >>> import torch, subspan
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
-        >>> optimizer = subspan.SubspaceAdamW(model.named_parameters(), lr=1e-2, rank=4)
+        >>> optimizer = subspan.SubspaceAdamW(model, lr=1e-2, rank=4)
         >>> model(torch.randn(16, 64)).square().mean().backward()
         >>> optimizer.step()
     """
@@ -41,8 +40,8 @@ class SubspaceAdamW(SubspaceOptimizer):
         lr: float | Tensor = 1e-2,
         rank: int | None = None,
         *,
-        selector: Literal["importance", "dominant", "random"] | Selector = "importance",
-        residual: Literal["discard", "fira"] | Residual = "discard",
+        selector: str | Selector = "importance",
+        residual: str | Residual = "discard",
         transfer: Transfer = "keep",
         update_proj_gap: int = 200,
         scale: float = 0.25,
@@ -55,21 +54,13 @@ class SubspaceAdamW(SubspaceOptimizer):
         targets: str | list[str] = "all-linear",
         exclude: tuple[str, ...] = EXCLUDED,
     ) -> None:
-        if isinstance(selector, str):
-            if selector not in SELECTORS:
-                raise ValueError(f"selector={selector!r}: expected one of {', '.join(SELECTORS)}, or a selector object")
-            selector = SELECTORS[selector]()
-        if isinstance(residual, str):
-            if residual not in RESIDUALS:
-                raise ValueError(f"residual={residual!r}: expected one of {', '.join(RESIDUALS)}, or a residual object")
-            residual = RESIDUALS[residual]()
         super().__init__(
             params,
             lr,
             rank,
-            selector=selector,
+            selector=look_up(selector, SELECTORS, "selector"),
             rule=AdamW(betas, eps),
-            residual=residual,
+            residual=look_up(residual, RESIDUALS, "residual"),
             transfer=transfer,
             update_proj_gap=update_proj_gap,
             scale=scale,

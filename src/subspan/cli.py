@@ -18,6 +18,7 @@ from subspan import __version__
 from subspan.recipes import list_optimizers
 from subspan.training.config import PretrainConfig
 from subspan.training.errors import InputError
+from subspan.training.signals import RunInterruptedError, interrupt_ends_process
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -28,13 +29,20 @@ class _Parser(ArgumentParser):
     known: ClassVar[list[str]] = []
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        wrong = re.search(r'Parser key "([^"]+)":(.*?)Given value: (.*)', " ".join(message.split()))
+        wrong = re.search(r'Parser key "([^"]+)":(.*?)(?:Given value|Got value): (.*)', " ".join(message.split()))
         if wrong:
-            kinds = dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", wrong[2]))
-            names = ["null" if kind == "NoneType" else kind for kind in kinds]
-            _fail(f"{wrong[1]}={wrong[3]}: expected {' or '.join(names)}; see subspan pretrain --help")
-        words = [word for word in re.findall(r"[\w.]+", message) if word not in self.known]
-        near = {hit for word in words for hit in difflib.get_close_matches(word, self.known, n=2, cutoff=0.75)}
+            kinds = re.findall(r"<class '(\w+)'>|Literal\[(.*?)\]", wrong[2])
+            allowed = dict.fromkeys("null" if kind == "NoneType" else kind or choices for kind, choices in kinds)
+            _fail(f"{wrong[1]}={wrong[3]}: expected {' or '.join(allowed)}; see subspan pretrain --help")
+        # The last part of a name counts too: --warmup_steps for --schedule.warmup_steps.
+        known = {name: name for name in self.known} | {name.rpartition(".")[2]: name for name in self.known}
+        words = re.findall(r"--([\w.-]+)", message) or re.findall(r"'([\w.-]+)'", message)
+        near = {
+            known[hit]
+            for word in (word.replace("-", "_") for word in words)
+            if word not in self.known or "unrecognized" in message
+            for hit in difflib.get_close_matches(word, known, n=2, cutoff=0.75)
+        }
         hint = f" (did you mean {' or '.join(sorted(near))}?)" if near else ""
         _fail(message + hint)
 
@@ -95,20 +103,20 @@ def _list(what: str) -> None:
 
 
 def _pretrain(config: PretrainConfig, as_json: bool) -> int:
-    # Here, because they take seconds to import: --help and mistyped flags need not wait.
-    from subspan.training.pretrain import Pretraining, RunDivergedError
-    from subspan.training.signals import RunInterruptedError
+    with interrupt_ends_process():
+        # Here, because they take seconds to import: --help and mistyped flags need not wait.
+        from subspan.training.pretrain import Pretraining, RunDivergedError
 
-    try:
         try:
             run = Pretraining(config)
         except (ValueError, OSError) as error:
             _fail(str(error))
+    try:
         summary = run.run()
     except InputError as error:  # found late: data that breaks off, a directory taken meanwhile
         _fail(str(error))
-    except KeyboardInterrupt:  # before the first step, or twice
-        print("subspan: stopped at once; the last checkpoint stands", file=sys.stderr)
+    except KeyboardInterrupt:  # twice, or before the first step
+        print("subspan: stopped at once; what was saved before stands", file=sys.stderr)
         return 130
     except RunInterruptedError as error:
         print(f"subspan: {error}", file=sys.stderr)

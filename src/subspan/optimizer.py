@@ -8,6 +8,7 @@ combine             D = scale * U Qᵀ + residual(G, R, U)
 apply               W <- (1 - lr * wd) W - lr * D
 """
 
+import difflib
 import logging
 import math
 import typing
@@ -16,16 +17,17 @@ from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from subspan.linalg import LinAlgError
-from subspan.param_groups import EXCLUDED, PROJ_TYPES, projection_side, split_parameters
+from subspan.param_groups import EXCLUDED, FLATTENED, PROJ_TYPES, projection_side, split_parameters
 from subspan.parts import Key, Residual, Rule, Selector, Transfer
 from subspan.state import State, check_state, copy_state_, state_bytes
 
 logger = logging.getLogger(__name__)
 
-Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+_KNOWN_FOREIGN = ("initial_lr", "max_lr", "min_lr", "fused", "foreach")
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo one, fill the unit interval evenly however many there are
 
 
@@ -38,8 +40,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     A non-finite gradient reaches moments and weights as it does in ``torch.optim``; it never reaches a basis.
 
     Args:
-        params: ``model.named_parameters()`` (embeddings, norms and heads stay full rank, by name), parameter groups
-            (those with ``rank`` are projected, as with galore_torch), or bare tensors (every matrix is projected).
+        params: a module (its ``nn.Linear`` weights are projected, except what ``exclude`` names), ``named_parameters()``
+            (every matrix is, except what ``exclude`` names), parameter groups (those with ``rank`` are, as with
+            galore_torch), or bare tensors (every matrix is).
         lr: learning rate, a float or a tensor; read at every step.
         rank: dimension of the subspace, >= 1; ``None`` for full rank.
         selector: which subspace.
@@ -50,11 +53,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         scale: factor on the step of projected matrices. ``lr * scale`` is their learning rate: halve one, double the other.
         proj_type: the side to compress: ``std`` (the shorter), ``reverse_std`` (the longer), ``right`` (columns) or
             ``left`` (rows).
-        weight_decay: decoupled, multiplied by ``lr``.
+        weight_decay: decoupled, multiplied by ``lr``; of every parameter, as in torch (``create`` spares biases and norms).
         stagger: spread the refreshes of different matrices over the period, after the first, so that no step pays for all.
         seed: of every random choice. A choice depends on the seed, the parameter's name and the step alone.
-        targets: with named parameters: ``"all-linear"``, a list of substrings, or a regular expression.
-        exclude: with named parameters: regular expressions of names that stay full rank.
+        targets: with a module or named parameters: ``"all-linear"``, a list of substrings, or a regular expression.
+        exclude: likewise: regular expressions of names that stay full rank.
 
     Raises:
         ValueError: an argument out of range, a target that matches nothing, a ``rank`` for a group without a matrix.
@@ -81,9 +84,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     ) -> None:
         if transfer not in typing.get_args(Transfer):
             raise ValueError(f"transfer={transfer!r}: expected one of {', '.join(typing.get_args(Transfer))}")
-        for what, part in (("selector", selector), ("rule", rule), ("residual", residual)):
-            if isinstance(part, type) or not is_dataclass(part):
-                raise ValueError(f"{what}={part!r}: expected an object with settings, such as subspan.selectors.Importance()")
+        for what, part, method, example in (
+            ("selector", selector, "refresh_", "selectors.Importance()"),
+            ("rule", rule, "update_", "rules.AdamW()"),
+            ("residual", residual, "combine", "residuals.Discard()"),
+        ):
+            if isinstance(part, type) or not is_dataclass(part) or not hasattr(part, method):
+                raise ValueError(f"{what}={part!r}: expected a {what}, such as subspan.{example}")
         self.selector, self.rule, self.residual = selector, rule, residual
         self.transfer, self.stagger, self.seed = transfer, stagger, seed
         defaults = {
@@ -95,7 +102,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "clock": 0,
             # Compared on loading: moments mean nothing in another method's basis.
-            "method": f"{_kind(selector)}, {_kind(rule)}, {_kind(residual)}, {transfer}",
+            "method": (f"selector {_kind(selector)}, rule {_kind(rule)}, residual {_kind(residual)}, transfer {transfer}"),
         }
         super().__init__(_as_groups(params, rank, targets, exclude), defaults | asdict(rule))
         if rank is not None and all(p.ndim < 2 for p in self._parameters()):
@@ -108,6 +115,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and allocate all of its state (contract R3). Nothing is added if a setting is wrong."""
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise ValueError(f"params: {param_group!r} is no parameter group; expected a dict with 'params'")
+        for key in param_group.keys() - {"params", "param_names", *self.defaults}:
+            # Other libraries add keys of their own (contract R8), so this is no error.
+            near = difflib.get_close_matches(key, self.defaults, n=1, cutoff=0.7)
+            if near and key not in _KNOWN_FOREIGN:
+                logger.warning("parameter group: %r is not used here; did you mean %r?", key, near[0])
         settings = self.defaults | param_group
         _check_settings(settings)
         self._rule(settings)
@@ -299,10 +313,7 @@ def _kind(part: object) -> str:
 
 
 def _no_matrix(rank: int) -> str:
-    return (
-        f"rank={rank}: there is no matrix among the parameters to project. Parameters flattened by FSDP1 or DeepSpeed have "
-        "lost their shape: shard with fully_shard (FSDP2) instead"
-    )
+    return f"rank={rank}: there is no matrix among the parameters to project. {FLATTENED}"
 
 
 def _saved_ids(state_dict: Mapping[str, Any]) -> list[Any]:
@@ -328,6 +339,12 @@ def _names(number: int, group: Mapping[str, Any]) -> list[str]:
 
 
 def _as_groups(params: Params, rank: int | None, targets: str | list[str], exclude: tuple[str, ...]) -> list[Any]:
+    if isinstance(params, nn.Module):
+        return split_parameters(params, rank=rank, targets=targets, exclude=exclude)
+    if isinstance(params, (Tensor, dict)):
+        raise ValueError(
+            f"params: got a {type(params).__name__}; expected a module, its named_parameters(), groups, or tensors"
+        )
     given: list[Any] = list(params)
     if not given or isinstance(given[0], dict):
         return given
@@ -344,7 +361,7 @@ def _check_settings(group: Mapping[str, Any]) -> None:
     rank, gap = group["rank"], group["update_proj_gap"]
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank={rank!r}: expected a whole number >= 1, or None for full rank")
-    if not isinstance(gap, int) or gap < 1:
+    if isinstance(gap, bool) or not isinstance(gap, int) or gap < 1:
         raise ValueError(f"update_proj_gap={gap!r}: expected a whole number of steps >= 1")
     for key in ("lr", "scale", "weight_decay"):
         value = group[key]

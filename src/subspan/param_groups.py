@@ -7,8 +7,19 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-EXCLUDED = (r"embed", r"\bw[tp]e\b", r"norm", r"\b(lm_)?head\b", r"\bscore\b", r"\bclassifier\b", r"^output\b", r"lora_")
+EXCLUDED = (
+    r"embed|(\b|_)emb",
+    r"\bw[tp]e\b",
+    r"norm",
+    r"\b(lm_)?head\b",
+    r"\bscore\b",
+    r"\bclassifier\b",
+    r"^output\b",
+    r"lora_",
+)
 """Regular expressions, searched in a parameter's name: embeddings, norms and heads stay full rank."""
+
+FLATTENED = "Parameters flattened by FSDP1 or DeepSpeed have lost their shape: shard with fully_shard (FSDP2) instead"
 
 Side = Literal["right", "left"]
 PROJ_TYPES = {"std": "short", "reverse_std": "long", "right": "right", "left": "left", "short": "short", "long": "long"}
@@ -56,6 +67,10 @@ def split_parameters(
     Raises:
         ValueError: a target or override that matches nothing.
     """
+    if isinstance(exclude, str):
+        exclude = (exclude,)
+    if not isinstance(targets, str) and not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"targets={targets!r}: expected 'all-linear', a list of strings, or a regular expression")
     named = list(parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters)
     named = [(name, p) for name, p in named if p.requires_grad]
     if not named:
@@ -96,9 +111,10 @@ def _projected_names(
         kept = [_compiled(pattern, "exclude") for pattern in exclude]
         found = {name for name in matrices if not any(pattern.search(name) for pattern in kept)}
         if not found:
+            why = "no weight of an nn.Linear is left" if any(p.ndim > 1 for _, p in named) else "there is no matrix"
             raise ValueError(
-                f"targets='all-linear': no matrix to project among {len(named)} parameters; {_names_like('', named)}. "
-                "Parameters flattened by FSDP1 or DeepSpeed have lost their shape: shard with fully_shard (FSDP2) instead"
+                f"targets='all-linear': {why} to project among {len(named)} parameters; {_names_like('', named)}. "
+                + ("Name others with targets" if any(p.ndim > 1 for _, p in named) else FLATTENED)
             )
         return found
     patterns = [targets] if isinstance(targets, str) else list(targets)
@@ -112,7 +128,8 @@ def _projected_names(
         else:
             hits = {n for n in matrices if pattern in n}
         if not hits:
-            raise ValueError(f"targets: {pattern!r} matches no matrix; {_names_like(pattern, named)}")
+            how = "; an expression must match a whole name" if isinstance(targets, str) else ""
+            raise ValueError(f"targets: {pattern!r} matches no matrix; {_names_like(pattern, named)}{how}")
         found |= hits
     return found
 

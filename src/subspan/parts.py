@@ -9,7 +9,7 @@ allocated when the optimizer is built, changed in place, and passed in.
 
 from collections.abc import Callable
 from dataclasses import Field
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeGuard
 
 from torch import Tensor
 
@@ -23,6 +23,11 @@ Transfer = Literal["keep", "rotate", "moments", "reset"]
 - ``moments``: both moments are transported (LDAdam);
 - ``reset``: moments and step count start over (RSO, FRUGAL).
 """
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether ``value`` compares with numbers, so that a setting of another kind gets the same error as one out of range."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class Key(NamedTuple):

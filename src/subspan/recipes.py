@@ -1,21 +1,23 @@
 """The papers' names for a choice of parts. A paper that recombines known parts is one more row of ``RECIPES``."""
 
 import fnmatch
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from subspan.names import near_names
+from subspan.names import look_up, near_names
 from subspan.optimizer import SubspaceOptimizer
 from subspan.param_groups import EXCLUDED, split_parameters
 from subspan.parts import Residual, Rule, Selector, Transfer
-from subspan.residuals import Discard, Fira
+from subspan.residuals import RESIDUALS, Discard, Fira
 from subspan.rules import AdamW
-from subspan.selectors import Dominant, Importance, Random, Switch
+from subspan.selectors import SELECTORS, Dominant, Importance, Random, Switch
 
+logger = logging.getLogger(__name__)
 Part = TypeVar("Part")
 
 
@@ -60,15 +62,27 @@ _BASELINE_LR = 1e-3
 
 
 def list_optimizers(pattern: str = "*") -> dict[str, str]:
-    """Names that ``create`` knows and a line on each; ``pattern`` may hold wildcards, as in ``"*sara*"``."""
+    """Names that ``create`` knows and a line on each; ``pattern`` is a part of a name, or holds wildcards."""
     rows = _BASELINES | {name: f"{recipe.summary} ({recipe.source})" for name, recipe in RECIPES.items()}
-    return {name: line for name, line in rows.items() if fnmatch.fnmatch(name, pattern)}
+    wanted = pattern.casefold() if set(pattern) & set("*?[") else f"*{pattern.casefold()}*"
+    return {name: line for name, line in rows.items() if fnmatch.fnmatch(name, wanted)}
 
 
-def default_lr(name: str) -> float:
-    """The learning rate ``create`` uses when none is given."""
+class Defaults(NamedTuple):
+    """What ``create`` uses where nothing is given; ``None`` for what the method does not have."""
+
+    lr: float
+    scale: float | None
+    transfer: Transfer | None
+
+
+def defaults_of(name: str) -> Defaults:
+    """The default settings of a method, by name."""
     _check_name(name)
-    return RECIPES[name].lr if name in RECIPES else _BASELINE_LR
+    if name in _BASELINES:
+        return Defaults(_BASELINE_LR, None, None)
+    recipe = RECIPES[name]
+    return Defaults(recipe.lr, recipe.scale, recipe.transfer)
 
 
 def create(
@@ -81,8 +95,8 @@ def create(
     scale: float | None = None,
     proj_type: str = "std",
     transfer: Transfer | None = None,
-    selector: Selector | Mapping[str, Any] | None = None,
-    residual: Residual | Mapping[str, Any] | None = None,
+    selector: str | Selector | Mapping[str, Any] | None = None,
+    residual: str | Residual | Mapping[str, Any] | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
@@ -99,7 +113,7 @@ def create(
         name: one of ``list_optimizers()``. ``adamw`` ignores what concerns subspaces.
         model: its ``nn.Linear`` weights are projected, except those that ``exclude`` names.
         lr: learning rate; ``None`` is the recipe's own, as is ``None`` for scale and transfer.
-        selector: another selector, or settings for the recipe's own such as ``{"power": 2.0, "floor": 0.1}``.
+        selector: another selector, its name, or settings for the recipe's own such as ``{"power": 2.0, "floor": 0.1}``.
         residual: likewise, such as ``{"mode": "official"}``.
         weight_decay: decoupled; parameters of one dimension (biases, norms) are never decayed.
         total_steps: length of the run; the hybrid needs it.
@@ -111,6 +125,8 @@ def create(
         ValueError: an unknown name (near ones are listed), or a setting out of range.
     """
     _check_name(name)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: got a {type(model).__name__}; expected a torch.nn.Module, not its parameters")
     if rank is None and name not in _BASELINES:
         raise ValueError(f"rank=None: {name} needs a whole number >= 1; the full-rank baseline is 'adamw'")
     groups = split_parameters(
@@ -121,22 +137,24 @@ def create(
         overrides=overrides,
         decay_vectors=False,
     )
-    lr = default_lr(name) if lr is None else lr
+    lr = defaults_of(name).lr if lr is None else lr
     if name in _BASELINES:
         for group in groups:
             del group["rank"]  # ours; torch's groups do without
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     recipe = RECIPES[name]
-    chosen = _with(recipe.selector, selector, "selector")
+    chosen = _with(recipe.selector, selector, SELECTORS, "selector")
     if isinstance(chosen, Switch) and chosen.total_steps is None:
         chosen = replace(chosen, total_steps=total_steps)
+    if isinstance(chosen, Switch) and not chosen.switches_within(update_proj_gap):
+        logger.warning("%s never switches: no refresh falls after %s of %s steps", name, chosen.at, chosen.total_steps)
     optimizer = SubspaceOptimizer(
         groups,
         lr,
         rank,
         selector=chosen,
         rule=AdamW(betas, eps),
-        residual=_with(recipe.residual, residual, "residual"),
+        residual=_with(recipe.residual, residual, RESIDUALS, "residual"),
         transfer=transfer or recipe.transfer,
         update_proj_gap=update_proj_gap,
         scale=recipe.scale if scale is None else scale,
@@ -158,12 +176,14 @@ def _check_name(name: str) -> None:
         raise ValueError(f"optimizer {name!r} is unknown; {near_names(name, known)} (subspan list optimizers shows all)")
 
 
-def _with(part: Part, change: Part | Mapping[str, Any] | None, what: str) -> Part:
+def _with(
+    part: Part, change: str | Part | Mapping[str, Any] | None, table: Mapping[str, Callable[[], Part]], what: str
+) -> Part:
     """``part`` itself, with settings changed, or replaced."""
     if change is None:
         return part
     if not isinstance(change, Mapping):
-        return change
+        return look_up(change, table, what)
     allowed = [field.name for field in fields(part)]  # type: ignore[arg-type]  # every part is a dataclass
     for key, value in change.items():
         if key not in allowed:

@@ -103,5 +103,5 @@ def test_too_long_a_sequence(corpus: Path, tokenizer: PreTrainedTokenizerBase) -
 
 def test_one_document_cannot_be_split(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     (tmp_path / "only.txt").write_text("all alone " * 100)
-    with pytest.raises(InputError, match="no document is left for the validation half; give two different documents"):
+    with pytest.raises(InputError, match="no document is left for the validation half; a text file is one document"):
         windows(tmp_path, tokenizer)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspan.parts import Transfer
+from subspan.parts import Transfer, is_number
 from subspan.state import State, allocate
 
 
@@ -35,10 +35,11 @@ class AdamW:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={self.betas}: expected two numbers, each at least 0 and below 1")
-        if not 0 <= self.eps < math.inf:
-            raise ValueError(f"eps={self.eps}: expected a number >= 0")
+        pair = isinstance(self.betas, (tuple, list)) and len(self.betas) == 2
+        if not pair or not all(is_number(beta) and 0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas!r}: expected two numbers, each at least 0 and below 1")
+        if not is_number(self.eps) or not 0 <= self.eps < math.inf:
+            raise ValueError(f"eps={self.eps!r}: expected a number >= 0")
 
     def init(self, like: Tensor, shape: tuple[int, ...]) -> State:
         return {

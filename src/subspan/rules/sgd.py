@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspan.parts import Transfer
+from subspan.parts import Transfer, is_number
 from subspan.state import State, allocate
 
 
@@ -33,8 +33,9 @@ class SGD:
 
     def __post_init__(self) -> None:
         for name in ("momentum", "dampening"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a number at least 0 and below 1")
+            value = getattr(self, name)
+            if not is_number(value) or not 0 <= value < 1:
+                raise ValueError(f"{name}={value!r}: expected a number at least 0 and below 1")
 
     def init(self, like: Tensor, shape: tuple[int, ...]) -> State:
         return {"step": torch.zeros((), dtype=torch.float32), "exp_avg": allocate(like, shape)}

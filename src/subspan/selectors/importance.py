@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from subspan import linalg
-from subspan.parts import Key
+from subspan.parts import Key, is_number
 from subspan.selectors._matrix import MatrixSelector, check_method, columns
 
 
@@ -45,10 +45,10 @@ class Importance(MatrixSelector):
 
     def __post_init__(self) -> None:
         check_method(self.method)
-        if not 0 <= self.power < math.inf:
-            raise ValueError(f"power={self.power}: expected a number >= 0 (1 is SARA, 0 samples uniformly)")
-        if not 0 <= self.floor <= 1:
-            raise ValueError(f"floor={self.floor}: expected a share between 0 and 1")
+        if not is_number(self.power) or not 0 <= self.power < math.inf:
+            raise ValueError(f"power={self.power!r}: expected a number >= 0 (1 is SARA, 0 samples uniformly)")
+        if not is_number(self.floor) or not 0 <= self.floor <= 1:
+            raise ValueError(f"floor={self.floor!r}: expected a share between 0 and 1")
 
     def log_weights(self, sigma: Tensor) -> Tensor:
         """``log w (..., k)`` for singular values ``sigma (..., k)``. In logarithms: a large power would underflow."""

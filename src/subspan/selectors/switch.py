@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspan.parts import Key, Selector
+from subspan.parts import Key, Selector, is_number
 from subspan.state import State
 
 
@@ -34,8 +34,8 @@ class Switch:
     total_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.at < math.inf or (isinstance(self.at, float) and self.at > 1):
-            raise ValueError(f"at={self.at}: expected a step (an integer >= 0) or a share of the run (a float in [0, 1])")
+        if not is_number(self.at) or not 0 <= self.at < math.inf or (isinstance(self.at, float) and self.at > 1):
+            raise ValueError(f"at={self.at!r}: expected a step (an integer >= 0) or a share of the run (a float in [0, 1])")
 
     @property
     def needs_gradient(self) -> bool:
@@ -61,6 +61,10 @@ class Switch:
 
     def project_back(self, R: Tensor, state: State) -> Tensor:
         return self._active(state).project_back(R, state)
+
+    def switches_within(self, period: int) -> bool:
+        """Whether a refresh every ``period`` steps falls between the switch and the end of the run."""
+        return self.total_steps is None or math.ceil(self._step() / period) * period < self.total_steps
 
     def _active(self, state: State) -> Selector:
         return self.second if state["switched"] else self.first

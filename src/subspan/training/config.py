@@ -61,11 +61,13 @@ class PretrainConfig:
     """Pretrain a language model."""
 
     model: str = "llama-nano"
-    """A preset (`subspan list models`), a config.json, a model directory, or OWNER/NAME on the Hugging Face hub."""
+    """A preset (`subspan list models`), a config.json (random weights), a model directory or OWNER/NAME on the Hugging Face hub
+    (their weights)."""
     optimizer: str = "sara_adamw"
     """A name from `subspan list optimizers`."""
     data: str = "embedded"
-    """embedded; a text or JSONL file, folder or glob; c4 or slimpajama, or c4:PATH for a local copy of their files."""
+    """embedded; text files (each one document) or JSONL files (a document a line) as a file, folder or glob; c4 or slimpajama,
+    or c4:PATH for a local copy of their files."""
     validation_data: str | None = None
     """Files of validation documents; null sets aside 5 % of the documents of `data`."""
     tokenizer: str | None = None
@@ -101,7 +103,8 @@ class PretrainConfig:
     out: str | None = None
     """Directory of the run; null is runs/MODEL-OPTIMIZER-seedSEED, numbered if taken."""
     resume: str | None = None
-    """auto continues the newest checkpoint of `out` if there is one; a path continues that checkpoint."""
+    """auto continues the newest checkpoint of `out` if there is one; a path continues that checkpoint or run. Settings must be
+    those of the run: give its config.yaml as --config."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto is cuda if there is one."""
     precision: Literal["auto", "fp32", "bf16-mixed", "bf16"] = "auto"

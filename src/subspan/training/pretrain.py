@@ -188,13 +188,9 @@ class Pretraining:
         number = sum(p.numel() for p in self.model.parameters())
         say(f"{config.model}: {number:,} parameters in {config.precision} on {config.device}; {self.data.describe()}")
         summary = getattr(self.optimizer, "summary", None)
-        say(
-            f"{config.optimizer}: {summary()}"
-            if summary
-            else f"{config.optimizer}: {state_bytes(self.optimizer):,} bytes of state"
-        )
+        say(f"{config.optimizer}: {summary()}" if summary else f"{config.optimizer}: torch.optim.AdamW on every parameter")
         if self.step:
-            say(f"continues at step {self.step}")
+            say(f"continues at step {self.step}" if self.step < config.steps else f"already complete at step {self.step}")
         say(f"writes to {self.out}")
 
     def _save(self) -> None:

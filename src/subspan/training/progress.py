@@ -14,7 +14,7 @@ class ProgressLine:
     def __init__(self, total: int, done: int) -> None:
         self.total, self.start, self.began = total, done, time.monotonic()
         self.every = max(1, total // 20)
-        self._note = ""
+        self._note, self._fresh, self._said = "", False, done
         self.bar: Progress | None = None
         if sys.stderr.isatty():
             self.bar = Progress(
@@ -37,15 +37,17 @@ class ProgressLine:
             self.bar.stop()
 
     def note(self, loss: float, tokens_per_second: float) -> None:
-        """The newest measurements, shown from the next update on."""
+        """The newest measurements."""
         self._note = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s"
+        self._fresh = True
 
     def update(self, step: int) -> None:
         if self.bar:
             self.bar.update(self.task, completed=step, note=self._note)
-        elif step % self.every == 0 or step == self.total:
+        elif self._fresh and (step >= self._said + self.every or step == self.total):
             left = (time.monotonic() - self.began) / max(1, step - self.start) * (self.total - step)
             say(f"step {step}/{self.total}  {self._note}  {left:.0f} s left")
+            self._said, self._fresh = step, False
 
     def say(self, text: str) -> None:
         """A line above the bar."""

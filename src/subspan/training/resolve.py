@@ -1,13 +1,15 @@
 """Settings with every blank filled in, and checked."""
 
+import glob
 import importlib.util
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
 
-from subspan.recipes import default_lr
+from subspan.recipes import defaults_of
 from subspan.training.config import EvaluationConfig, PretrainConfig, ScheduleConfig
 from subspan.training.errors import InputError
 from subspan.training.model import own_tokenizer, preset_of
@@ -28,7 +30,7 @@ class ResolvedEvaluation(EvaluationConfig):
 
 @dataclass(frozen=True)
 class ResolvedConfig(PretrainConfig):
-    """A ``PretrainConfig`` in which nothing is left to a default of the model or the method."""
+    """A ``PretrainConfig`` in which no number is left to a default of the model or the method."""
 
     tokenizer: str = ""
     steps: int = 0
@@ -51,7 +53,8 @@ def resolve(config: PretrainConfig) -> ResolvedConfig:
         InputError: a number out of range; the message names it.
         ValueError: an unknown optimizer or model.
     """
-    own_lr = default_lr(config.optimizer)
+    method = defaults_of(config.optimizer)
+    own_lr = method.lr
     preset = preset_of(config.model)
     if preset and config.optimizer == "adamw":
         own_lr = preset.adamw_lr
@@ -64,12 +67,17 @@ def resolve(config: PretrainConfig) -> ResolvedConfig:
     if config.device == "auto" and torch.cuda.is_available():
         device = "cuda"
     filled = {field.name: getattr(config, field.name) for field in fields(config)} | {
-        "tokenizer": config.tokenizer or (preset.tokenizer if preset else own_tokenizer(config.model)),
+        "tokenizer": _absolute(config.tokenizer or (preset.tokenizer if preset else own_tokenizer(config.model))),
         "steps": steps,
         "batch_size": batch_size,
         "micro_batch_size": _first(config.micro_batch_size, batch_size),
         "sequence_length": _first(config.sequence_length, known.sequence_length),
         "lr": _first(config.lr, own_lr),
+        "scale": _first(config.scale, method.scale),
+        "optim": replace(config.optim, transfer=_first(config.optim.transfer, method.transfer)),
+        "model": _absolute(config.model) if preset is None else config.model,
+        "data": _absolute(config.data),
+        "validation_data": config.validation_data and _absolute(config.validation_data),
         "rank": _first(config.rank, known.rank),
         "update_proj_gap": _first(config.update_proj_gap, known.update_proj_gap),
         "schedule": ResolvedSchedule(_first(config.schedule.warmup_steps, warmup), config.schedule.min_lr_ratio),
@@ -86,12 +94,23 @@ def _first(given: T | None, otherwise: T) -> T:
     return otherwise if given is None else given
 
 
+def _absolute(name: str) -> str:
+    """A path as one that holds from any directory, so that a run continues from any; other names as they are."""
+    stream, colon, path = name.partition(":")
+    if colon and stream in ("c4", "slimpajama"):
+        return f"{stream}:{_absolute(path)}"
+    path_like = glob.has_magic(name) or Path(name).expanduser().exists()
+    return name if name in ("embedded", "bytes") or not path_like else str(Path(name).expanduser().absolute())
+
+
 def _check(config: ResolvedConfig) -> None:
     at_least_one = {
         "steps": config.steps,
         "batch_size": config.batch_size,
         "micro_batch_size": config.micro_batch_size,
         "sequence_length": config.sequence_length,
+        "rank": config.rank,
+        "update_proj_gap": config.update_proj_gap,
         "log_every": config.log_every,
         "threads": config.threads,
         "evaluation.every": config.evaluation.every,

@@ -109,9 +109,10 @@ def _check_same_run(place: Path, settings: dict[str, Any]) -> None:
     """Raise ``InputError`` unless the checkpoint or run directory ``place`` was made with these settings."""
     differences = _differences(place, settings)
     if differences:
+        run = place.parent.parent if place.parent.name == "checkpoints" else place
         raise InputError(
             f"{place} is of another run: {'; '.join(differences)}; "
-            "repeat the settings of that run (--config with its config.yaml), or start anew with another --out"
+            f"repeat the settings of that run (--config {run}/config.yaml), or start anew with another --out"
         )
 
 

@@ -17,6 +17,19 @@ class RunInterruptedError(Exception):
 
 
 @contextmanager
+def interrupt_ends_process() -> Iterator[None]:
+    """Ctrl-C ends the process without a word, while nothing is under way: an exception amid imports would be a riddle."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
 def collect_signals() -> Iterator[list[int]]:
     """A list into which SIGTERM and SIGINT go, to be acted on between steps. A second one acts at once."""
     received: list[int] = []

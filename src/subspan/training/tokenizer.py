@@ -1,5 +1,8 @@
 """Tokenizers, all as transformers' fast tokenizers, so that each saves with the model and loads in any other tool."""
 
+import difflib
+from pathlib import Path
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -19,6 +22,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return _wrap(_byte_tokenizer())
     if name == "embedded":
         return _wrap(Tokenizer.from_file(str(BPE)))
+    near = difflib.get_close_matches(name, ["bytes", "embedded"], n=1, cutoff=0.75)
+    if near and not Path(name).exists():
+        raise InputError(f"tokenizer {name!r} is unknown; did you mean {near[0]}?")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:

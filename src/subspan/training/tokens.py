@@ -40,7 +40,7 @@ class TokenWindows:
             if not self.documents[half]:
                 raise InputError(
                     f"data: no document is left for the {half} half; "
-                    "give two different documents or more, or other files as --validation_data"
+                    "a text file is one document: give two or more, a JSONL file, or other files as --validation_data"
                 )
             if len(tokens) < sequence_length + 1:
                 raise InputError(
@@ -78,8 +78,8 @@ class TokenWindows:
         self._order = self._shuffle(self.epoch)
 
     def describe(self) -> str:
-        sizes = ", ".join(f"{len(tokens):,} {half} tokens in {self.documents[half]}" for half, tokens in self.halves.items())
-        return f"{sizes} documents"
+        sizes = [f"{len(tokens):,} {half} tokens (documents: {self.documents[half]})" for half, tokens in self.halves.items()]
+        return ", ".join(sizes)
 
     def _count(self, half: Split) -> int:
         return (len(self.halves[half]) - 1) // self.length
