@@ -15,6 +15,7 @@ from subspan.training.config import OptimConfig, PretrainConfig
 from subspan.training.errors import InputError
 from subspan.training.model import build_model
 from subspan.training.pretrain import Pretraining
+from subspan.training.resolve import resolve
 from subspan.training.tokenizer import load_tokenizer
 
 Make = Callable[..., PretrainConfig]
@@ -97,6 +98,18 @@ def test_default_directories(small: Make, tmp_path: Path, monkeypatch: pytest.Mo
     assert Pretraining(small(out=None, resume="auto", rank=8)).out == second.out
     other = Pretraining(small(out=None, resume="auto", rank=2))
     assert (str(other.out), other.step) == ("runs/llama-nano-sara_adamw-seed0-3", 0)
+
+
+def test_a_folder_named_like_a_known_name_is_not_meant(small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`embedded` and `c4` keep their meaning beside folders of that name; a path to data holds from any directory."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("embedded", "c4", "llama-nano", "bytes"):
+        (tmp_path / name).mkdir()
+    settings = resolve(small(data="c4", tokenizer="bytes"))
+    assert (settings.data, settings.tokenizer, settings.model) == ("c4", "bytes", "llama-nano")
+    assert resolve(small(data="embedded")).data == "embedded"
+    assert resolve(small(data="corpus.jsonl")).data == str(tmp_path / "corpus.jsonl")
+    assert resolve(small(data="c4:c4")).data == f"c4:{tmp_path / 'c4'}"
 
 
 def test_two_runs_cannot_start_in_one_directory(small: Make, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import glob
 import importlib.util
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -14,6 +15,7 @@ from subspan.training.config import EvaluationConfig, PretrainConfig, ScheduleCo
 from subspan.training.errors import InputError
 from subspan.training.model import own_tokenizer, preset_of
 from subspan.training.presets import Preset
+from subspan.training.streams import STREAMS
 
 T = TypeVar("T")
 
@@ -66,8 +68,9 @@ def resolve(config: PretrainConfig) -> ResolvedConfig:
     device: Literal["cpu", "cuda"] = "cuda" if config.device == "cuda" else "cpu"
     if config.device == "auto" and torch.cuda.is_available():
         device = "cuda"
+    tokenizer = config.tokenizer or (preset.tokenizer if preset else own_tokenizer(config.model))
     filled = {field.name: getattr(config, field.name) for field in fields(config)} | {
-        "tokenizer": _absolute(config.tokenizer or (preset.tokenizer if preset else own_tokenizer(config.model))),
+        "tokenizer": _absolute(tokenizer, ("bytes", "embedded")),
         "steps": steps,
         "batch_size": batch_size,
         "micro_batch_size": _first(config.micro_batch_size, batch_size),
@@ -76,8 +79,8 @@ def resolve(config: PretrainConfig) -> ResolvedConfig:
         "scale": _first(config.scale, method.scale),
         "optim": replace(config.optim, transfer=_first(config.optim.transfer, method.transfer)),
         "model": _absolute(config.model) if preset is None else config.model,
-        "data": _absolute(config.data),
-        "validation_data": config.validation_data and _absolute(config.validation_data),
+        "data": _absolute(config.data, ("embedded", *STREAMS)),
+        "validation_data": config.validation_data and _absolute(config.validation_data, ("embedded",)),
         "rank": _first(config.rank, known.rank),
         "update_proj_gap": _first(config.update_proj_gap, known.update_proj_gap),
         "schedule": ResolvedSchedule(_first(config.schedule.warmup_steps, warmup), config.schedule.min_lr_ratio),
@@ -94,13 +97,15 @@ def _first(given: T | None, otherwise: T) -> T:
     return otherwise if given is None else given
 
 
-def _absolute(name: str) -> str:
-    """A path as one that holds from any directory, so that a run continues from any; other names as they are."""
+def _absolute(name: str, known: Collection[str] = ()) -> str:
+    """A path as one that holds from any directory, so that a run continues from any; ``known`` and other names stay."""
     stream, colon, path = name.partition(":")
-    if colon and stream in ("c4", "slimpajama"):
+    if name in known:
+        return name
+    if colon and stream in STREAMS:
         return f"{stream}:{_absolute(path)}"
     path_like = glob.has_magic(name) or Path(name).expanduser().exists()
-    return name if name in ("embedded", "bytes") or not path_like else str(Path(name).expanduser().absolute())
+    return str(Path(name).expanduser().absolute()) if path_like else name
 
 
 def _check(config: ResolvedConfig) -> None:

@@ -69,9 +69,9 @@ def _explicit(config: PretrainConfig, given: Path, settings: dict[str, Any]) -> 
             f"resume={config.resume!r}: no checkpoint there; expected 'auto', a run, or its checkpoints/step-NNNNNN"
         )
     _check_same_run(checkpoint, settings)
-    own = given.parent.parent if checkpoint == path else given
-    if checkpoint.parent.name == "checkpoints" and (config.out is None or Path(config.out).resolve() == checkpoint.parents[1]):
-        return (own if own.resolve() == checkpoint.parents[1] else checkpoint.parents[1]), checkpoint
+    own = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else None
+    if own and (config.out is None or Path(config.out).resolve() == own):
+        return own, checkpoint
     if config.out is None:
         raise InputError(f"resume={config.resume!r}: lies in no run's checkpoints directory; say where to go on with --out")
     out = Path(config.out)
@@ -82,7 +82,7 @@ def _explicit(config: PretrainConfig, given: Path, settings: dict[str, Any]) -> 
 
 
 def _numbered(config: PretrainConfig, settings: dict[str, Any]) -> tuple[Path, Path | None]:
-    name = re.sub(r"[^\w.-]+", "_", config.model).strip("_")
+    name = re.sub(r"[^\w.-]+", "_", Path(config.model).name)
     base = Path("runs") / f"{name}-{config.optimizer}-seed{config.seed}"
     _check_writable(base)
     taken = []
