@@ -27,7 +27,6 @@ from subspan.state import State, check_state, copy_state_, state_bytes
 logger = logging.getLogger(__name__)
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
-_KNOWN_FOREIGN = ("initial_lr", "max_lr", "min_lr", "fused", "foreach")
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo one, fill the unit interval evenly however many there are
 
 
@@ -102,7 +101,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "clock": 0,
             # Compared on loading: moments mean nothing in another method's basis.
-            "method": (f"selector {_kind(selector)}, rule {_kind(rule)}, residual {_kind(residual)}, transfer {transfer}"),
+            "method": f"selector {_kind(selector)}, rule {_kind(rule)}, residual {_kind(residual)}, transfer {transfer}",
         }
         super().__init__(_as_groups(params, rank, targets, exclude), defaults | asdict(rule))
         if rank is not None and all(p.ndim < 2 for p in self._parameters()):
@@ -120,7 +119,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         for key in param_group.keys() - {"params", "param_names", *self.defaults}:
             # Other libraries add keys of their own (contract R8), so this is no error.
             near = difflib.get_close_matches(key, self.defaults, n=1, cutoff=0.7)
-            if near and key not in _KNOWN_FOREIGN:
+            if near:
                 logger.warning("parameter group: %r is not used here; did you mean %r?", key, near[0])
         settings = self.defaults | param_group
         _check_settings(settings)

@@ -1,4 +1,4 @@
-"""Writing so that a reader, or a kill, finds the old file or the new one and nothing between."""
+"""Writing so that a reader, or a kill, never finds half of a file or a directory under its name."""
 
 import os
 import shutil
@@ -14,22 +14,27 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_directory(new: Path, path: Path) -> None:
-    """Put the directory ``new`` in the place of ``path``, which may exist."""
+    """Put ``new`` in the place of ``path``, if there is one. Between two renames there is none, never half of one."""
     for file in new.iterdir():
         sync(file)
     sync(new)
-    if path.exists():
-        remove_directory(path)
+    old = _set_aside(path) if path.exists() else None
     new.rename(path)
     sync(path.parent)
+    if old:
+        shutil.rmtree(old)
 
 
 def remove_directory(path: Path) -> None:
     """Remove ``path``: renamed first, so that half of it is never taken for the whole."""
+    shutil.rmtree(_set_aside(path))
+
+
+def _set_aside(path: Path) -> Path:
     doomed = path.with_name(f"removed-{path.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(doomed, ignore_errors=True)  # of a removal that a kill cut short
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    return doomed
 
 
 def sync(path: Path) -> None:
