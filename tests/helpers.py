@@ -11,21 +11,29 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from subspan.parts import Selector
 from subspan.recipes import RECIPES
 from subspan.rules import RULES
-from subspan.selectors import SELECTORS, Dominant, Importance, Random, Switch
+from subspan.selectors import SELECTORS, Coordinates, Dominant, Gaussian, Importance, Lazy, OnlinePCA, Random, Switch
+from subspan.state import State
 
 SHAPES = {"tall": (48, 20), "wide": (20, 48), "square": (32, 32)}
 RANK = 4
-METHODS = list(RECIPES)
+METHODS = [name for name, recipe in RECIPES.items() if recipe.selector is not None]
 EVERY_SELECTOR = [
     *(make() for make in SELECTORS.values()),
     Dominant("svd"),
     Importance(floor=0.2),
+    Coordinates("top"),
+    Coordinates("norm"),
+    Coordinates("norm", scaled=True),
+    OnlinePCA(orthonormalise=False, weight_decay=0.01),
     Switch(Dominant(), Random(), at=3),
+    Switch(Coordinates("top"), Gaussian(), at=3),
+    Lazy(Importance()),
 ]
 EVERY_RULE = [make() for make in RULES.values()]
-SETTINGS: dict[str, dict[str, Any]] = {"golore_hybrid_adamw": {"total_steps": 20}}
+SETTINGS: dict[str, dict[str, Any]] = {name: {"total_steps": 20} for name in METHODS if "hybrid" in name}
 """What a recipe needs besides the settings all share."""
 
 
@@ -41,6 +49,16 @@ def gradients(shape: Sequence[int], count: int, seed: int = 0, dtype: torch.dtyp
 def parameter(shape: Sequence[int], seed: int = 99, dtype: torch.dtype = torch.float64) -> nn.Parameter:
     generator = torch.Generator().manual_seed(seed)
     return nn.Parameter(torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(dtype))
+
+
+def matrix_of(selector: Selector, state: State, n: int) -> Tensor:
+    """The basis ``Q (n, r)``, however the selector keeps it."""
+    return selector.project(torch.eye(n, dtype=torch.float64), state)
+
+
+def part_of(state: State, part: Iterable[str]) -> State:
+    """A copy of some entries of a parameter's state."""
+    return {key: copy.deepcopy(state[key]) for key in part}
 
 
 def feed(optimizer: torch.optim.Optimizer, p: Tensor, grads: Iterable[Tensor]) -> Tensor:

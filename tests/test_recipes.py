@@ -2,6 +2,7 @@
 
 import re
 from collections import OrderedDict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,20 +11,38 @@ from torch import nn
 
 import subspan
 from subspan import create, list_optimizers, state_bytes
-from subspan.recipes import defaults_of
-from subspan.residuals import Discard, Fira
-from subspan.rules import AdamW
-from subspan.selectors import Dominant, Importance, Random, Switch
+from subspan.recipes import RECIPES, describe
+from subspan.residuals import Discard, ErrorFeedback, Fira
+from subspan.rules import SGD, Adafactor, AdamMini, AdamW, Lion
+from subspan.selectors import Coordinates, Dominant, Gaussian, Importance, Lazy, OnlinePCA, PowerIteration, Random, Switch
+from subspan.state import tensor_bytes
 
+SIX = ("adamw", "adafactor", "adam_mini", "sgd", "lion", "adamw_8bit")
 TABLE = {
-    # name: selector, transfer, residual, lr, scale
-    "galore_adamw": (Dominant(), "keep", Discard(), 1e-2, 0.25),
-    "sara_adamw": (Importance(), "keep", Discard(), 1e-2, 0.25),
-    "golore_adamw": (Random(), "rotate", Discard(), 2.5e-3, 1.0),
-    "golore_hybrid_adamw": (Switch(Dominant(), Random(), at=0.8, total_steps=20), "rotate", Discard(), 2.5e-3, 1.0),
-    "fira_adamw": (Dominant(), "keep", Fira("orthogonal", 1.01), 1e-2, 0.25),
-    "fira_sara_adamw": (Importance(), "keep", Fira("orthogonal", 1.01), 1e-2, 0.25),
+    # method: selector, transfer, residual, scale, rules
+    "galore": (Dominant(), "keep", Discard(), 0.25, SIX),
+    "sara": (Importance(), "keep", Discard(), 0.25, SIX),
+    "golore": (Random(), "rotate", Discard(), 1.0, ("adamw", "sgd", "adamw_8bit")),
+    "golore_hybrid": (Switch(Dominant(), Random(), at=0.8), "rotate", Discard(), 1.0, ("adamw", "sgd", "adamw_8bit")),
+    "fira": (Dominant(), "keep", Fira("orthogonal", 1.01), 0.25, ("adamw", "adamw_8bit")),
+    "fira_sara": (Importance(), "keep", Fira("orthogonal", 1.01), 0.25, ("adamw", "adamw_8bit")),
+    "galore_lazy": (Lazy(Dominant()), "keep", Discard(), 0.25, ("adamw",)),
+    "online_pca": (OnlinePCA(5e-3), "keep", Discard(), 0.25, ("adamw",)),
+    "flora": (Gaussian(), "rotate", Discard(), 1.0, ("adamw", "adafactor", "sgd")),
+    "grass": (Coordinates("top"), "reset", Discard(), 1.0, ("adamw",)),
+    "gasare": (Coordinates("top"), "rotate", Discard(), 1.0, ("adamw", "sgd")),
+    "gosare": (Coordinates("uniform"), "rotate", Discard(), 1.0, ("adamw", "sgd")),
+    "ldadam": (PowerIteration(0.908), "moments", ErrorFeedback(), 1.0, ("adamw",)),
 }
+STEP = {
+    # rule: itself with its paper's settings, and lr * scale
+    "adamw": (AdamW((0.9, 0.999), 1e-8), 2.5e-3),
+    "adafactor": (Adafactor(0.9, 0.8, 1e-30, 1.0), 2.5e-3),
+    "adam_mini": (AdamMini((0.9, 0.95), 1e-8), 2.5e-3),
+    "sgd": (SGD(0.9, 0.0), 0.5),
+    "lion": (Lion((0.9, 0.99)), 1e-3),
+}
+PROJECTING = [(method, rule) for method, row in TABLE.items() for rule in row[-1]]
 
 
 def build(name, model, **settings):
@@ -31,34 +50,50 @@ def build(name, model, **settings):
 
 
 def test_the_table_is_complete():
-    """Every recipe has its row here, and the list holds them and the baseline."""
-    assert set(METHODS) == set(TABLE)
-    assert set(list_optimizers()) == {*TABLE, "adamw"}
-    assert set(list_optimizers("*sara*")) == {"sara_adamw", "fira_sara_adamw"}
+    """Every name has its row here, full-rank ones included, and the list holds them all."""
+    assert set(METHODS) == {f"{method}_{rule}" for method, rule in PROJECTING}
+    assert set(list_optimizers()) == set(RECIPES) == {*METHODS, *SIX}
+    assert set(list_optimizers("*sara_adamw")) == {"sara_adamw", "fira_sara_adamw"}
     assert all(list_optimizers().values())
 
 
-@pytest.mark.parametrize("name", TABLE)
-def test_defaults(name):
+@pytest.mark.parametrize(("method", "rule"), PROJECTING)
+def test_defaults(method, rule):
     """Parts and defaults of each paper."""
-    selector, transfer, residual, lr, scale = TABLE[name]
-    optimizer = build(name, net())
+    selector, transfer, residual, scale, _ = TABLE[method]
+    if isinstance(selector, Switch):
+        selector = replace(selector, total_steps=20)
+    kind, step = STEP[rule.removesuffix("_8bit")]
+    optimizer = build(f"{method}_{rule}", net())
     assert (optimizer.selector, optimizer.transfer, optimizer.residual) == (selector, transfer, residual)
-    assert optimizer.rule == AdamW((0.9, 0.999), 1e-8)
-    assert defaults_of(name) == (lr, scale, transfer)
+    assert optimizer.rule == kind
     for group in optimizer.param_groups:
-        settings = {key: group[key] for key in ("lr", "scale", "update_proj_gap", "proj_type", "weight_decay")}
-        assert settings == {"lr": lr, "scale": scale, "update_proj_gap": 200, "proj_type": "std", "weight_decay": 0.0}
+        settings = {key: group[key] for key in ("scale", "update_proj_gap", "proj_type", "weight_decay", "state_dtype")}
+        eight = "int8" if rule.endswith("_8bit") else "float32"
+        expected = {"scale": scale, "update_proj_gap": 200, "proj_type": "std", "weight_decay": 0.0, "state_dtype": eight}
+        assert settings == expected
+        assert group["lr"] * scale == pytest.approx(step)
 
 
-@pytest.mark.parametrize("name", ["adamw", *TABLE])
+@pytest.mark.parametrize("rule", SIX[1:])
+def test_full_rank_names(rule):
+    """A rule's own name trains every parameter at full rank."""
+    kind, step = STEP[rule.removesuffix("_8bit")]
+    optimizer = create(rule, net())
+    assert optimizer.rule == kind
+    assert {group["rank"] for group in optimizer.param_groups} == {None}
+    assert {group["lr"] for group in optimizer.param_groups} == {step}
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_name_learns(name):
     """On a small regression 100 steps leave less than a tenth of the loss."""
     torch.manual_seed(0)
     x = torch.randn(64, 24)
     y = x @ torch.randn(24, 12) / 24**0.5
     model = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 12))
-    optimizer = build(name, model, lr=3e-2, rank=8, update_proj_gap=10, scale=1.0, total_steps=100)
+    lr = 0.1 if name.endswith("sgd") else 3e-2
+    optimizer = build(name, model, lr=lr, rank=8, update_proj_gap=10, scale=1.0, total_steps=100)
     losses = []
     for _ in range(100):
         optimizer.zero_grad()
@@ -70,13 +105,13 @@ def test_every_name_learns(name):
 
 
 def test_the_baseline_is_torch_adamw():
-    """``adamw`` is torch's own class, with its usual learning rate."""
+    """``adamw`` is torch's own class, at the family's learning rate."""
     optimizer = create("adamw", net(), betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
     assert type(optimizer) is torch.optim.AdamW
     for group in optimizer.param_groups:
         vectors = all(p.ndim == 1 for p in group["params"])
         assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (
-            1e-3,
+            2.5e-3,
             (0.8, 0.9),
             1e-6,
             0.0 if vectors else 0.1,
@@ -84,7 +119,7 @@ def test_the_baseline_is_torch_adamw():
         assert "rank" not in group
 
 
-@pytest.mark.parametrize("name", ["adamw", *TABLE])
+@pytest.mark.parametrize("name", RECIPES)
 def test_vectors_are_never_decayed(name):
     """With weight decay alone at work (zero gradients) matrices shrink by 1 - lr * wd, biases and norms stay."""
     model = net()
@@ -135,7 +170,7 @@ def test_parts_as_settings_or_objects():
     [
         ("sara_adam", {}, "'sara_adam' is unknown; did you mean .*sara_adamw"),
         ("galore", {}, "did you mean .*galore_adamw"),
-        ("xyz", {}, "known are adamw, galore_adamw"),
+        ("xyz", {}, "known are adamw, .*galore_adamw"),
         (
             "sara_adamw",
             {"selector": {"temperature": 1.0}},
@@ -155,19 +190,57 @@ def test_errors(name, settings, words):
         build(name, net(), **settings)
 
 
-@pytest.mark.parametrize("name", TABLE)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def value(formula, **sizes):
+    """What the formula says, with its conditional and its ``q``."""
+
+    def q(k):  # in 8 bits: a code for each entry and a scale of four bytes for each block of 256; small moments stay fp32
+        return 4 * k if k < 4096 else k + 4 * ((k + 255) // 256)
+
+    return eval(formula, {"q": q}, sizes)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("shape", [*SHAPES.values(), (1100, 20), (20, 1100)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_state_bytes(name, shape, dtype):
-    """A matrix costs two moments of max(m, n) x r, a basis of min(m, n) x r and a step in fp32; Fira four bytes more."""
-    model = nn.Linear(shape[1], shape[0], bias=False).to(dtype)
+    """A matrix costs what the formula of ``subspan list`` says, before and after a step; a bias likewise."""
+    model = nn.Linear(shape[1], shape[0]).to(dtype)
     m, n = max(shape), min(shape)
-    expected = (2 * m * RANK + n * RANK) * 4 + 4 + (4 if name.startswith("fira") else 0)
+    formula = describe(name)["state_formula"]
+    expected = value(formula["projected"], m=m, n=n, r=RANK, rows=shape[0], columns=shape[1])
+    expected += value(formula["vector"], k=shape[0])
     optimizer = build(name, model)
     assert state_bytes(optimizer) == expected
     set_gradients(model, 0)
     optimizer.step()
     assert state_bytes(optimizer) == expected
+
+
+@pytest.mark.parametrize("rule", SIX[1:])
+@pytest.mark.parametrize("shape", [(48, 20), (20, 48), (80, 70)], ids=str)
+def test_state_bytes_at_full_rank(rule, shape):
+    """Likewise for the full-rank names."""
+    formula = describe(rule)["state_formula"]
+    expected = value(formula["matrix"], a=shape[0], b=shape[1]) + value(formula["vector"], k=shape[0])
+    assert state_bytes(create(rule, nn.Linear(shape[1], shape[0]))) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "formula"),
+    [
+        ("galore_adamw", "8*m*r + 4*n*r + 4"),
+        ("golore_sgd", "4*m*r + 4*n*r + 4"),
+        ("flora_adamw", "8*m*r + 4"),
+        ("gosare_adamw", "8*m*r + 8*r + 4"),
+        ("fira_adamw", "8*m*r + 4*n*r + 8"),
+        ("galore_adamw_8bit", "2*q(m*r) + 4*n*r + 4"),
+        ("galore_adafactor", "4*m*r + 4*m + 4*r + 4*n*r + 4"),
+    ],
+)
+def test_formulas(name, formula):
+    """The bytes of the papers' tables, in fp32 : moments of m x r, a basis of n x r unless a seed does."""
+    sizes = {"m": 1000, "n": 300, "r": 7, "rows": 1000, "columns": 300}
+    assert value(describe(name)["state_formula"]["projected"], **sizes) == value(formula, **sizes)
 
 
 def test_state_bytes_of_torch():
@@ -183,11 +256,16 @@ def test_state_bytes_of_torch():
 def test_summary_counts():
     """What is printed at the start: parts, parameters by kind, and the bytes held (contract R16)."""
     optimizer = subspan.SubspaceAdamW(net().named_parameters(), rank=RANK)
-    text = optimizer.summary()
-    assert "Importance(power=1.0" in text
-    assert f"2 matrices at rank {RANK}, refreshed every 200 steps: {24 * 40 + 40 * 12:,} parameters" in text
-    assert f"4 vectors: {40 * 3 + 12} parameters" in text
-    assert f"{state_bytes(optimizer):,} bytes" in text
+    parts, head, projected, vectors, total = optimizer.summary().splitlines()
+    assert "Importance(power=1.0" in parts
+    assert head.split() == ["group", "rank", "count", "parameters", "bytes", "held", "AdamW's", "bytes"]
+    held = [sum(tensor_bytes(s) for p, s in optimizer.state.items() if p.ndim == ndim) for ndim in (2, 1)]
+    matrices, biases = 24 * 40 + 40 * 12, 40 * 3 + 12
+    expected = [str(RANK), "2", f"{matrices:,}", f"{held[0]:,}", f"{8 * matrices + 4 * 2:,}"]
+    assert projected.startswith("0: projected, refreshed every 200 steps")
+    assert projected.split()[-5:] == expected
+    assert vectors.split()[-5:] == ["-", "4", str(biases), f"{held[1]:,}", f"{8 * biases + 4 * 4:,}"]
+    assert total.split()[-2] == f"{state_bytes(optimizer):,}"
 
 
 def test_a_selector_by_name():
@@ -198,7 +276,7 @@ def test_a_selector_by_name():
 
 
 def test_names_are_found_whatever_their_case():
-    assert list(list_optimizers("SARA")) == ["sara_adamw", "fira_sara_adamw"]
+    assert list(list_optimizers("SARA_adamw")) == ["sara_adamw", "sara_adamw_8bit", "fira_sara_adamw", "fira_sara_adamw_8bit"]
     with pytest.raises(ValueError, match="did you mean galore_adamw"):
         create("GaLore", net(), rank=4)
 

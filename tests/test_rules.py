@@ -75,7 +75,7 @@ def test_momentumless_sgd_takes_the_projected_gradient(shape, proj_type):
 
 def moments(m=48, seed=0):
     """An AdamW state after some steps on Gaussian low-rank gradients."""
-    rule, state = AdamW(), AdamW().init(torch.zeros(m, 20, dtype=torch.float64), (m, RANK))
+    rule, state = AdamW(), AdamW().init(torch.zeros(m, 20, dtype=torch.float64), (m, RANK), -2)
     for R in gradients((m, RANK), 7, seed):
         rule.update_(R, state)
     return rule, state
@@ -89,7 +89,7 @@ def frame(seed, n=20, r=RANK):
 @pytest.mark.parametrize("how", ["rotate", "moments"])
 def test_momentum_survives_a_rotation_of_the_basis(rule, how):
     """If the new basis spans the old subspace, the momentum M Qᵀ in the full space is the same."""
-    state = rule.init(torch.zeros(48, 20, dtype=torch.float64), (48, RANK))
+    state = rule.init(torch.zeros(48, 20, dtype=torch.float64), (48, RANK), -2)
     rule.update_(gradients((48, RANK), 1)[0], state)
     old = frame(1)
     new = old @ frame(2, RANK)
@@ -141,7 +141,7 @@ def test_ldadam_transport_of_a_signed_permutation():
 @pytest.mark.parametrize("rule", [*EVERY_RULE, AdamW(betas=(0.0, 0.0))], ids=repr)
 def test_transfer_before_the_first_step(rule, how):
     """The first refresh finds zero moments and a zero old basis; they stay zero."""
-    state = rule.init(torch.zeros(48, 20), (48, RANK))
+    state = rule.init(torch.zeros(48, 20), (48, RANK), -2)
     rule.transfer_(state, torch.zeros(RANK, RANK), how)
     assert not any(value.any() for value in state.values())
 

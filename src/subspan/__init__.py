@@ -1,10 +1,11 @@
 """Train large language models with the optimizer's state in a small, moving subspace of every weight matrix."""
 
-from subspan import residuals, rules, selectors
+from subspan import logs, residuals, rules, selectors
 from subspan.adamw import SubspaceAdamW
+from subspan.factory import create
+from subspan.groups import param_groups
 from subspan.optimizer import SubspaceOptimizer
-from subspan.param_groups import split_parameters
-from subspan.recipes import create, list_optimizers
+from subspan.recipes import list_optimizers
 from subspan.state import state_bytes
 
 __version__ = "0.1.0"
@@ -14,9 +15,11 @@ __all__ = [
     "SubspaceOptimizer",
     "create",
     "list_optimizers",
+    "param_groups",
     "residuals",
     "rules",
     "selectors",
-    "split_parameters",
     "state_bytes",
 ]
+
+logs.show_by_default()

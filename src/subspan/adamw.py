@@ -2,13 +2,14 @@
 
 from torch import Tensor
 
+from subspan.groups import EXCLUDED
 from subspan.names import look_up
 from subspan.optimizer import Params, SubspaceOptimizer
-from subspan.param_groups import EXCLUDED
 from subspan.parts import Residual, Selector, Transfer
 from subspan.residuals import RESIDUALS
 from subspan.rules import AdamW
 from subspan.selectors import SELECTORS
+from subspan.state import StateDtype
 
 
 class SubspaceAdamW(SubspaceOptimizer):
@@ -50,6 +51,8 @@ class SubspaceAdamW(SubspaceOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         stagger: bool = False,
+        state_dtype: StateDtype = "float32",
+        bf16_stochastic_round: bool = False,
         seed: int = 0,
         targets: str | list[str] = "all-linear",
         exclude: tuple[str, ...] = EXCLUDED,
@@ -67,7 +70,11 @@ class SubspaceAdamW(SubspaceOptimizer):
             proj_type=proj_type,
             weight_decay=weight_decay,
             stagger=stagger,
+            state_dtype=state_dtype,
+            bf16_stochastic_round=bf16_stochastic_round,
             seed=seed,
             targets=targets,
             exclude=exclude,
         )
+        if rank is None and all(group["rank"] is None for group in self.param_groups):
+            self.warn_of_full_rank()

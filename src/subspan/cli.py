@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ except ImportError as error:  # the library was installed without the harness
     raise SystemExit(f"subspan: error: {error}; the command line comes with an extra: pip install 'subspan[train]'") from error
 
 from subspan import __version__
-from subspan.recipes import list_optimizers
+from subspan.memory import VARIABLES
+from subspan.recipes import describe, list_optimizers
 from subspan.training.config import PretrainConfig
 from subspan.training.errors import InputError
 from subspan.training.signals import RunInterruptedError, interrupt_ends_process
@@ -58,6 +60,7 @@ def _parser() -> tuple[ArgumentParser, ArgumentParser]:
     pretrain.add_argument("--json", action="store_true", help="print one line of JSON last")
     pretrain.add_class_arguments(PretrainConfig)
     listing = _Parser(description="List what is known by name.")
+    listing.add_argument("--json", action="store_true", help="print JSON: of optimizers, parts, paper and state formula")
     listing.add_argument("what", nargs="?", choices=["optimizers", "models"], default="optimizers", help="optimizers or models")
     parser = _Parser(prog="subspan", description="Train large language models inside moving subspaces.", version=__version__)
     commands = parser.add_subcommands(required=True, dest="command")
@@ -74,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = parser.parse_args(argv)
         settings = given[given.command]
         if given.command == "list":
-            _list(settings.what)
+            _list(settings.what, settings.json)
             return 0
         as_json = settings.pop("json")
         settings.pop("config", None)
@@ -87,22 +90,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _pretrain(config, as_json)
 
 
-def _list(what: str) -> None:
+def _list(what: str, as_json: bool) -> None:
     if what == "optimizers":
         rows = list_optimizers()
+        if as_json:
+            print(json.dumps([describe(name) | {"variables": VARIABLES} for name in rows], indent=1))
+            return
     else:
         from subspan.training.presets import PRESETS
 
+        if as_json:
+            print(json.dumps([{"name": name} | asdict(preset) for name, preset in PRESETS.items()], indent=1))
+            return
         rows = {
             name: f"hidden {p.hidden}, MLP {p.mlp}, {p.layers} layers, {p.heads} heads; tokenizer {p.tokenizer}, "
             f"sequence {p.sequence_length}, batch {p.batch_size}, {p.steps:,} steps, rank {p.rank}, period {p.update_proj_gap}"
             for name, p in PRESETS.items()
         }
     for name, line in rows.items():
-        print(f"{name:22s} {line}")
+        print(f"{name:{max(map(len, rows))}s}  {line}")
 
 
 def _pretrain(config: PretrainConfig, as_json: bool) -> int:
+    logging.getLogger("subspan").setLevel(logging.WARNING)  # the run shows the table itself
     with interrupt_ends_process():
         # Here, because they take seconds to import: --help and mistyped flags need not wait.
         from subspan.training.pretrain import Pretraining, RunDivergedError

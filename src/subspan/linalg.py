@@ -83,10 +83,15 @@ def fix_signs(Q: Tensor, reference: Tensor) -> Tensor:
     return torch.where(torch.where(agreement == 0, largest, agreement) < 0, -Q, Q)
 
 
-def keyed_generator(*key: object) -> torch.Generator:
-    """A CPU generator that depends on ``key`` alone: the same on every rank and device, and after a resume."""
+def keyed_seed(*key: object) -> int:
+    """A seed, below 2^63, that depends on ``key`` alone."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return int.from_bytes(digest, "little") >> 1
+
+
+def keyed_generator(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on ``key`` alone: on the CPU, the same on every rank and device, and after a resume."""
+    return torch.Generator(device).manual_seed(keyed_seed(*key))
 
 
 def haar(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -97,6 +102,12 @@ def haar(like: Tensor, generator: torch.Generator) -> Tensor:
     """
     Z = torch.randn(like.shape, generator=generator, dtype=torch.float32)
     return orthonormalise(Z.to(like.device, spectral_dtype(like.device)))
+
+
+def usable(G: Tensor) -> Tensor:
+    """Whether each matrix of ``G (..., m, n)`` is finite and not zero, ``(..., 1, 1)``. Does not wait for the device."""
+    largest = torch.linalg.vector_norm(G, ord=torch.inf, dim=(-2, -1), keepdim=True)
+    return largest.isfinite() & (largest > 0)
 
 
 def sample_without_replacement(log_weights: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -9,9 +9,9 @@ Thing = TypeVar("Thing")
 
 def near_names(name: str, known: Iterable[str]) -> str:
     """``did you mean ...?``, or all that is known."""
-    known = list(known)
-    near = difflib.get_close_matches(name.casefold(), known, n=3, cutoff=0.5)
-    near = near or [candidate for candidate in known if len(name) > 2 and name.casefold() in candidate]
+    known, name = list(known), name.casefold()
+    near = [candidate for candidate in known if len(name) > 2 and name in candidate][:3]
+    near = near or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
 
 

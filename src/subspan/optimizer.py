@@ -1,7 +1,7 @@
 """The step that every method of this library shares. It holds no formulas and names no method.
 
 oriented gradient   G (m, n)          the side to compress is last; orient once, on entry, undo once, on exit
-if a refresh is due Q (n, r)          Selector chooses a new basis; Transfer carries the moments over
+if a refresh is due Q (n, r)          Selector chooses or moves the basis; Transfer carries the moments over
 project             R = G Q (m, r)
 inside              U = rule(R)
 combine             D = scale * U Qᵀ + residual(G, R, U)
@@ -10,7 +10,6 @@ apply               W <- (1 - lr * wd) W - lr * D
 
 import difflib
 import logging
-import math
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -19,10 +18,14 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from subspan.linalg import LinAlgError
-from subspan.param_groups import EXCLUDED, FLATTENED, PROJ_TYPES, projection_side, split_parameters
+from subspan import quantization, summary
+from subspan.groups import EXCLUDED, FLATTENED, check_settings, param_groups
+from subspan.linalg import LinAlgError, keyed_generator
+from subspan.loading import check_checkpoint, saved_ids
 from subspan.parts import Key, Residual, Rule, Selector, Transfer
-from subspan.state import State, check_state, copy_state_, state_bytes
+from subspan.rounding import add_rounded_
+from subspan.shapes import Layout, layout_of
+from subspan.state import State, StateDtype, copy_state_
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     """An optimizer made of a selector, a rule, a residual and a transfer.
 
     Matrices of groups with a ``rank`` are trained inside a subspace; everything else (``rank=None``, vectors, and matrices
-    with a side no larger than the rank) takes the rule's full-rank step at ``lr``, without ``scale``.
+    with a side no larger than the rank) takes the rule's full-rank step at ``lr``, without ``scale``. A parameter of three
+    dimensions is a stack of matrices (experts), each with a basis of its own; one of four or five is flattened to
+    ``(out, -1)``, as is one of three in a group with ``flatten=True`` (a 1-d convolution).
 
     A non-finite gradient reaches moments and weights as it does in ``torch.optim``; it never reaches a basis.
 
@@ -54,6 +59,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             ``left`` (rows).
         weight_decay: decoupled, multiplied by ``lr``; of every parameter, as in torch (``create`` spares biases and norms).
         stagger: spread the refreshes of different matrices over the period, after the first, so that no step pays for all.
+        state_dtype: ``"float32"``, or ``"int8"`` for moments in 8 bits (those of 4,096 entries or more; needs bitsandbytes).
+        bf16_stochastic_round: round updates of bf16 weights at random, right on average, where rounding to nearest would drop
+            small ones.
         seed: of every random choice. A choice depends on the seed, the parameter's name and the step alone.
         targets: with a module or named parameters: ``"all-linear"``, a list of substrings, or a regular expression.
         exclude: likewise: regular expressions of names that stay full rank.
@@ -77,6 +85,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         proj_type: str = "std",
         weight_decay: float = 0.0,
         stagger: bool = False,
+        state_dtype: StateDtype = "float32",
+        bf16_stochastic_round: bool = False,
         seed: int = 0,
         targets: str | list[str] = "all-linear",
         exclude: tuple[str, ...] = EXCLUDED,
@@ -90,6 +100,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         ):
             if isinstance(part, type) or not is_dataclass(part) or not hasattr(part, method):
                 raise ValueError(f"{what}={part!r}: expected a {what}, such as subspan.{example}")
+        if residual.needs_orthonormal and not selector.orthonormal:
+            raise ValueError(
+                f"residual={residual!r}: needs an orthonormal basis, and that of {selector!r} is not; use "
+                "residuals.Discard(), or a selector such as selectors.Random()"
+            )
         self.selector, self.rule, self.residual = selector, rule, residual
         self.transfer, self.stagger, self.seed = transfer, stagger, seed
         defaults = {
@@ -99,6 +114,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             "scale": scale,
             "proj_type": proj_type,
             "weight_decay": weight_decay,
+            "flatten": False,
+            "state_dtype": state_dtype,
+            "bf16_stochastic_round": bf16_stochastic_round,
             "clock": 0,
             # Compared on loading: moments mean nothing in another method's basis.
             "method": f"selector {_kind(selector)}, rule {_kind(rule)}, residual {_kind(residual)}, transfer {transfer}",
@@ -107,8 +125,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if rank is not None and all(p.ndim < 2 for p in self._parameters()):
             raise ValueError(_no_matrix(rank))
         logger.info("%s", self.summary())
-        if not any("refresh_step" in state for state in self.state.values()):
-            logger.warning("no matrix is projected, so this is full-rank training: give a rank below the matrices' sides")
+        asked = any(group["rank"] is not None for group in self.param_groups)
+        if asked and not any("refresh_step" in state for state in self.state.values()):
+            self.warn_of_full_rank()
 
     # --- construction -------------------------------------------------------------------------------------------------
 
@@ -122,8 +141,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             if near:
                 logger.warning("parameter group: %r is not used here; did you mean %r?", key, near[0])
         settings = self.defaults | param_group
-        _check_settings(settings)
-        self._rule(settings)
+        check_settings(settings)
+        rule = self._rule(settings)
+        if settings["state_dtype"] == "int8":
+            quantization.check_available()
+            if not rule.moments:
+                raise ValueError(f"state_dtype='int8': {rule} keeps no moments; use 'float32', or a rule with momentum")
         own_rank = param_group.get("rank")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -138,18 +161,20 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             raise
 
     def _allocate(self, p: Tensor, group: Mapping[str, Any]) -> State:
-        side = projection_side(p.shape, group["rank"], group["proj_type"])
-        if side is None:
-            return self.rule.init(p, tuple(p.shape))
-        G, rank = _orient(p, side), group["rank"]
-        return {
-            **self.rule.init(p, (*G.shape[:-1], rank)),
-            **self.selector.init(G, rank),
-            **self.residual.init(G),
-            # Integers of the host, not tensors: the schedule must not wait for a device.
-            "refresh_step": -1,  # the clock at the last refresh; -1 before the first
-            "skipped_refreshes": 0,
-        }
+        layout, rule, rank = _layout(p, group), self._rule(group), group["rank"]
+        if layout.side is None:
+            state = rule.init(p, layout.shape, layout.rows)
+        else:
+            G = layout.enter(p)
+            state = {
+                **rule.init(p, (*G.shape[:-1], rank), layout.rows),
+                **self.selector.init(G, rank),
+                **self.residual.init(G),
+                # Integers of the host, not tensors: the schedule must not wait for a device.
+                "refresh_step": -1,  # the clock at the last refresh; -1 before the first
+                "skipped_refreshes": 0,
+            }
+        return quantization.pack(state, rule.moments) if group["state_dtype"] == "int8" else state
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         """The rule with the settings of ``group``, where schedulers change them; raises if one is out of range."""
@@ -173,48 +198,73 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             rule = self._rule(group)
             for name, p in zip(_names(number, group), group["params"], strict=True):
-                side = projection_side(p.shape, group["rank"], group["proj_type"])
+                layout = _layout(p, group)
                 if p.grad is not None:
-                    self._update(p, p.grad, side, group, rule, name, order)
-                order += side is not None
+                    self._update(p, p.grad, layout, group, rule, Key(self.seed, name, group["clock"]), order)
+                order += layout.side is not None
             group["clock"] += 1
         return loss
 
-    def _update(
-        self, p: Tensor, grad: Tensor, side: str | None, group: dict[str, Any], rule: Rule, name: str, order: int
-    ) -> None:
+    def _update(self, p: Tensor, grad: Tensor, layout: Layout, group: dict[str, Any], rule: Rule, key: Key, order: int) -> None:
         if grad.layout != torch.strided:
-            raise ValueError(f"gradient of {name!r}: layout {grad.layout} is not supported; use dense gradients (sparse=False)")
-        state = self.state[p]
-        if side is None:
-            D, factor = rule.update_(grad, state)
+            raise ValueError(
+                f"gradient of {key.name!r}: layout {grad.layout} is not supported; use dense gradients (sparse=False)"
+            )
+        state = moments = self.state[p]
+        if group["state_dtype"] == "int8":
+            moments = quantization.unpack(state, rule.moments, torch.promote_types(p.dtype, torch.float32))
+        G = layout.enter(grad)
+        if layout.side is None:
+            D, factor = rule.update_(G, moments)
         else:
-            G = _orient(grad, side)
-            if _refresh_due(state["refresh_step"], group, order if self.stagger else 0):
-                self._refresh(G, state, rule, Key(self.seed, name, group["clock"]))
+            G = self.residual.receive(G, state)
+            self._move_basis(G, state, moments, group, rule, key, order if self.stagger else 0)
             R = self.selector.project(G, state)
-            U, factor = rule.update_(R, state)
+            U, factor = rule.update_(R, moments)
             D = self.residual.combine(G, R, U, group["scale"], lambda A: self.selector.project_back(A, state), state)
-            D = _orient(D, side)
+        if moments is not state:
+            quantization.store_(state, moments, rule.moments)
+        D = layout.leave(D, p.shape).mul_(group["lr"] * factor)
+        if group["bf16_stochastic_round"] and p.dtype == torch.bfloat16:
+            generator = keyed_generator("round", *key, device=p.device)
+            add_rounded_(p, D.neg_(), 1 - group["lr"] * group["weight_decay"], generator)
+            return
         if group["weight_decay"] != 0:
             p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.sub_(D.mul_(group["lr"] * factor))
+        p.sub_(D)
 
-    def _refresh(self, G: Tensor, state: State, rule: Rule, key: Key) -> None:
+    def _move_basis(
+        self, G: Tensor, state: State, moments: State, group: dict[str, Any], rule: Rule, key: Key, order: int
+    ) -> None:
+        """Refresh the basis if that is due, or let it follow the gradient if it does; carry the moments along."""
+        period = self.selector.period(group["update_proj_gap"], state)
+        due = _refresh_due(state["refresh_step"], group["clock"], period, order)
+        if not due and period is not None:
+            return
+        momentum = rule.first_moment(moments)
+        watched = momentum if self.residual.keeps_momentum else None
+        before = None if watched is None else self.selector.project_back(watched.value, state)
+        change = self._refresh(G, state, key) if due else self.selector.track_(G, state, momentum)
+        if change is None:
+            return
+        if self.transfer != "keep":
+            rule.transfer_(moments, change, self.transfer)
+        if watched is not None and before is not None:  # its value has been changed in place
+            lost = before.sub_(self.selector.project_back(watched.value, state))
+            self.residual.lose_(lost.mul_(watched.weight), state)
+
+    def _refresh(self, G: Tensor, state: State, key: Key) -> Tensor | None:
         # The only place that waits for the device. A zero or non-finite gradient tells nothing of a subspace (contract R4).
         largest = float(torch.linalg.vector_norm(G, ord=torch.inf))
-        change = None
         if 0 < largest < float("inf"):
             try:
                 change = self.selector.refresh_(G, state, key)
+                state["refresh_step"] = key.step
+                return change
             except LinAlgError as error:
                 logger.warning("refresh of %s at step %d keeps the old basis: %s", key.name, key.step, error)
-        if change is None:
-            state["skipped_refreshes"] += 1
-            return
-        if self.transfer != "keep":
-            rule.transfer_(state, change, self.transfer)
-        state["refresh_step"] = key.step
+        state["skipped_refreshes"] += 1
+        return None
 
     # --- saving and restoring -----------------------------------------------------------------------------------------
 
@@ -243,7 +293,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
         def put_state(_: torch.optim.Optimizer) -> None:
             self.state.update(own)
-            for number, state in zip(_saved_ids(saved), own.values(), strict=True):
+            for number, state in zip(saved_ids(saved), own.values(), strict=True):
                 copy_state_(state, saved["state"][number])
 
         # Around torch's method, inside of the hooks that others have registered.
@@ -258,26 +308,16 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 hook.remove()
 
     def _check(self, state_dict: Mapping[str, Any], own: Mapping[Tensor, State]) -> None:
-        if not {"state", "param_groups"} <= state_dict.keys():
-            raise ValueError(f"state_dict has {sorted(state_dict)}: expected what an optimizer's state_dict() returns")
-        groups, sizes = state_dict["param_groups"], [len(group["params"]) for group in self.param_groups]
-        if [len(group["params"]) for group in groups] != sizes:
-            raise ValueError(
-                f"the checkpoint has parameter groups of {[len(g['params']) for g in groups]} parameters, this optimizer of "
-                f"{sizes}; build it from the same model with the same targets"
-            )
-        for group, saved in zip(self.param_groups, groups, strict=True):
-            ours, theirs = group.get("param_names"), saved.get("param_names")
-            if ours and theirs and list(ours) != list(theirs):
-                first = next(pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1])
-                raise ValueError(f"the checkpoint has parameter {first[1]!r} where this optimizer has {first[0]!r}")
-            if saved.get("method", group["method"]) != group["method"]:
-                raise ValueError(f"the checkpoint is of {saved['method']}, this optimizer is {group['method']}; build it alike")
-            _check_settings({**group, **saved})
-            self._rule({**group, **saved})
         names = [name for number, group in enumerate(self.param_groups) for name in _names(number, group)]
-        for number, name, state in zip(_saved_ids(state_dict), names, own.values(), strict=True):
-            check_state(state, state_dict["state"].get(number, {}), name)
+        check_checkpoint(state_dict, self.param_groups, own, names)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            check_settings({**group, **saved})
+            self._rule({**group, **saved})
+
+    @staticmethod
+    def warn_of_full_rank() -> None:
+        """Zero projected matrices is never a silent outcome (contract R13)."""
+        logger.warning("no matrix is projected, so this is full-rank training: give a rank below the matrices' sides")
 
     def __getstate__(self) -> dict[str, Any]:
         parts = ("selector", "rule", "residual", "transfer", "stagger", "seed")
@@ -289,20 +329,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         return (p for group in self.param_groups for p in group["params"])
 
     def summary(self) -> str:
-        """What is projected, to which rank, and the bytes of state held: one line per kind of parameter."""
-        counts: dict[str, list[int]] = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                kind = "vectors" if p.ndim < 2 else "full-rank matrices"
-                if projection_side(p.shape, group["rank"], group["proj_type"]):
-                    kind = f"matrices at rank {group['rank']}, refreshed every {group['update_proj_gap']} steps"
-                elif p.ndim == 2 and group["rank"] is not None:
-                    kind = f"full-rank matrices (rank {group['rank']} reaches their shorter side)"
-                row = counts.setdefault(kind, [0, 0])
-                row[0], row[1] = row[0] + 1, row[1] + p.numel()
-        lines = [f"{number:5d} {kind}: {size:,} parameters" for kind, (number, size) in counts.items()]
+        """The parts, and one table: what is projected, to which rank, the bytes of state held, and what AdamW would hold."""
         parts = f"{self.selector!r}, {self.rule!r}, {self.residual!r}, transfer={self.transfer!r}"
-        return "\n".join([parts, *lines, f"{state_bytes(self):,} bytes of optimizer state"])
+        return f"{parts}\n{summary.table(self.param_groups, self.state)}"
 
 
 def _kind(part: object) -> str:
@@ -315,21 +344,16 @@ def _no_matrix(rank: int) -> str:
     return f"rank={rank}: there is no matrix among the parameters to project. {FLATTENED}"
 
 
-def _saved_ids(state_dict: Mapping[str, Any]) -> list[Any]:
-    """The keys of the saved state in the order of the parameters: numbers, or names from torch.distributed.checkpoint."""
-    return [key for group in state_dict["param_groups"] for key in group["params"]]
+def _layout(p: Tensor, group: Mapping[str, Any]) -> Layout:
+    return layout_of(p.shape, group["rank"], group["proj_type"], group["flatten"])
 
 
-def _orient(A: Tensor, side: str) -> Tensor:
-    """The side to compress last; its own inverse. A view."""
-    return A if side == "right" else A.mT
-
-
-def _refresh_due(last: int, group: Mapping[str, Any], order: int) -> bool:
+def _refresh_due(last: int, clock: int, period: int | None, order: int) -> bool:
     """Whether the last refresh lies before the latest step of the schedule; a skipped one stays due until it succeeds."""
-    clock, gap = group["clock"], group["update_proj_gap"]
-    offset = int(order * _GOLDEN % 1 * gap)
-    return last < 0 or last < clock - (clock - offset) % gap
+    if last < 0 or period is None:
+        return last < 0
+    offset = int(order * _GOLDEN % 1 * period)
+    return last < clock - (clock - offset) % period
 
 
 def _names(number: int, group: Mapping[str, Any]) -> list[str]:
@@ -339,7 +363,7 @@ def _names(number: int, group: Mapping[str, Any]) -> list[str]:
 
 def _as_groups(params: Params, rank: int | None, targets: str | list[str], exclude: tuple[str, ...]) -> list[Any]:
     if isinstance(params, nn.Module):
-        return split_parameters(params, rank=rank, targets=targets, exclude=exclude)
+        return param_groups(params, rank=rank, targets=targets, exclude=exclude)
     if isinstance(params, (Tensor, dict)):
         raise ValueError(
             f"params: got a {type(params).__name__}; expected a module, its named_parameters(), groups, or tensors"
@@ -348,25 +372,9 @@ def _as_groups(params: Params, rank: int | None, targets: str | list[str], exclu
     if not given or isinstance(given[0], dict):
         return given
     if isinstance(given[0], tuple):
-        return split_parameters(given, rank=rank, targets=targets, exclude=exclude)
-    if rank is not None and sum(p.ndim == 2 for p in given) > 1:
+        return param_groups(given, rank=rank, targets=targets, exclude=exclude)
+    if rank is not None and sum(p.ndim > 1 for p in given) > 1:
         logger.warning(
             "parameters without names: every matrix is projected, embeddings and heads too; pass model.named_parameters()"
         )
     return given
-
-
-def _check_settings(group: Mapping[str, Any]) -> None:
-    rank, gap = group["rank"], group["update_proj_gap"]
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank={rank!r}: expected a whole number >= 1, or None for full rank")
-    if isinstance(gap, bool) or not isinstance(gap, int) or gap < 1:
-        raise ValueError(f"update_proj_gap={gap!r}: expected a whole number of steps >= 1")
-    for key in ("lr", "scale", "weight_decay"):
-        value = group[key]
-        if key == "lr" and isinstance(value, Tensor):
-            continue  # reading it would wait for its device
-        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ValueError(f"{key}={value!r}: expected a number >= 0")
-    if group["proj_type"] not in PROJ_TYPES:
-        raise ValueError(f"proj_type={group['proj_type']!r}: expected one of {', '.join(PROJ_TYPES)}")

@@ -1,13 +1,13 @@
 """The parts of the step, as protocols. The optimizer knows these alone; ``recipes`` binds them to the concrete ones.
 
-Shapes: oriented gradient ``G (m, n)`` (the side to compress is last), basis ``Q (n, r)``, low-rank gradient
-``R = G Q (m, r)``, update inside the subspace ``U (m, r)``.
+Shapes: oriented gradient ``G (..., m, n)`` (the side to compress is last; leading dimensions are a stack of matrices, such as
+experts), basis ``Q (..., n, r)``, low-rank gradient ``R = G Q (..., m, r)``, update inside the subspace ``U (..., m, r)``.
 
 Parts are frozen dataclasses that hold settings only. What changes lives in the ``State`` of a parameter, which is
 allocated when the optimizer is built, changed in place, and passed in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import Field
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeGuard
 
@@ -16,18 +16,25 @@ from torch import Tensor
 from subspan.state import State
 
 Transfer = Literal["keep", "rotate", "moments", "reset"]
-"""What becomes of the moments at a refresh, with ``C = Q_oldᵀ Q_new (r, r)``:
+"""What becomes of the moments when the basis changes, with ``C = Q_oldᵀ Q_new (r, r)``:
 
 - ``keep``: nothing (GaLore; SARA, Algorithm 1): the coordinates are reused as they are;
 - ``rotate``: the first moment is re-projected, ``M <- M C`` (GoLore's momentum projection; the theory of SARA);
 - ``moments``: both moments are transported (LDAdam);
-- ``reset``: moments and step count start over (RSO, FRUGAL).
+- ``reset``: moments and step count start over (RSO, FRUGAL, GRASS).
 """
 
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether ``value`` compares with numbers, so that a setting of another kind gets the same error as one out of range."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_betas(betas: object) -> None:
+    """Raise unless ``betas`` are two rates of decay."""
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+    if not pair or not all(is_number(beta) and 0 <= beta < 1 for beta in betas):  # type: ignore[attr-defined]
+        raise ValueError(f"betas={betas!r}: expected two numbers, each at least 0 and below 1")
 
 
 class Key(NamedTuple):
@@ -40,20 +47,48 @@ class Key(NamedTuple):
     """How many steps the optimizer had taken when the refresh fell due."""
 
 
+class Momentum(NamedTuple):
+    """The first moment of a rule, for the parts of LDAdam, which look at it."""
+
+    value: Tensor
+    """``M (m, r)``, in the coordinates of the present basis."""
+    mean: Tensor
+    """The average of past ``R`` that ``M`` stands for, ``M / (1 - beta1^step)``; zero before the first step."""
+    weight: float
+    """The gradient that would leave ``M`` to later steps is ``weight * M``: ``decay / gain`` of ``M <- decay M + gain R``."""
+
+
 class Selector(Protocol):
     """Which subspace?"""
 
     @property
     def needs_gradient(self) -> bool:
-        """False if ``refresh_`` reads no more of ``G`` than its shape."""
+        """False if neither ``refresh_`` nor ``track_`` reads more of ``G`` than its shape."""
+
+    @property
+    def orthonormal(self) -> bool:
+        """Whether ``QᵀQ = I``, so that ``Q Qᵀ`` is a projection."""
 
     def init(self, G: Tensor, rank: int) -> State:
         """The state for gradients of the shape, dtype and device of ``G``."""
 
-    def refresh_(self, G: Tensor, state: State, key: Key) -> Tensor:
-        """Choose a new basis and store it in ``state``; returns the change ``Q_oldᵀ Q_new (r, r)``.
+    def memory(self, n: str, r: str) -> dict[str, str]:
+        """Bytes of each tensor of ``init`` for fp32, as an expression: ``{"basis": "4*n*r"}``."""
 
-        Law: the result depends on ``G``, ``state`` and ``key`` alone. If it raises, ``state`` is unchanged.
+    def period(self, gap: int, state: State) -> int | None:
+        """Steps between refreshes, given the group's ``update_proj_gap``; ``None`` for no other after the first."""
+
+    def refresh_(self, G: Tensor, state: State, key: Key) -> Tensor:
+        """Choose a new basis and store it in ``state``; returns the change ``Q_oldᵀ Q_new (r, r)``. It may wait for the device.
+
+        ``G`` is finite and not entirely zero. Law: the result depends on ``G``, ``state`` and ``key`` alone. If it raises,
+        ``state`` is unchanged.
+        """
+
+    def track_(self, G: Tensor, state: State, momentum: Momentum | None) -> Tensor | None:
+        """Move the basis at a step without a refresh; returns the change, or ``None`` if this selector does not.
+
+        Law: it never waits for the device, and a ``G`` that is zero or not finite changes nothing.
         """
 
     def project(self, G: Tensor, state: State) -> Tensor:
@@ -68,11 +103,25 @@ class Rule(Protocol):
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
-    def init(self, like: Tensor, shape: tuple[int, ...]) -> State:
-        """The state for low-rank gradients of ``shape`` that belong to the parameter ``like``."""
+    @property
+    def moments(self) -> Mapping[str, bool]:
+        """The entries of the state that may be kept in 8 bits, and whether they are signed."""
+
+    def init(self, like: Tensor, shape: tuple[int, ...], rows: int) -> State:
+        """The state for low-rank gradients of ``shape`` that belong to the parameter ``like``.
+
+        ``rows`` is the dimension of ``shape`` along which the rows of the weight lie: -2, or -1 if it is the rows that are
+        compressed.
+        """
+
+    def memory(self, shape: tuple[str, ...], rows: int) -> dict[str, str]:
+        """Bytes of each tensor of ``init`` for fp32, as an expression; ``M(k)`` stands for a moment of ``k`` entries."""
 
     def transfer_(self, state: State, change: Tensor, how: Transfer) -> None:
         """Carry the moments into the new basis; see ``Transfer``. Not called for ``keep``."""
+
+    def first_moment(self, state: State) -> Momentum | None:
+        """The first moment; ``None`` if there is none, or none that is a sum of gradients."""
 
     def update_(self, R: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """The direction ``U`` and the 0-d fp64 step-size factor that corrects it (bias correction, or one), on the CPU.
@@ -86,6 +135,23 @@ class Residual(Protocol):
 
     def init(self, G: Tensor) -> State:
         """The state for gradients of the shape, dtype and device of ``G``."""
+
+    def memory(self, m: str, n: str) -> dict[str, str]:
+        """Bytes of each tensor of ``init`` for fp32, as an expression."""
+
+    def receive(self, G: Tensor, state: State) -> Tensor:
+        """What every other part takes for the gradient: ``G``, or a fresh tensor."""
+
+    def lose_(self, momentum: Tensor, state: State) -> None:
+        """Momentum that a change of basis put outside the subspace, ``(m, n)``, as a gradient. Called if ``keeps_momentum``."""
+
+    @property
+    def keeps_momentum(self) -> bool:
+        """Whether ``lose_`` wants to know."""
+
+    @property
+    def needs_orthonormal(self) -> bool:
+        """Whether ``(I - Q Qᵀ) G`` must be what lies outside the subspace."""
 
     def combine(self, G: Tensor, R: Tensor, U: Tensor, scale: float, back: Callable[[Tensor], Tensor], state: State) -> Tensor:
         """``scale * back(U) + residual``, a fresh full-size tensor. ``back`` is the selector's ``project_back``."""

@@ -1,13 +1,17 @@
 """Optimizer state: what it is, how it is allocated, restored and counted."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 State = dict[str, Any]
 """Everything held for one parameter: tensors, and the integers of the schedule. Never an object (contract R1)."""
+
+
+StateDtype = Literal["float32", "int8"]
+"""How moments are kept: as they are computed, or in 8 bits (``quantization.py``)."""
 
 
 def allocate(like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -46,9 +50,9 @@ def copy_state_(own: State, saved: Mapping[str, Any]) -> None:
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of every tensor that ``optimizer``, ours or any of torch's, holds as state."""
-    return sum(
-        value.numel() * value.element_size()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    )
+    return sum(tensor_bytes(state) for state in optimizer.state.values())
+
+
+def tensor_bytes(state: Mapping[str, Any]) -> int:
+    """Bytes of the tensors in one parameter's state."""
+    return sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))

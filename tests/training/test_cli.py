@@ -42,7 +42,7 @@ def test_json_is_one_last_line(corpus: Path, tmp_path: Path, capsys: pytest.Capt
     out, err = capsys.readouterr()
     assert list(json.loads(out)) == KEYS
     assert out.count("\n") == 1
-    assert "bytes of optimizer state" in err
+    assert "bytes held" in err
     assert "step 12/12" in err
 
 
@@ -172,3 +172,31 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert "sara_adamw" in capsys.readouterr().out
     assert main(["list", "models"]) == 0
     assert "llama-60m" in capsys.readouterr().out
+
+
+REQUIRED = [
+    *(f"{method}_adamw" for method in ("galore", "sara", "golore", "golore_hybrid", "fira", "fira_sara")),
+    *(f"{method}_{rule}" for method in ("galore", "sara") for rule in ("adafactor", "adam_mini", "sgd", "lion", "adamw_8bit")),
+    "online_pca_adamw", "grass_adamw", "flora_adamw", "gosare_adamw", "gasare_adamw",
+]  # fmt: skip
+
+
+def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each optimizer with its parts, its paper and the bytes it holds; each model with its sizes."""
+    assert main(["list", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(REQUIRED) <= set(rows)
+    for name, row in rows.items():
+        assert {"name", "summary", "paper", "parts", "lr", "scale", "state_formula", "variables"} <= set(row), name
+    assert rows["sara_adamw_8bit"]["parts"] == {
+        "selector": "Importance(power=1.0, floor=0.0, method='gram')",
+        "rule": "AdamW(betas=(0.9, 0.999), eps=1e-08)",
+        "residual": "Discard()",
+        "transfer": "keep",
+        "state_dtype": "int8",
+    }
+    assert rows["sara_adamw_8bit"]["state_formula"] == {
+        "projected": "2*q(m*r) + 4*n*r + 4", "matrix": "2*q(a*b) + 4", "vector": "2*q(k) + 4"
+    }  # fmt: skip
+    assert main(["list", "models", "--json"]) == 0
+    assert {"name": "llama-nano", "hidden": 64}.items() <= json.loads(capsys.readouterr().out)[0].items()

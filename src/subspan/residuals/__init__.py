@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 from subspan.parts import Residual
 from subspan.residuals.discard import Discard
+from subspan.residuals.error_feedback import ErrorFeedback
 from subspan.residuals.fira import Fira
 
-RESIDUALS: dict[str, Callable[[], Residual]] = {"discard": Discard, "fira": Fira}
+RESIDUALS: dict[str, Callable[[], Residual]] = {"discard": Discard, "fira": Fira, "error_feedback": ErrorFeedback}
 """By name, with their papers' settings."""
 
-__all__ = ["RESIDUALS", "Discard", "Fira"]
+__all__ = ["RESIDUALS", "Discard", "ErrorFeedback", "Fira"]

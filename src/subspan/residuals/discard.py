@@ -5,15 +5,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from subspan.residuals._plain import Plain
 from subspan.state import State
 
 
 @dataclass(frozen=True)
-class Discard:
+class Discard(Plain):
     """No residual."""
-
-    def init(self, G: Tensor) -> State:
-        return {}
 
     def combine(self, G: Tensor, R: Tensor, U: Tensor, scale: float, back: Callable[[Tensor], Tensor], state: State) -> Tensor:
         return back(U * scale)

@@ -6,8 +6,8 @@
     T    <- T * gamma / max(||T|| / (||T_prev|| + 1e-8), gamma)      the norm-growth limiter; none at the first step
     D     = scale * U Qᵀ + T
 
-``||T_prev||`` is the norm after limiting. ``U`` is Adam's direction without bias correction, which the optimizer
-applies to all of ``D``.
+``||T_prev||`` is the norm after limiting, of each matrix of a stack by itself. ``U`` is Adam's direction without bias
+correction, which the optimizer applies to all of ``D``.
 
 Source: Fira (Chen et al. 2024, arXiv 2410.01623): norm-based scaling and the norm-growth limiter.
 Deviations from the paper: none for ``mode="orthogonal"``. ``mode="official"`` is what the authors' code computes: its
@@ -22,19 +22,22 @@ import torch
 from torch import Tensor
 
 from subspan.parts import is_number
+from subspan.residuals._plain import Plain
 from subspan.state import State, allocate
 
 _TINY = 1e-8  # guards both divisions; the value of the authors' code
 
 
 @dataclass(frozen=True)
-class Fira:
+class Fira(Plain):
     """Fira's scaled residual.
 
     Args:
         mode: ``"orthogonal"`` (the paper) or ``"official"`` (the authors' code).
         limiter: largest growth of the residual's norm from one step to the next, > 0; ``None`` turns it off.
     """
+
+    needs_orthonormal = True
 
     mode: str = "orthogonal"
     limiter: float | None = 1.01
@@ -46,14 +49,18 @@ class Fira:
             raise ValueError(f"limiter={self.limiter!r}: expected a growth factor > 0 such as 1.01, or None to turn it off")
 
     def init(self, G: Tensor) -> State:
-        return {} if self.limiter is None else {"residual_norm": allocate(G, ())}
+        return {} if self.limiter is None else {"residual_norm": allocate(G, G.shape[:-2])}
+
+    def memory(self, m: str, n: str) -> dict[str, str]:
+        return {} if self.limiter is None else {"residual_norm": "4"}
 
     def combine(self, G: Tensor, R: Tensor, U: Tensor, scale: float, back: Callable[[Tensor], Tensor], state: State) -> Tensor:
         a = 1.0 if self.mode == "orthogonal" else scale
         phi = _row_norms(U) / (_row_norms(R) + _TINY)
         if self.limiter is not None:
             T = back(-a * R).add_(G).mul_(phi)
-            phi = phi * self._limit_(torch.linalg.vector_norm(T), state["residual_norm"])
+            factor = self._limit_(torch.linalg.vector_norm(T, dim=(-2, -1)), state["residual_norm"])
+            phi = phi * factor[..., None, None]
             del T  # so that only one full-size tensor lives at a time
         return back(scale * U - a * phi * R).addcmul_(G, phi)
 

@@ -3,10 +3,20 @@
 from collections.abc import Callable
 
 from subspan.parts import Rule
+from subspan.rules.adafactor import Adafactor
+from subspan.rules.adam_mini import AdamMini
 from subspan.rules.adamw import AdamW
-from subspan.rules.sgd import SGD
+from subspan.rules.lion import Lion
+from subspan.rules.sgd import MSGD, SGD
 
-RULES: dict[str, Callable[[], Rule]] = {"adamw": AdamW, "sgd": SGD}
+RULES: dict[str, Callable[[], Rule]] = {
+    "adamw": AdamW,
+    "adafactor": Adafactor,
+    "adam_mini": AdamMini,
+    "sgd": SGD,
+    "msgd": MSGD,
+    "lion": Lion,
+}
 """By name, with their papers' settings."""
 
-__all__ = ["RULES", "SGD", "AdamW"]
+__all__ = ["MSGD", "RULES", "SGD", "Adafactor", "AdamMini", "AdamW", "Lion"]

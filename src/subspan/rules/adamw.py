@@ -12,18 +12,14 @@ Deviations: none from ``torch.optim.AdamW``. GaLore's code adds epsilon before t
 ``eps / sqrt(c2)``.
 """
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from subspan.parts import Transfer, is_number
-from subspan.state import State, allocate
+from subspan.rules._adam import Adam
 
 
 @dataclass(frozen=True)
-class AdamW:
+class AdamW(Adam):
     """Adam's update.
 
     Args:
@@ -31,49 +27,13 @@ class AdamW:
         eps: added to the root of the second moment; >= 0.
     """
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    @property
+    def moments(self) -> Mapping[str, bool]:
+        return {"exp_avg": True, "exp_avg_sq": False}
 
-    def __post_init__(self) -> None:
-        pair = isinstance(self.betas, (tuple, list)) and len(self.betas) == 2
-        if not pair or not all(is_number(beta) and 0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={self.betas!r}: expected two numbers, each at least 0 and below 1")
-        if not is_number(self.eps) or not 0 <= self.eps < math.inf:
-            raise ValueError(f"eps={self.eps!r}: expected a number >= 0")
+    def blocks(self, shape: tuple[int, ...], rows: int) -> tuple[int, ...]:
+        return shape
 
-    def init(self, like: Tensor, shape: tuple[int, ...]) -> State:
-        return {
-            # On the CPU, as torch keeps it: it enters kernels as a scalar, so no device waits for it.
-            "step": torch.zeros((), dtype=torch.float32),
-            "exp_avg": allocate(like, shape),
-            "exp_avg_sq": allocate(like, shape),
-        }
-
-    def transfer_(self, state: State, change: Tensor, how: Transfer) -> None:
-        M, V, C = state["exp_avg"], state["exp_avg_sq"], change
-        if how == "rotate":
-            M.copy_(M @ C)
-        elif how == "moments":
-            # V - M² is a variance, so it moves with C². Both are unbiased first. Before the first step all is 0 / tiny = 0.
-            c1, c2 = (_correction(beta, state["step"]).clamp_min(1e-30) for beta in self.betas)
-            mean = M / c1
-            variance = V / c2 - mean.square()
-            V.copy_((variance @ C.square() + (mean @ C).square()).abs_().mul_(c2))
-            M.copy_(M @ C)
-        elif how == "reset":
-            for tensor in (state["step"], M, V):
-                tensor.zero_()
-
-    def update_(self, R: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        beta1, beta2 = self.betas
-        step = state["step"].add_(1)
-        M = state["exp_avg"].mul_(beta1).add_(R, alpha=1 - beta1)  # not lerp_: R may be of lower precision
-        V = state["exp_avg_sq"].mul_(beta2).addcmul_(R, R, value=1 - beta2)
-        c1, root_c2 = _correction(beta1, step), _correction(beta2, step).sqrt()
-        U = V.sqrt().add_(root_c2 * self.eps)
-        return torch.div(M, U, out=U), root_c2 / c1
-
-
-def _correction(beta: float, step: Tensor) -> Tensor:
-    """``1 - beta^step``, in fp64: in fp32 the difference is off by 1e-5 of its value at the first step."""
-    return 1 - beta ** step.double()
+    def memory(self, shape: tuple[str, ...], rows: int) -> dict[str, str]:
+        size = "*".join(shape)
+        return {"step": "4", "exp_avg": f"M({size})", "exp_avg_sq": f"M({size})"}

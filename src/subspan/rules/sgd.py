@@ -1,30 +1,79 @@
-"""SGD with momentum on the low-rank gradient ``R (m, r)``.
+"""SGD with momentum on the low-rank gradient ``R (m, r)``, in two spellings.
 
-    M <- momentum M + (1 - dampening) R,    U = M
+    M <- decay M + gain R,    U = M
 
-GoLore's and SARA's theory analyses ``M <- (1 - beta1) M + beta1 R``: there beta1 weighs the *new* gradient, so it is
-``momentum = dampening = 1 - beta1``.
+- ``SGD(momentum, dampening)``, torch's: ``decay = momentum, gain = 1 - dampening``;
+- ``MSGD(beta1)``, that of GoLore's and SARA's theory: ``decay = 1 - beta1, gain = beta1``. There beta1 weighs the *new*
+  gradient, so ``MSGD(0.1)`` is ``SGD(0.9, 0.9)``.
 
 Source: GoLore (He et al. 2024, arXiv 2410.11289), MSGD.
 Deviations: the momentum starts at zero, where ``torch.optim.SGD`` starts at the first gradient; the same while
 ``dampening=0``.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from subspan.parts import Transfer, is_number
+from subspan.parts import Momentum, Transfer, is_number
 from subspan.state import State, allocate
 
 
+class _MomentumSGD(ABC):
+    @property
+    @abstractmethod
+    def decay(self) -> float: ...
+
+    @property
+    @abstractmethod
+    def gain(self) -> float: ...
+
+    @property
+    def moments(self) -> Mapping[str, bool]:
+        return {"exp_avg": True} if self.decay else {}
+
+    def init(self, like: Tensor, shape: tuple[int, ...], rows: int) -> State:
+        state: State = {"step": torch.zeros((), dtype=torch.float32)}
+        return state | {"exp_avg": allocate(like, shape)} if self.decay else state
+
+    def memory(self, shape: tuple[str, ...], rows: int) -> dict[str, str]:
+        return {"step": "4"} | ({"exp_avg": f"M({'*'.join(shape)})"} if self.decay else {})
+
+    def transfer_(self, state: State, change: Tensor, how: Transfer) -> None:
+        if how == "reset":
+            state["step"].zero_()
+            if self.decay:
+                state["exp_avg"].zero_()
+        elif self.decay:  # there is one moment, so "moments" is "rotate"
+            state["exp_avg"].copy_(state["exp_avg"] @ change)
+
+    def first_moment(self, state: State) -> Momentum | None:
+        if not self.decay:
+            return None
+        # What all past gradients weigh in M: gain * (1 + decay + decay² + ...).
+        weight = (1 - self.decay ** state["step"].double()).clamp_min(1e-30) * self.gain / (1 - self.decay)
+        return Momentum(state["exp_avg"], state["exp_avg"] / weight, self.decay / self.gain)
+
+    def update_(self, R: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        state["step"].add_(1)
+        if not self.decay:
+            U = R.to(torch.promote_types(R.dtype, torch.float32), copy=True).mul_(self.gain)
+        elif "exp_avg" in state:
+            U = state["exp_avg"].mul_(self.decay).add_(R, alpha=self.gain).clone()
+        else:
+            raise ValueError(f"{self}: without momentum when the optimizer was built, so none is kept; build it anew")
+        return U, torch.ones((), dtype=torch.float64)
+
+
 @dataclass(frozen=True)
-class SGD:
-    """SGD with momentum.
+class SGD(_MomentumSGD):
+    """SGD with momentum, as torch spells it.
 
     Args:
-        momentum: decay of the running gradient, in [0, 1).
+        momentum: decay of the running gradient, in [0, 1); 0 keeps none.
         dampening: what is held back of each new gradient, in [0, 1).
     """
 
@@ -37,17 +86,33 @@ class SGD:
             if not is_number(value) or not 0 <= value < 1:
                 raise ValueError(f"{name}={value!r}: expected a number at least 0 and below 1")
 
-    def init(self, like: Tensor, shape: tuple[int, ...]) -> State:
-        return {"step": torch.zeros((), dtype=torch.float32), "exp_avg": allocate(like, shape)}
+    @property
+    def decay(self) -> float:
+        return self.momentum
 
-    def transfer_(self, state: State, change: Tensor, how: Transfer) -> None:
-        if how == "reset":
-            state["step"].zero_()
-            state["exp_avg"].zero_()
-        else:  # there is one moment, so "moments" is "rotate"
-            state["exp_avg"].copy_(state["exp_avg"] @ change)
+    @property
+    def gain(self) -> float:
+        return 1 - self.dampening
 
-    def update_(self, R: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        state["step"].add_(1)
-        M = state["exp_avg"].mul_(self.momentum).add_(R, alpha=1 - self.dampening)
-        return M.clone(), torch.ones((), dtype=torch.float64)
+
+@dataclass(frozen=True)
+class MSGD(_MomentumSGD):
+    """SGD with momentum, as the theory spells it.
+
+    Args:
+        beta1: weight of the new gradient, in (0, 1]; 1 keeps no momentum.
+    """
+
+    beta1: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not is_number(self.beta1) or not 0 < self.beta1 <= 1:
+            raise ValueError(f"beta1={self.beta1!r}: expected a number above 0 and at most 1; it weighs the new gradient")
+
+    @property
+    def decay(self) -> float:
+        return 1 - self.beta1
+
+    @property
+    def gain(self) -> float:
+        return self.beta1

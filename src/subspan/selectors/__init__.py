@@ -3,8 +3,13 @@
 from collections.abc import Callable
 
 from subspan.parts import Selector
+from subspan.selectors.coordinates import Coordinates
 from subspan.selectors.dominant import Dominant
+from subspan.selectors.gaussian import Gaussian
 from subspan.selectors.importance import Importance
+from subspan.selectors.lazy import Lazy
+from subspan.selectors.online_pca import OnlinePCA
+from subspan.selectors.power_iteration import PowerIteration
 from subspan.selectors.random import Random
 from subspan.selectors.switch import Switch
 
@@ -12,7 +17,22 @@ SELECTORS: dict[str, Callable[[], Selector]] = {
     "dominant": Dominant,
     "importance": Importance,
     "random": Random,
+    "gaussian": Gaussian,
+    "coordinates": Coordinates,
+    "online_pca": OnlinePCA,
+    "power_iteration": PowerIteration,
 }
-"""By name, with their papers' settings. ``Switch`` is made of two of them."""
+"""By name, with their papers' settings. ``Switch`` and ``Lazy`` are made of others."""
 
-__all__ = ["SELECTORS", "Dominant", "Importance", "Random", "Switch"]
+__all__ = [
+    "SELECTORS",
+    "Coordinates",
+    "Dominant",
+    "Gaussian",
+    "Importance",
+    "Lazy",
+    "OnlinePCA",
+    "PowerIteration",
+    "Random",
+    "Switch",
+]

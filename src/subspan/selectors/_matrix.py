@@ -1,4 +1,4 @@
-"""What every selector with a dense orthonormal basis shares."""
+"""What every selector with a stored matrix for a basis shares."""
 
 from abc import ABC, abstractmethod
 
@@ -6,19 +6,36 @@ import torch
 from torch import Tensor
 
 from subspan import linalg
-from subspan.parts import Key
+from subspan.parts import Key, Momentum
 from subspan.state import State, allocate
 
 
-class MatrixSelector(ABC):
-    """Keeps the basis as a matrix ``Q (n, r)`` with orthonormal columns; a subclass chooses it."""
+class Scheduled:
+    """What every selector shares that moves at its refreshes alone, and looks at the gradient then."""
 
     @property
     def needs_gradient(self) -> bool:
         return True
 
+    @property
+    def orthonormal(self) -> bool:
+        return True
+
+    def period(self, gap: int, state: State) -> int | None:
+        return gap
+
+    def track_(self, G: Tensor, state: State, momentum: Momentum | None) -> Tensor | None:
+        return None
+
+
+class MatrixSelector(Scheduled, ABC):
+    """Keeps the basis as a matrix ``Q (n, r)``; a subclass chooses it."""
+
     def init(self, G: Tensor, rank: int) -> State:
         return {"basis": allocate(G, (*G.shape[:-2], G.shape[-1], rank))}
+
+    def memory(self, n: str, r: str) -> dict[str, str]:
+        return {"basis": f"4*{n}*{r}"}
 
     @abstractmethod
     def choose(self, G: Tensor, old: Tensor, key: Key) -> Tensor:
@@ -26,7 +43,11 @@ class MatrixSelector(ABC):
 
     def refresh_(self, G: Tensor, state: State, key: Key) -> Tensor:
         old = state["basis"].clone()
-        state["basis"].copy_(self.choose(G, old, key))
+        new = self.choose(G, old, key).to(old.dtype)
+        if G.ndim > 2 and self.needs_gradient:  # an expert that saw no token keeps what it has, if it has anything
+            idle = (G == 0).flatten(-2).all(-1) & (old != 0).flatten(-2).any(-1)
+            new = torch.where(idle[..., None, None], old, new)
+        state["basis"].copy_(new)
         return old.mT @ state["basis"]
 
     def project(self, G: Tensor, state: State) -> Tensor:

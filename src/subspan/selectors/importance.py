@@ -53,7 +53,9 @@ class Importance(MatrixSelector):
     def log_weights(self, sigma: Tensor) -> Tensor:
         """``log w (..., k)`` for singular values ``sigma (..., k)``. In logarithms: a large power would underflow."""
         log_w = torch.xlogy(self.power, sigma.double())  # 0 * log 0 = 0, so power 0 is uniform over zeros too
-        log_w = log_w - log_w.logsumexp(-1, keepdim=True)
+        total = log_w.logsumexp(-1, keepdim=True)
+        # A zero matrix in a stack of others leaves nothing to go by.
+        log_w = torch.where(total.isneginf(), -math.log(sigma.shape[-1]), log_w - total)
         if self.floor == 0:
             return log_w
         uniform = torch.full_like(log_w, math.log(self.floor / sigma.shape[-1]))

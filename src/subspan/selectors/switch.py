@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspan.parts import Key, Selector, is_number
+from subspan.parts import Key, Momentum, Selector, is_number
 from subspan.state import State
 
 
@@ -41,9 +41,23 @@ class Switch:
     def needs_gradient(self) -> bool:
         return self.first.needs_gradient or self.second.needs_gradient
 
+    @property
+    def orthonormal(self) -> bool:
+        return self.first.orthonormal and self.second.orthonormal
+
     def init(self, G: Tensor, rank: int) -> State:
         self._step()
         return {**self.first.init(G, rank), **self.second.init(G, rank), "switched": 0}
+
+    def memory(self, n: str, r: str) -> dict[str, str]:
+        return {**self.first.memory(n, r), **self.second.memory(n, r)}
+
+    def period(self, gap: int, state: State) -> int | None:
+        # Before the switch a refresh must come, whatever the first selector does without.
+        return self.second.period(gap, state) if state["switched"] else self.first.period(gap, state) or gap
+
+    def track_(self, G: Tensor, state: State, momentum: Momentum | None) -> Tensor | None:
+        return self._active(state).track_(G, state, momentum)
 
     def refresh_(self, G: Tensor, state: State, key: Key) -> Tensor:
         if state["switched"] or key.step < self._step():

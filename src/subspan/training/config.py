@@ -8,10 +8,12 @@ from typing import Any, Literal
 class OptimConfig:
     """Finer settings of the optimizer."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of Adam's moments."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
+    betas: tuple[float, float] | None = None
+    """Decay of the moments; null is the rule's own."""
+    eps: float | None = None
+    """Added to the root of the second moment; null is the rule's own."""
+    rule: dict[str, Any] | None = None
+    """Settings of the recipe's rule, such as {momentum: 0.95}."""
     proj_type: str = "std"
     """Side to compress: std (the shorter), reverse_std (the longer), right, left."""
     transfer: Literal["keep", "rotate", "moments", "reset"] | None = None
@@ -22,6 +24,12 @@ class OptimConfig:
     """Settings of the recipe's residual, such as {mode: official}."""
     stagger: bool = False
     """Spread the refreshes over the period."""
+    state_dtype: Literal["float32", "int8"] | None = None
+    """int8 keeps moments of 4,096 entries or more in 8 bits; null is the recipe's own."""
+    bf16_stochastic_round: bool = False
+    """With precision bf16: round updates of the weights at random, right on average."""
+    lr_full: float | None = None
+    """Learning rate of what is not projected; null is that of the rest."""
     targets: str | list[str] = "all-linear"
     """Which matrices are projected: all-linear, a list of substrings, or a regular expression."""
 

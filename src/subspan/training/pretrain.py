@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from subspan.recipes import create
+from subspan.factory import create
 from subspan.state import state_bytes
 from subspan.training import checkpoint as checkpoints
 from subspan.training.batches import DataSource
@@ -233,11 +233,15 @@ def _build_optimizer(config: ResolvedConfig, model: nn.Module) -> torch.optim.Op
         proj_type=config.optim.proj_type,
         transfer=config.optim.transfer,
         selector=config.optim.selector,
+        rule=config.optim.rule,
         residual=config.optim.residual,
         betas=config.optim.betas,
         eps=config.optim.eps,
         weight_decay=config.weight_decay,
         stagger=config.optim.stagger,
+        state_dtype=config.optim.state_dtype,
+        bf16_stochastic_round=config.optim.bf16_stochastic_round,
+        lr_full=config.optim.lr_full,
         seed=config.seed,
         total_steps=config.steps,
         targets=config.optim.targets,

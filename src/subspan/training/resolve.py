@@ -6,12 +6,13 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
-from subspan.recipes import defaults_of
-from subspan.training.config import EvaluationConfig, PretrainConfig, ScheduleConfig
+from subspan.parts import Rule
+from subspan.recipes import find
+from subspan.training.config import EvaluationConfig, OptimConfig, PretrainConfig, ScheduleConfig
 from subspan.training.errors import InputError
 from subspan.training.model import own_tokenizer, preset_of
 from subspan.training.presets import Preset
@@ -55,10 +56,10 @@ def resolve(config: PretrainConfig) -> ResolvedConfig:
         InputError: a number out of range; the message names it.
         ValueError: an unknown optimizer or model.
     """
-    method = defaults_of(config.optimizer)
-    own_lr = method.lr
+    method = find(config.optimizer)
+    own_lr, projects = method.lr, method.selector is not None
     preset = preset_of(config.model)
-    if preset and config.optimizer == "adamw":
+    if preset and config.optimizer in ("adamw", "adamw_8bit"):
         own_lr = preset.adamw_lr
     known = preset or Preset(0, 0, 0, 0, batch_size=32)  # for the run's settings; its shape is the model's own
     steps = _first(config.steps, known.steps)
@@ -69,15 +70,20 @@ def resolve(config: PretrainConfig) -> ResolvedConfig:
     if config.device == "auto" and torch.cuda.is_available():
         device = "cuda"
     tokenizer = config.tokenizer or (preset.tokenizer if preset else own_tokenizer(config.model))
-    filled = {field.name: getattr(config, field.name) for field in fields(config)} | {
+    filled: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(config)} | {
         "tokenizer": _absolute(tokenizer, ("bytes", "embedded")),
         "steps": steps,
         "batch_size": batch_size,
         "micro_batch_size": _first(config.micro_batch_size, batch_size),
         "sequence_length": _first(config.sequence_length, known.sequence_length),
         "lr": _first(config.lr, own_lr),
-        "scale": _first(config.scale, method.scale),
-        "optim": replace(config.optim, transfer=_first(config.optim.transfer, method.transfer)),
+        "scale": _first(config.scale, method.scale) if projects else config.scale,
+        "optim": replace(
+            config.optim,
+            transfer=_first(config.optim.transfer, method.transfer) if projects else config.optim.transfer,
+            **_rule_settings(config.optim, method.rule),
+            state_dtype=_first(config.optim.state_dtype, method.state_dtype),
+        ),
         "model": _absolute(config.model) if preset is None else config.model,
         "data": _absolute(config.data, ("embedded", *STREAMS)),
         "validation_data": config.validation_data and _absolute(config.validation_data, ("embedded",)),
@@ -91,6 +97,15 @@ def resolve(config: PretrainConfig) -> ResolvedConfig:
     resolved = ResolvedConfig(**filled)
     _check(resolved)
     return resolved
+
+
+def _rule_settings(optim: OptimConfig, rule: Rule) -> dict[str, Any]:
+    """``betas`` and ``eps``, where the rule has them and they are not among its settings."""
+    given = {"betas": optim.betas, "eps": optim.eps}
+    return {
+        key: getattr(rule, key) if value is None and hasattr(rule, key) and key not in (optim.rule or {}) else value
+        for key, value in given.items()
+    }
 
 
 def _first(given: T | None, otherwise: T) -> T:

@@ -10,8 +10,8 @@ from helpers import RANK, SHAPES, oriented_side
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from subspan import SubspaceAdamW, create, split_parameters
-from subspan.param_groups import projection_side
+from subspan import SubspaceAdamW, create, param_groups
+from subspan.shapes import layout_of
 
 LINEAR = [
     f"self_attn.{name}_proj" for name in "qkvo"
@@ -66,23 +66,24 @@ class Block(nn.Module):
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "right", "left"])
 def test_projection_side(shape, proj_type):
     """galore_torch's words: std compresses the shorter side, reverse_std the longer, a square counts as tall."""
-    assert projection_side(shape, RANK, proj_type) == oriented_side(shape, proj_type)
+    assert layout_of(shape, RANK, proj_type).side == oriented_side(shape, proj_type)
 
 
 @pytest.mark.parametrize(("word", "same"), [("short", "std"), ("long", "reverse_std")])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_plain_words(shape, word, same):
     """short and long are other names of std and reverse_std."""
-    assert projection_side(shape, RANK, word) == projection_side(shape, RANK, same)
+    assert layout_of(shape, RANK, word) == layout_of(shape, RANK, same)
 
 
 @pytest.mark.parametrize(
-    ("shape", "rank"), [((48,), 4), ((), 4), ((4, 8, 6), 2), ((48, 20), None), ((48, 20), 20), ((20, 48), 20), ((32, 32), 40)]
+    ("shape", "rank"),
+    [((48,), 4), ((), 4), ((5, 8, 6), 6), ((16, 1, 3), 2), ((48, 20), None), ((48, 20), 20), ((20, 48), 20), ((32, 32), 40)],
 )
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "right", "left"])
 def test_full_rank(shape, rank, proj_type):
-    """Vectors, stacks, groups without a rank, and ranks that reach the shorter side are full rank, whatever the side."""
-    assert projection_side(shape, rank, proj_type) is None
+    """Vectors, groups without a rank, and ranks that reach the shorter side are full rank, whatever the side."""
+    assert layout_of(shape, rank, proj_type).side is None
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -100,7 +101,7 @@ def test_the_moments_keep_the_other_side(shape, proj_type, kept):
 
 def test_llama(llama):
     """Of a Llama exactly the seven linear weights of each layer are projected."""
-    projected, full = by_rank(split_parameters(llama, rank=RANK))
+    projected, full = by_rank(param_groups(llama, rank=RANK))
     assert sorted(projected) == sorted(layers(*LINEAR))
     assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= set(full)
 
@@ -111,7 +112,7 @@ def test_every_trainable_parameter_is_in_one_group(llama, as_module, targets):
     """The groups partition the trainable parameters; frozen ones are left out; vectors come last."""
     llama.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
     llama.model.norm.weight.requires_grad_(False)
-    groups = split_parameters(llama if as_module else llama.named_parameters(), rank=RANK, targets=targets)
+    groups = param_groups(llama if as_module else llama.named_parameters(), rank=RANK, targets=targets)
     given = [pair for group in groups for pair in group["params"]]
     trainable = {name: p for name, p in llama.named_parameters() if p.requires_grad}
     assert len(given) == len(trainable)
@@ -133,26 +134,26 @@ def test_every_trainable_parameter_is_in_one_group(llama, as_module, targets):
 )
 def test_targets(llama, targets, expected):
     """A list selects names that contain a string, an expression whole module names; both win over the exclusions."""
-    projected, _ = by_rank(split_parameters(llama, rank=RANK, targets=targets))
+    projected, _ = by_rank(param_groups(llama, rank=RANK, targets=targets))
     assert projected == expected
 
 
 def test_exclude(llama):
     """Names in which an excluded pattern is found stay full rank."""
-    projected, _ = by_rank(split_parameters(llama, rank=RANK, exclude=(r"lm_head", r"layers\.0\.", r"mlp")))
+    projected, _ = by_rank(param_groups(llama, rank=RANK, exclude=(r"lm_head", r"layers\.0\.", r"mlp")))
     assert projected == layers(*LINEAR[:4])[4:]
 
 
 def test_of_a_module_only_linear_weights():
     """Embeddings, convolutions, heads and norms are full rank; names that merely resemble them are projected."""
-    projected, full = by_rank(split_parameters(Block(), rank=RANK))
+    projected, full = by_rank(param_groups(Block(), rank=RANK))
     assert projected == ["headroom.weight", "outputs.weight", "multihead.weight"]
     assert {"positions.weight", "conv.weight", "head.weight", "score.weight", "rms_norm.weight", "headroom.bias"} <= set(full)
 
 
 def test_a_bare_linear_layer():
     """A model that is one linear layer has its weight projected."""
-    projected, full = by_rank(split_parameters(nn.Linear(16, 16), rank=RANK))
+    projected, full = by_rank(param_groups(nn.Linear(16, 16), rank=RANK))
     assert (projected, full) == (["weight"], ["bias"])
 
 
@@ -169,7 +170,7 @@ def test_tied_embeddings():
         )
     )
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    groups = split_parameters(model, rank=RANK)
+    groups = param_groups(model, rank=RANK)
     holders = [group for group in groups for _, p in group["params"] if p is model.lm_head.weight]
     assert [group["rank"] for group in holders] == [None]
     assert len(by_rank(groups)[0]) == 7
@@ -186,13 +187,13 @@ def test_a_head_tied_to_an_embedding_of_any_name():
             self.out.weight = self.tokens.weight
             self.fc = nn.Linear(16, 16)
 
-    assert by_rank(split_parameters(Tied(), rank=RANK))[0] == ["fc.weight"]
+    assert by_rank(param_groups(Tied(), rank=RANK))[0] == ["fc.weight"]
 
 
 def test_overrides(llama):
     """Settings by expression, the first match wins; they reach the optimizer."""
     overrides = {r"layers\.0.*k_proj": {"rank": 2, "scale": 1.0}, r"k_proj": {"rank": 8}, r"lm_head": {"lr": 0.5}}
-    groups = split_parameters(llama, rank=RANK, overrides=overrides)
+    groups = param_groups(llama, rank=RANK, overrides=overrides)
     optimizer = SubspaceAdamW(groups, lr=0.1)
     first, second = (layer.self_attn.k_proj.weight for layer in llama.model.layers)
     assert optimizer.state[first]["basis"].shape[1] == 2
@@ -207,7 +208,7 @@ def test_overrides(llama):
 def test_an_override_of_the_rank_leaves_vectors_alone():
     """An expression that names a layer also meets its bias, which has no rank; its other settings hold for both."""
     model = nn.ModuleDict({"q_proj": nn.Linear(16, 16), "k_proj": nn.Linear(16, 16)})
-    optimizer = SubspaceAdamW(split_parameters(model, rank=RANK, overrides={"k_proj": {"rank": 2, "lr": 0.5}}), lr=0.1)
+    optimizer = SubspaceAdamW(param_groups(model, rank=RANK, overrides={"k_proj": {"rank": 2, "lr": 0.5}}), lr=0.1)
     assert optimizer.state[model["k_proj"].weight]["basis"].shape == (16, 2)
     assert optimizer.state[model["k_proj"].bias]["exp_avg"].shape == (16,)
     of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -227,40 +228,40 @@ def test_an_override_of_the_rank_leaves_vectors_alone():
 def test_a_pattern_that_matches_nothing(llama, as_module, settings):
     """It is an error that shows the pattern and names near it (contract R13)."""
     with pytest.raises(ValueError, match=r"q_porj' matches no .*names here look like 'model.layers.\d"):
-        split_parameters(llama if as_module else llama.named_parameters(), rank=RANK, **settings)
+        param_groups(llama if as_module else llama.named_parameters(), rank=RANK, **settings)
 
 
 def test_the_names_an_error_shows_can_be_used(llama):
     """What the message offers instead of a wrong expression is itself a target that matches."""
     with pytest.raises(ValueError, match="names here look like") as error:
-        split_parameters(llama, rank=RANK, targets="self_attn.q_porj")
+        param_groups(llama, rank=RANK, targets="self_attn.q_porj")
     shown = re.findall(r"'(model[^']*)'", str(error.value))
     assert shown
     for name in shown:
-        assert len(by_rank(split_parameters(llama, rank=RANK, targets=name))[0]) == 1
+        assert len(by_rank(param_groups(llama, rank=RANK, targets=name))[0]) == 1
 
 
 def test_nothing_to_project():
     """all-linear without a matrix names fully_shard; with matrices of other layers alone, targets; frozen, it says so."""
     with pytest.raises(ValueError, match="fully_shard"):
-        split_parameters([("flat_param", nn.Parameter(torch.zeros(100)))], rank=RANK)
+        param_groups([("flat_param", nn.Parameter(torch.zeros(100)))], rank=RANK)
     for module in (nn.Embedding(10, 4), nn.LSTM(8, 8)):
         with pytest.raises(ValueError, match=r"no weight of an nn\.Linear is left .* Name others with targets"):
-            split_parameters(module, rank=RANK)
+            param_groups(module, rank=RANK)
     with pytest.raises(ValueError, match="no trainable parameter"):
-        split_parameters(nn.Linear(4, 4).requires_grad_(False), rank=RANK)
+        param_groups(nn.Linear(4, 4).requires_grad_(False), rank=RANK)
 
 
 def test_without_a_rank(llama):
     """rank=None projects nothing and needs no target."""
-    assert by_rank(split_parameters(llama, rank=None))[0] == []
+    assert by_rank(param_groups(llama, rank=None))[0] == []
 
 
 def test_vectors_may_go_without_decay(llama):
-    """decay_vectors=False sets weight_decay=0 for parameters of one dimension alone; create does so."""
-    groups = split_parameters(llama, rank=RANK, decay_vectors=False)
-    assert ["weight_decay" in group for group in groups] == [False, False, True]
-    assert groups[-1]["weight_decay"] == 0.0
+    """A weight decay given here is that of matrices; parameters of one dimension get none; create does so."""
+    assert not any("weight_decay" in group for group in param_groups(llama, rank=RANK))
+    groups = param_groups(llama, rank=RANK, weight_decay=0.1)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
     assert all(p.ndim == 1 for _, p in groups[-1]["params"])
     decayed = create("sara_adamw", llama, rank=RANK, weight_decay=0.1)
     assert [group["weight_decay"] for group in decayed.param_groups] == [0.1, 0.1, 0.0]
@@ -274,10 +275,10 @@ def test_vectors_may_go_without_decay(llama):
 def test_names_that_stay_full_rank(name, projected):
     """Embeddings and heads are known by the start of a word in their name, not by letters inside one."""
     named = [("fc.weight", nn.Parameter(torch.zeros(16, 16))), (name, nn.Parameter(torch.zeros(16, 16)))]
-    assert (name in by_rank(split_parameters(named, rank=RANK))[0]) == projected
+    assert (name in by_rank(param_groups(named, rank=RANK))[0]) == projected
 
 
 def test_one_expression_to_exclude():
     """A string is one expression, not a list of letters."""
     model = nn.Sequential(OrderedDict(fc=nn.Linear(8, 8), block=nn.Linear(8, 8)))
-    assert by_rank(split_parameters(model, rank=RANK, exclude="block"))[0] == ["fc.weight"]
+    assert by_rank(param_groups(model, rank=RANK, exclude="block"))[0] == ["fc.weight"]

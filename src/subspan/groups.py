@@ -1,11 +1,14 @@
-"""Which parameter is projected, and on which side."""
+"""Which parameter is projected: groups by name, and the settings a group may have."""
 
 import difflib
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
+
+from subspan.shapes import PROJ_TYPES
 
 EXCLUDED = (
     r"embed|(\b|_)emb",
@@ -21,80 +24,105 @@ EXCLUDED = (
 
 FLATTENED = "Parameters flattened by FSDP1 or DeepSpeed have lost their shape: shard with fully_shard (FSDP2) instead"
 
-Side = Literal["right", "left"]
-PROJ_TYPES = {"std": "short", "reverse_std": "long", "right": "right", "left": "left", "short": "short", "long": "long"}
-"""The names of galore_torch, and what they mean: which side of the matrix is compressed to the rank."""
 
-
-def projection_side(shape: Sequence[int], rank: int | None, proj_type: str) -> Side | None:
-    """``"right"`` compresses the columns (``R = G Q``), ``"left"`` the rows (``R = Gᵀ Q``), ``None`` is full rank.
-
-    Only matrices are projected, and only where the rank is below both sides.
-    """
-    if rank is None or len(shape) != 2 or rank >= min(shape):
-        return None
-    side = PROJ_TYPES[proj_type]
-    if side in ("right", "left"):
-        return side  # type: ignore[return-value]  # narrowed by the line above
-    wide = shape[0] < shape[1]
-    return "left" if wide == (side == "short") else "right"
-
-
-def split_parameters(
-    parameters: nn.Module | Iterable[tuple[str, Tensor]],
+def param_groups(
+    model: nn.Module | Iterable[tuple[str, Tensor]],
     *,
     rank: int | None,
     targets: str | Sequence[str] = "all-linear",
     exclude: Sequence[str] = EXCLUDED,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
-    decay_vectors: bool = True,
+    lr_full: float | Tensor | None = None,
+    weight_decay: float | None = None,
+    decayed: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Sort named parameters into groups: projected matrices, full-rank matrices, vectors. Each lands in exactly one.
 
     Args:
-        parameters: a module, or pairs as ``module.named_parameters()`` gives them. Frozen ones are left out.
+        model: a module, or pairs as ``module.named_parameters()`` gives them. Frozen parameters are left out.
         rank: of the projected group; the others get ``None``.
-        targets: ``"all-linear"`` (every matrix that ``exclude`` does not name; of a module, every ``nn.Linear`` weight), a
-            list of strings (a name that contains one of them), or a regular expression for the whole name of a parameter
-            or its module. A list or an expression that names a parameter wins over ``exclude``.
+        targets: ``"all-linear"`` (every matrix that ``exclude`` does not name; of a module, every ``nn.Linear`` weight and
+            every stack of matrices, such as experts), a list of strings (a name that contains one of them), or a regular
+            expression for the whole name of a parameter or its module. A list or an expression that names a parameter wins
+            over ``exclude``.
         exclude: regular expressions; a name in which one is found stays full rank.
         overrides: group settings by regular expression, such as ``{r"k_proj": {"rank": 64}}``; the first match wins.
-        decay_vectors: False sets ``weight_decay=0`` for parameters of one dimension (biases, norms).
+        lr_full: learning rate of what is not projected; ``None`` is the optimizer's.
+        weight_decay: of matrices; parameters of one dimension (biases, norms) get 0. ``None`` leaves it to the optimizer.
+        decayed: names of the parameters that ``weight_decay`` is for, if it is not the matrices.
 
     Returns:
-        Parameter groups with names, in the order above; empty ones are left out.
+        Parameter groups with names, in the order above; empty ones are left out. The optimizer built from them prints one
+        table of them.
 
     Raises:
-        ValueError: a target or override that matches nothing.
+        ValueError: a target or override that matches nothing, a setting out of range.
     """
     if isinstance(exclude, str):
         exclude = (exclude,)
     if not isinstance(targets, str) and not all(isinstance(target, str) for target in targets):
         raise ValueError(f"targets={targets!r}: expected 'all-linear', a list of strings, or a regular expression")
-    named = list(parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters)
+    given = {"rank": rank, "lr": lr_full, "weight_decay": weight_decay}
+    check_settings({key: value for key, value in given.items() if value is not None}, {"lr": "lr_full"})
+    named = list(model.named_parameters() if isinstance(model, nn.Module) else model)
     named = [(name, p) for name, p in named if p.requires_grad]
     if not named:
-        raise ValueError("parameters: no trainable parameter; pass model.named_parameters() of an unfrozen model")
-    projected = _projected_names(parameters, named, targets, exclude) if rank is not None else set()
+        raise ValueError("model: no trainable parameter; give a model, or the named_parameters() of one, that is not frozen")
+    projected = _projected_names(model, named, targets, exclude) if rank is not None else set()
+    filters = _convolutions(model)
 
     rows = [(_compiled(pattern, "overrides"), dict(settings)) for pattern, settings in (overrides or {}).items()]
     used: set[str] = set()
-    groups: dict[tuple[int, str], dict[str, Any]] = {}
+    groups: dict[tuple[int, bool, bool, str], dict[str, Any]] = {}
     for name, p in named:
         kind = 0 if name in projected else 1 if p.ndim > 1 else 2
+        # Three dimensions look like a stack of matrices; of a convolution they are none.
+        flatten = kind == 0 and p.ndim == 3 and id(p) in filters
         pattern, settings = next(((row.pattern, s) for row, s in rows if row.search(name)), ("", {}))
         used.add(pattern)
-        if (kind, pattern) not in groups:
+        decay = kind < 2 if decayed is None else name in decayed
+        place = (kind, flatten, not decay, pattern)
+        if place not in groups:
             group: dict[str, Any] = {"params": [], "rank": rank if kind == 0 else None}
-            if kind == 2 and not decay_vectors:
-                group["weight_decay"] = 0.0
+            if flatten:
+                group["flatten"] = True
+            if kind > 0 and lr_full is not None:
+                group["lr"] = lr_full
+            if weight_decay is not None:
+                group["weight_decay"] = weight_decay if decay else 0.0
             # A pattern for a matrix often names its bias too, which has no rank.
-            groups[kind, pattern] = group | {key: value for key, value in settings.items() if kind < 2 or key != "rank"}
-        groups[kind, pattern]["params"].append((name, p))
+            group |= {key: value for key, value in settings.items() if kind < 2 or key != "rank"}
+            groups[place] = group
+        groups[place]["params"].append((name, p))
     for row, _ in rows:
         if row.pattern not in used:
             raise ValueError(f"overrides: {row.pattern!r} matches no parameter; {_names_like(row.pattern, named)}")
     return [groups[key] for key in sorted(groups)]
+
+
+def check_settings(group: Mapping[str, Any], called: Mapping[str, str] | None = None) -> None:
+    """Raise unless the settings of a group, those that are there, are in range. ``called``: names for the message."""
+    names = {key: (called or {}).get(key, key) for key in group}
+    for key, what in {"rank": "number >= 1, or None for full rank", "update_proj_gap": "number of steps >= 1"}.items():
+        value = group.get(key, 1)
+        if (key == "rank" and value is None) or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            continue
+        raise ValueError(f"{names[key]}={value!r}: expected a whole {what}")
+    for key in ("lr", "scale", "weight_decay"):
+        value = group.get(key, 0)
+        if key == "lr" and isinstance(value, Tensor):
+            continue  # reading it would wait for its device
+        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"{names[key]}={value!r}: expected a number >= 0")
+    if group.get("proj_type", "std") not in PROJ_TYPES:
+        raise ValueError(f"proj_type={group['proj_type']!r}: expected one of {', '.join(PROJ_TYPES)}")
+    if group.get("state_dtype", "float32") not in ("float32", "int8"):
+        raise ValueError(f"state_dtype={group['state_dtype']!r}: expected 'float32', or 'int8' for moments in 8 bits")
+
+
+def _convolutions(model: object) -> set[int]:
+    modules = model.modules() if isinstance(model, nn.Module) else []
+    return {id(m.weight) for m in modules if isinstance(m, nn.modules.conv._ConvNd)}
 
 
 def _projected_names(
@@ -107,6 +135,8 @@ def _projected_names(
             # By identity: a head tied to the embedding is one parameter under two names.
             linear = {id(m.weight) for m in modules if isinstance(m, nn.Linear)}
             linear -= {id(m.weight) for m in modules if isinstance(m, nn.Embedding)}
+            # Experts: weights that are stacked in one parameter.
+            linear |= {id(p) for p in parameters.parameters() if p.ndim == 3} - _convolutions(parameters)
             matrices = [name for name, p in named if id(p) in linear]
         kept = [_compiled(pattern, "exclude") for pattern in exclude]
         found = {name for name in matrices if not any(pattern.search(name) for pattern in kept)}

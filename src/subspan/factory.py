@@ -1,0 +1,148 @@
+"""``create``: an optimizer by its paper's name."""
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from subspan.groups import EXCLUDED, param_groups
+from subspan.names import look_up, near_names
+from subspan.optimizer import SubspaceOptimizer
+from subspan.parts import Residual, Rule, Selector, Transfer
+from subspan.recipes import find
+from subspan.residuals import RESIDUALS
+from subspan.rules import RULES, AdamW
+from subspan.selectors import SELECTORS, Dominant, Switch
+from subspan.state import StateDtype
+
+logger = logging.getLogger(__name__)
+Part = TypeVar("Part")
+
+
+def create(
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float | Tensor | None = None,
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    scale: float | None = None,
+    proj_type: str = "std",
+    transfer: Transfer | None = None,
+    selector: str | Selector | Mapping[str, Any] | None = None,
+    rule: str | Rule | Mapping[str, Any] | None = None,
+    residual: str | Residual | Mapping[str, Any] | None = None,
+    betas: tuple[float, float] | None = None,
+    eps: float | None = None,
+    weight_decay: float = 0.0,
+    stagger: bool = False,
+    state_dtype: StateDtype | None = None,
+    bf16_stochastic_round: bool = False,
+    seed: int = 0,
+    total_steps: int | None = None,
+    lr_full: float | Tensor | None = None,
+    targets: str | list[str] = "all-linear",
+    exclude: tuple[str, ...] = EXCLUDED,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    decayed: Collection[str] | None = None,
+) -> torch.optim.Optimizer:
+    """An optimizer by its paper's name, for all trainable parameters of ``model``.
+
+    Args:
+        name: one of ``list_optimizers()``. Full-rank ones ignore what concerns subspaces; ``adamw`` is torch's.
+        model: its ``nn.Linear`` weights are projected, except those that ``exclude`` names.
+        lr: learning rate; ``None`` is the recipe's own, as is ``None`` for scale, transfer, betas, eps and state_dtype.
+        selector: another selector, its name, or settings for the recipe's own such as ``{"power": 2.0, "floor": 0.1}``.
+        rule: likewise, such as ``{"momentum": 0.95}``.
+        residual: likewise, such as ``{"mode": "official"}``.
+        betas, eps: the rule's, short for ``rule={"betas": ..., "eps": ...}``.
+        weight_decay: decoupled; parameters of one dimension (biases, norms) are not decayed.
+        total_steps: length of the run; the hybrid needs it.
+        lr_full: learning rate of what is not projected; ``None`` is ``lr``.
+        targets, exclude, overrides, decayed: see ``subspan.param_groups``.
+
+    The other arguments are those of ``SubspaceOptimizer``.
+
+    Raises:
+        ValueError: an unknown name (near ones are listed), or a setting out of range.
+    """
+    recipe = find(name)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: got a {type(model).__name__}; expected a torch.nn.Module, not its parameters")
+    full_rank = recipe.selector is None
+    if rank is None and not full_rank:
+        raise ValueError(f"rank=None: {name} needs a whole number >= 1; the full-rank baseline is 'adamw'")
+    groups = param_groups(
+        model,
+        rank=None if full_rank else rank,
+        targets=targets,
+        exclude=exclude,
+        overrides=overrides,
+        lr_full=lr_full,
+        weight_decay=weight_decay,
+        decayed=decayed,
+    )
+    short = {key: value for key, value in (("betas", betas), ("eps", eps)) if value is not None}
+    chosen_rule = _with(_with(recipe.rule, rule, RULES, "rule"), short or None, RULES, "rule")
+    lr = recipe.lr if lr is None else lr
+    if (
+        name == "adamw"
+        and isinstance(chosen_rule, AdamW)
+        and (state_dtype or "float32") == "float32"
+        and not bf16_stochastic_round
+    ):
+        for group in groups:
+            del group["rank"]  # ours; torch's groups do without
+        return torch.optim.AdamW(groups, lr=lr, betas=chosen_rule.betas, eps=chosen_rule.eps, weight_decay=weight_decay)
+    chosen = _with(recipe.selector or Dominant(), selector, SELECTORS, "selector")
+    if isinstance(chosen, Switch) and chosen.total_steps is None:
+        chosen = replace(chosen, total_steps=total_steps)
+    if isinstance(chosen, Switch) and not chosen.switches_within(update_proj_gap):
+        logger.warning("%s never switches: no refresh falls after %s of %s steps", name, chosen.at, chosen.total_steps)
+    optimizer = SubspaceOptimizer(
+        groups,
+        lr,
+        None if full_rank else rank,
+        selector=chosen,
+        rule=chosen_rule,
+        residual=_with(recipe.residual, residual, RESIDUALS, "residual"),
+        transfer=transfer or recipe.transfer,
+        update_proj_gap=update_proj_gap,
+        scale=recipe.scale if scale is None else scale,
+        proj_type=proj_type,
+        weight_decay=weight_decay,
+        stagger=stagger,
+        state_dtype=state_dtype or recipe.state_dtype,
+        bf16_stochastic_round=bf16_stochastic_round,
+        seed=seed,
+    )
+    for pattern, settings in (overrides or {}).items():
+        for key in settings:
+            if key not in optimizer.defaults:
+                raise ValueError(f"overrides[{pattern!r}]: {key!r} is no setting; {near_names(key, optimizer.defaults)}")
+    return optimizer
+
+
+def _with(
+    part: Part, change: str | Part | Mapping[str, Any] | None, table: Mapping[str, Callable[[], Part]], what: str
+) -> Part:
+    """``part`` itself, with settings changed, or replaced."""
+    if change is None:
+        return part
+    if not isinstance(change, Mapping):
+        return look_up(change, table, what)
+    allowed = [field.name for field in fields(part)]  # type: ignore[arg-type]  # every part is a dataclass
+    for key, value in change.items():
+        if key not in allowed:
+            raise ValueError(f"{what} setting {key!r}: {type(part).__name__} has {', '.join(allowed) or 'no settings'}")
+        if is_dataclass(getattr(part, key)) and not is_dataclass(value):
+            raise ValueError(
+                f"{what} setting {key!r}={value!r}: expected a part, as an object; build the {what} itself instead"
+            )
+    try:
+        return replace(part, **change)  # type: ignore[type-var]
+    except TypeError as error:  # a setting that does not compare with a number
+        raise ValueError(f"{what}={dict(change)}: {error}; {type(part).__name__} is by default {part}") from error

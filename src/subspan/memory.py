@@ -1,0 +1,72 @@
+"""What a method holds, in bytes, as expressions that can be read and evaluated.
+
+Sizes: a projected matrix is ``m x n`` with ``m >= n`` (under ``proj_type="std"``) at rank ``r``; any other matrix ``a x b``; a
+vector ``k``. ``q(k)`` is a moment of ``k`` entries in 8 bits. Weights of fp32 or less.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from subspan.parts import Residual, Rule, Selector
+from subspan.shapes import layout_of
+
+VARIABLES = {
+    "m": "longer side of a projected matrix",
+    "n": "its shorter side",
+    "r": "rank",
+    "rows": "its rows",
+    "columns": "its columns",
+    "a": "rows of a matrix that is not projected",
+    "b": "its columns",
+    "k": "length of a vector",
+    "q(k)": "bytes of a moment of k entries in 8 bits: 4*k if k < 4096, else k + 4*ceil(k/256)",
+}
+
+
+def formulas(selector: Selector | None, rule: Rule, residual: Residual, state_dtype: str) -> dict[str, str]:
+    """Bytes of state of one parameter: ``projected`` (not of a full-rank method), ``matrix`` and ``vector``."""
+
+    def total(*parts: Mapping[str, str]) -> str:
+        return _sum([entry for part in parts for entry in part.values()], state_dtype)
+
+    found = {"matrix": total(rule.memory(("a", "b"), -2)), "vector": total(rule.memory(("k",), -2))}
+    if selector is None:
+        return found
+    others = (selector.memory("n", "r"), residual.memory("m", "n"))
+    tall, wide = (total(rule.memory(("m", "r"), rows), *others) for rows in (-2, -1))
+    return {"projected": tall if tall == wide else f"{tall} if rows >= columns else {wide}"} | found
+
+
+def evaluate(formula: Mapping[str, str], parameters: Iterable[tuple[Sequence[int], int | None]]) -> int:
+    """Bytes of state for parameters given as shape and rank (``None`` if not projected)."""
+    return sum(_bytes(formula, tuple(shape), rank) for shape, rank in parameters)
+
+
+def _bytes(formula: Mapping[str, str], shape: tuple[int, ...], rank: int | None) -> int:
+    if len(shape) < 2:
+        return _value(formula["vector"], k=shape[0] if shape else 1)
+    rows, columns = shape
+    if layout_of(shape, rank, "std").side is None or rank is None:
+        return _value(formula["matrix"], a=rows, b=columns)
+    return _value(formula["projected"], m=max(shape), n=min(shape), r=rank, rows=rows, columns=columns)
+
+
+def _value(expression: str, **sizes: int) -> int:
+    names: dict[str, int | Callable[[int], int]] = {**sizes, "q": _quantised}
+    return int(eval(expression, {"__builtins__": {}}, names))  # written by the parts, never read from outside
+
+
+def _quantised(k: int) -> int:
+    return 4 * k if k < 4096 else k + 4 * -(-k // 256)
+
+
+def _sum(terms: Iterable[str], state_dtype: str) -> str:
+    """``["4", "M(m*r)", "M(m*r)", "4*n*r"]`` as ``8*m*r + 4*n*r + 4``."""
+    factors: dict[str, int] = {}
+    for term in terms:
+        if moment := re.fullmatch(r"M\((.*)\)", term):
+            term = f"q({moment[1]})" if state_dtype == "int8" else f"4*{moment[1]}"
+        number, _, rest = term.partition("*") if term[0].isdigit() else ("1", "", term)
+        factors[rest] = factors.get(rest, 0) + int(number)
+    ordered = sorted(factors.items(), key=lambda item: item[0] == "")  # the constant last
+    return " + ".join(str(factor) if not rest else rest if factor == 1 else f"{factor}*{rest}" for rest, factor in ordered)

@@ -1,0 +1,24 @@
+"""A residual that holds nothing and takes the gradient as it comes."""
+
+from torch import Tensor
+
+from subspan.state import State
+
+
+class Plain:
+    """The defaults of ``parts.Residual``."""
+
+    keeps_momentum = False
+    needs_orthonormal = False
+
+    def init(self, G: Tensor) -> State:
+        return {}
+
+    def memory(self, m: str, n: str) -> dict[str, str]:
+        return {}
+
+    def receive(self, G: Tensor, state: State) -> Tensor:
+        return G
+
+    def lose_(self, momentum: Tensor, state: State) -> None:
+        """Forget it."""

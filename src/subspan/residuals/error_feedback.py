@@ -1,0 +1,51 @@
+"""Add what was left out of one step's gradient to the next one's.
+
+    G̃  = G + E                                       what every other part takes for the gradient
+    E  <- G̃ - R Qᵀ                                   where R = G̃ Q
+    E  <- E + w (M_old Q_oldᵀ - M_new Q_newᵀ)        where a change of basis put momentum outside; w = beta1 / (1 - beta1)
+    D   = scale * U Qᵀ
+
+``E`` is of the size of the weight, in fp32.
+
+Source: LDAdam (Robert et al. 2024, arXiv 2410.16103): its generalised error feedback.
+Deviations from the published code: ``E`` is kept in the state and not in ``.grad``, where clipping, gradient scaling and
+``zero_grad`` destroy it. A gradient that is not finite leaves ``E`` alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from subspan.residuals._plain import Plain
+from subspan.state import State, allocate
+
+
+@dataclass(frozen=True)
+class ErrorFeedback(Plain):
+    """LDAdam's error feedback."""
+
+    keeps_momentum = True
+    needs_orthonormal = True
+
+    def init(self, G: Tensor) -> State:
+        return {"error": allocate(G, G.shape)}
+
+    def memory(self, m: str, n: str) -> dict[str, str]:
+        return {"error": f"4*{m}*{n}"}
+
+    def receive(self, G: Tensor, state: State) -> Tensor:
+        total = state["error"] + G
+        state["error"].mul_(~total.isfinite().all())  # its place is free for ``lose_``, unless this step is void
+        return total
+
+    def lose_(self, momentum: Tensor, state: State) -> None:
+        state["error"].add_(_void_if_not_finite_(momentum))
+
+    def combine(self, G: Tensor, R: Tensor, U: Tensor, scale: float, back: Callable[[Tensor], Tensor], state: State) -> Tensor:
+        state["error"].add_(_void_if_not_finite_(back(-R).add_(G)))
+        return back(U * scale)
+
+
+def _void_if_not_finite_(A: Tensor) -> Tensor:
+    return A.masked_fill_(~A.isfinite().all(), 0.0)

@@ -1,0 +1,114 @@
+"""Adafactor on the low-rank gradient ``R (m, r)``: a second moment of one row and one column, and a clipped update.
+
+    b     = 1 - step^(-decay)
+    row  <- b row + (1 - b) mean over columns of (R² + eps)        (m,)
+    col  <- b col + (1 - b) mean over rows of (R² + eps)           (r,)
+    V     = row colᵀ / mean(row)
+    U     = R / sqrt(V);   U <- U / max(1, rms(U) / clip)
+    M    <- beta1 M + (1 - beta1) U,   U = M                       with beta1 > 0
+
+Vectors keep a whole second moment. There is no bias correction, no relative step, no scaling by the size of the weight.
+
+Sources: Adafactor (Shazeer & Stern 2018, arXiv 1804.04235), Algorithm 4, in the form GaLore trains (arXiv 2403.03507; its
+``GaLoreAdafactor`` with ``relative_step=False, scale_parameter=False``). SARA (arXiv 2502.05790) sets ``beta1 = 0.9``.
+Deviations: GaLore's code averages ``lr * U`` in the momentum, here it averages ``U`` (the same while lr is constant). In a
+stack each matrix is clipped by its own rms.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subspan.parts import Momentum, Transfer, is_number
+from subspan.state import State, allocate
+
+
+@dataclass(frozen=True)
+class Adafactor:
+    """Adafactor's update.
+
+    Args:
+        beta1: decay of the running update, in [0, 1); 0 keeps none.
+        decay: the second moment's rate of decay is ``1 - step^(-decay)``; > 0.
+        eps: added to the squared gradient; > 0.
+        clip: largest root mean square of an update; > 0.
+    """
+
+    beta1: float = 0.9
+    decay: float = 0.8
+    eps: float = 1e-30
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not is_number(self.beta1) or not 0 <= self.beta1 < 1:
+            raise ValueError(f"beta1={self.beta1!r}: expected a number at least 0 and below 1 (0 keeps no momentum)")
+        for name in ("decay", "eps", "clip"):
+            value = getattr(self, name)
+            if not is_number(value) or not 0 < value < math.inf:
+                raise ValueError(f"{name}={value!r}: expected a number > 0")
+
+    @property
+    def moments(self) -> Mapping[str, bool]:
+        return {"exp_avg": True} if self.beta1 else {}
+
+    def init(self, like: Tensor, shape: tuple[int, ...], rows: int) -> State:
+        state: State = {"step": torch.zeros((), dtype=torch.float32)}
+        if self.beta1:
+            state["exp_avg"] = allocate(like, shape)
+        if len(shape) < 2:
+            return state | {"exp_avg_sq": allocate(like, shape)}
+        row, col = allocate(like, shape[:-1]), allocate(like, (*shape[:-2], shape[-1]))
+        return state | {"exp_avg_sq_row": row, "exp_avg_sq_col": col}
+
+    def memory(self, shape: tuple[str, ...], rows: int) -> dict[str, str]:
+        second = (
+            {"exp_avg_sq": f"4*{shape[0]}"}
+            if len(shape) < 2
+            else {"exp_avg_sq_row": f"4*{shape[-2]}", "exp_avg_sq_col": f"4*{shape[-1]}"}
+        )
+        return {"step": "4"} | ({"exp_avg": f"M({'*'.join(shape)})"} if self.beta1 else {}) | second
+
+    def transfer_(self, state: State, change: Tensor, how: Transfer) -> None:
+        if how == "reset":
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+            return
+        if self.beta1:
+            state["exp_avg"].copy_(state["exp_avg"] @ change)
+        if how == "moments":  # the rows' means do not depend on the basis; the columns' move as squares do
+            col = state["exp_avg_sq_col"]
+            col.copy_((col.unsqueeze(-2) @ change.square()).squeeze(-2))
+
+    def first_moment(self, state: State) -> Momentum | None:
+        return None  # it averages updates, not gradients
+
+    def update_(self, R: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        b = 1 - state["step"].add_(1).double() ** -self.decay
+        if "exp_avg_sq" in state:
+            V = state["exp_avg_sq"]
+            V.mul_(b).add_((R.to(V.dtype).square() + self.eps) * (1 - b))
+            U = R * V.rsqrt()
+            rms = torch.linalg.vector_norm(U) / max(1, U.numel()) ** 0.5
+        else:
+            row, col = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+            row.mul_(b).add_((_mean_square(R, -1, row.dtype) + self.eps) * (1 - b))
+            col.mul_(b).add_((_mean_square(R, -2, col.dtype) + self.eps) * (1 - b))
+            scale = (row / row.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1)
+            U = (R * scale).mul_(col.rsqrt().unsqueeze(-2))
+            rms = torch.linalg.vector_norm(U, dim=(-2, -1), keepdim=True) / (U.shape[-2] * U.shape[-1]) ** 0.5
+        U = U.div_((rms / self.clip).clamp_min(1))
+        if self.beta1:
+            if "exp_avg" not in state:
+                raise ValueError(
+                    f"beta1={self.beta1}: it was 0 when the optimizer was built, so no momentum is kept; build it anew"
+                )
+            U = state["exp_avg"].mul_(self.beta1).add_(U, alpha=1 - self.beta1).clone()
+        return U, torch.ones((), dtype=torch.float64)
+
+
+def _mean_square(R: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    return torch.linalg.vector_norm(R, dim=dim, dtype=dtype).square() / R.shape[dim]

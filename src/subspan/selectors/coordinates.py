@@ -1,0 +1,117 @@
+"""r columns of the gradient: projecting gathers, projecting back scatters, nothing is multiplied.
+
+``Q = [e_i for i in I] diag(rho)``, ``I`` chosen from the column norms ``c_i = ||G_i||`` and sorted ascending:
+
+    uniform  I drawn without replacement, each column alike
+    top      the r largest c_i
+    norm     drawn without replacement, one after another, with probability q_i = c_i^power / sum_j c_j^power
+
+``rho = 1``; with ``scaled``, I is drawn with replacement and ``rho_i = 1 / sqrt(r q_i)``, so that ``E[Q Qᵀ] = I``.
+
+Sources: GoLore (He et al. 2024, arXiv 2410.11289) names GaSare (top) and GoSare (uniform); GRASS (Muhamed et al. 2024, arXiv
+2406.17660): top, or norm with power 2 and scaled.
+Deviations: GaSare and GoSare mask single entries, here a mask is whole columns, so that the state is a matrix like any other.
+GRASS has no published code; written from its equations.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from subspan import linalg
+from subspan.parts import Key, is_number
+from subspan.selectors._matrix import Scheduled
+from subspan.state import State
+
+_SAMPLES = ("uniform", "top", "norm")
+
+
+@dataclass(frozen=True)
+class Coordinates(Scheduled):
+    """Columns of the oriented gradient.
+
+    Args:
+        sample: ``"uniform"``, ``"top"`` or ``"norm"``.
+        power: exponent on the column norms, >= 0; for ``"norm"``.
+        scaled: draw with replacement and scale to ``E[Q Qᵀ] = I``; not for ``"top"``.
+    """
+
+    sample: Literal["uniform", "top", "norm"] = "uniform"
+    power: float = 2.0
+    scaled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sample not in _SAMPLES:
+            raise ValueError(f"sample={self.sample!r}: expected one of {', '.join(_SAMPLES)}")
+        if not is_number(self.power) or not 0 <= self.power < math.inf:
+            raise ValueError(f"power={self.power!r}: expected a number >= 0 (2 is GRASS)")
+        if self.scaled and self.sample == "top":
+            raise ValueError(
+                "scaled=True: the top columns are not drawn, so they have no probability to be scaled by; use 'norm'"
+            )
+
+    @property
+    def needs_gradient(self) -> bool:
+        return self.sample != "uniform"
+
+    @property
+    def orthonormal(self) -> bool:
+        return not self.scaled
+
+    def init(self, G: Tensor, rank: int) -> State:
+        # The first columns, until a gradient tells better.
+        index = torch.arange(rank, device=G.device).expand(*G.shape[:-2], rank).clone()
+        state: State = {"indices": index, "columns": G.shape[-1]}
+        if self.scaled:
+            state["weights"] = torch.ones(index.shape, device=G.device, dtype=torch.promote_types(G.dtype, torch.float32))
+        return state
+
+    def memory(self, n: str, r: str) -> dict[str, str]:
+        return {"indices": f"8*{r}"} | ({"weights": f"4*{r}"} if self.scaled else {})
+
+    def refresh_(self, G: Tensor, state: State, key: Key) -> Tensor:
+        old = {name: state[name].clone() for name in ("indices", "weights") if name in state}
+        norms = torch.linalg.vector_norm(G, dim=-2, dtype=torch.float64).cpu()
+        index, weights = self._choose(norms, old["indices"].shape[-1], key)
+        idle = (norms == 0).all(-1, keepdim=True).to(G.device) if self.needs_gradient else torch.tensor(False)
+        state["indices"].copy_(torch.where(idle, old["indices"], index.to(G.device)))
+        if self.scaled:
+            state["weights"].copy_(torch.where(idle, old["weights"], weights.to(G.device)))
+        change = old["indices"].unsqueeze(-1) == state["indices"].unsqueeze(-2)
+        change = change.to(torch.promote_types(G.dtype, torch.float32))
+        if self.scaled:
+            change = change * old["weights"].unsqueeze(-1) * state["weights"].unsqueeze(-2)
+        return change
+
+    def _choose(self, norms: Tensor, rank: int, key: Key) -> tuple[Tensor, Tensor]:
+        """Indices, ascending, and ``rho``, both ``(..., r)``, from column norms ``(..., n)``."""
+        if self.sample == "top":
+            index = norms.sort(dim=-1, descending=True, stable=True).indices[..., :rank]
+            return index.sort(-1).values, torch.ones(())
+        generator = linalg.keyed_generator("coordinates", *key)
+        log_q = torch.xlogy(0.0 if self.sample == "uniform" else self.power, norms)
+        if not self.scaled:
+            return linalg.sample_without_replacement(log_q, rank, generator), torch.ones(())
+        # A column of norm zero has nothing to lose; where all are, each is as good.
+        q = (log_q - log_q.amax(-1, keepdim=True)).exp().nan_to_num(1.0)
+        q = q / q.sum(-1, keepdim=True)
+        index = torch.multinomial(q.flatten(0, -2) if q.ndim > 1 else q, rank, replacement=True, generator=generator)
+        index = index.reshape(*norms.shape[:-1], rank).sort(-1).values
+        return index, (rank * q.gather(-1, index)).rsqrt()
+
+    def project(self, G: Tensor, state: State) -> Tensor:
+        R = G.gather(-1, self._index(G, state)).to(torch.promote_types(G.dtype, torch.float32))
+        return R * state["weights"].unsqueeze(-2) if self.scaled else R
+
+    def project_back(self, R: Tensor, state: State) -> Tensor:
+        D = torch.zeros(*R.shape[:-1], state["columns"], dtype=R.dtype, device=R.device)
+        if self.scaled:  # a column may have been drawn twice
+            return D.scatter_add_(-1, self._index(R, state), R * state["weights"].unsqueeze(-2))
+        return D.scatter_(-1, self._index(R, state), R)
+
+    def _index(self, A: Tensor, state: State) -> Tensor:
+        index: Tensor = state["indices"]
+        return index.unsqueeze(-2).expand(*A.shape[:-1], index.shape[-1])

@@ -1,0 +1,58 @@
+"""A Gaussian subspace, drawn anew from its key at every use: ``Q (n, r)``, entries ``N(0, 1/r)``, so ``E[Q Qᵀ] = I``.
+
+The columns are not orthonormal; ``E[QᵀQ] = (n/r) I``. To ``rotate`` the moments therefore multiplies their squared norm by
+``n/r`` on average, at each refresh: the period must be long against the memory of the momentum, ``1 / (1 - beta1)`` steps.
+
+Source: FLora (Hao et al. 2024, arXiv 2402.03293): random down-projection, its seed stored instead of itself.
+Deviations from the paper: FLora projects the momentum alone, here the gradient is projected, and so every moment; the draw
+is keyed by the parameter's name and step.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subspan import linalg
+from subspan.parts import Key
+from subspan.selectors._matrix import Scheduled
+from subspan.state import State
+
+
+@dataclass(frozen=True)
+class Gaussian(Scheduled):
+    """Independent normal entries. Nothing is stored but a seed; each projection draws ``n * r`` numbers on the CPU."""
+
+    @property
+    def needs_gradient(self) -> bool:
+        return False
+
+    @property
+    def orthonormal(self) -> bool:
+        return False
+
+    def init(self, G: Tensor, rank: int) -> State:
+        return {"basis_seed": -1, "basis_rows": G.shape[-1], "basis_rank": rank}  # a seed of -1: before the first refresh
+
+    def memory(self, n: str, r: str) -> dict[str, str]:
+        return {}
+
+    def refresh_(self, G: Tensor, state: State, key: Key) -> Tensor:
+        old = self._basis(state, G)
+        state["basis_seed"] = linalg.keyed_seed("gaussian", *key)
+        return old.mT @ self._basis(state, G)
+
+    def project(self, G: Tensor, state: State) -> Tensor:
+        return linalg.project(G, self._basis(state, G))
+
+    def project_back(self, R: Tensor, state: State) -> Tensor:
+        return R @ self._basis(state, R).mT
+
+    def _basis(self, state: State, like: Tensor) -> Tensor:
+        """``Q`` with the stack, device and precision (fp32 at least) of ``like``."""
+        shape = (*like.shape[:-2], state["basis_rows"], state["basis_rank"])
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        if state["basis_seed"] < 0:
+            return torch.zeros(shape, dtype=dtype, device=like.device)
+        generator = torch.Generator().manual_seed(state["basis_seed"])
+        return (torch.randn(shape, generator=generator) / state["basis_rank"] ** 0.5).to(like.device, dtype)

@@ -1,0 +1,79 @@
+"""A selector whose period grows while its subspace stands still.
+
+At each refresh the overlap of the old and the new subspace is measured,
+
+    overlap = ||Q_oldᵀ Q_new||² / r,     1 for the same subspace, r/n on average for a random one
+
+and where it reaches ``threshold`` the period doubles, up to ``longest`` times ``update_proj_gap``; otherwise it is
+``update_proj_gap`` again. Each parameter has its own.
+
+Source: Q-GaLore (Zhang et al. 2024, arXiv 2407.08296), whose idea it is.
+Deviations from the paper: it measures the cosine of
+the first singular vector alone, averaged over five refreshes, which a flip of that vector's sign defeats, and its period
+never shrinks.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from subspan.parts import Key, Momentum, Selector, is_number
+from subspan.state import State
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """``selector``, refreshed less often where its subspace stands still.
+
+    Args:
+        selector: what chooses the subspace.
+        threshold: least overlap at which it counts as standing still, in [0, 1].
+        longest: limit of the growth, as a multiple of the period, >= 1.
+    """
+
+    selector: Selector
+    threshold: float = 0.5
+    longest: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.selector.orthonormal:
+            raise ValueError(
+                f"selector={self.selector!r}: overlap is measured between orthonormal bases; give one that has them"
+            )
+        if not is_number(self.threshold) or not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold={self.threshold!r}: expected an overlap between 0 and 1")
+        if not isinstance(self.longest, int) or isinstance(self.longest, bool) or self.longest < 1:
+            raise ValueError(f"longest={self.longest!r}: expected a whole number of periods >= 1")
+
+    @property
+    def needs_gradient(self) -> bool:
+        return self.selector.needs_gradient
+
+    @property
+    def orthonormal(self) -> bool:
+        return True
+
+    def init(self, G: Tensor, rank: int) -> State:
+        return {**self.selector.init(G, rank), "stretch": 1}
+
+    def memory(self, n: str, r: str) -> dict[str, str]:
+        return self.selector.memory(n, r)
+
+    def period(self, gap: int, state: State) -> int | None:
+        inner = self.selector.period(gap, state)
+        return None if inner is None else inner * state["stretch"]
+
+    def refresh_(self, G: Tensor, state: State, key: Key) -> Tensor:
+        change = self.selector.refresh_(G, state, key)
+        overlap = float(change.square().sum((-2, -1)).mean()) / change.shape[-1]
+        state["stretch"] = min(2 * state["stretch"], self.longest) if overlap >= self.threshold else 1
+        return change
+
+    def track_(self, G: Tensor, state: State, momentum: Momentum | None) -> Tensor | None:
+        return self.selector.track_(G, state, momentum)
+
+    def project(self, G: Tensor, state: State) -> Tensor:
+        return self.selector.project(G, state)
+
+    def project_back(self, R: Tensor, state: State) -> Tensor:
+        return self.selector.project_back(R, state)

@@ -1,0 +1,94 @@
+"""A basis that follows the gradients by one step of gradient descent on the reconstruction error, at every step.
+
+    L(Q)  = ||Ĝ Q Qᵀ - Ĝ||²,   Ĝ = G / ||G||                     Y = Ĝ Q
+    dL/dQ = 2 (Q YᵀY + ĜᵀY (QᵀQ - 2 I))
+    Q <- orth(Q - lr * Adam(dL/dQ))
+
+The first basis is that of the leading singular vectors.
+
+Source: Online Subspace Descent (Liang et al. 2024, arXiv 2408.12857); "online PCA" in SARA's table 3. Deviations from the
+published code: the basis is re-orthonormalised after each step, which the code leaves out (its columns drift together;
+``orthonormalise=False, weight_decay=0.01`` is its literal form, the decay being the default of its inner optimizer); the
+inner learning rate is constant, where the code multiplies ``1 / period`` by the schedule of the outer one; the basis moves
+before the gradient is projected, not after.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subspan import linalg
+from subspan.parts import Key, Momentum, check_betas, is_number
+from subspan.selectors._matrix import MatrixSelector
+from subspan.state import State, allocate
+
+
+@dataclass(frozen=True)
+class OnlinePCA(MatrixSelector):
+    """Adam on the basis.
+
+    Args:
+        lr: learning rate of the basis, >= 0; the published code's is one over its period, 200.
+        betas: decay of the basis's own moments, each in [0, 1).
+        weight_decay: decoupled decay of the basis, >= 0.
+        orthonormalise: whether the basis is made orthonormal after each step.
+    """
+
+    lr: float = 5e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    orthonormalise: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay"):
+            value = getattr(self, name)
+            if not is_number(value) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value!r}: expected a number >= 0")
+        check_betas(self.betas)
+
+    @property
+    def orthonormal(self) -> bool:
+        return self.orthonormalise
+
+    def init(self, G: Tensor, rank: int) -> State:
+        shape = (*G.shape[:-2], G.shape[-1], rank)
+        moments = {"basis_exp_avg": allocate(G, shape), "basis_exp_avg_sq": allocate(G, shape)}
+        return {**super().init(G, rank), **moments, "basis_step": 0}
+
+    def memory(self, n: str, r: str) -> dict[str, str]:
+        return dict.fromkeys(("basis", "basis_exp_avg", "basis_exp_avg_sq"), f"4*{n}*{r}")
+
+    def period(self, gap: int, state: State) -> int | None:
+        return None
+
+    def choose(self, G: Tensor, old: Tensor, key: Key) -> Tensor:
+        _, V = linalg.right_singular(G)
+        return linalg.fix_signs(V[..., : old.shape[-1]], old)
+
+    def track_(self, G: Tensor, state: State, momentum: Momentum | None) -> Tensor | None:
+        beta1, beta2 = self.betas
+        Q, M, V = (state[name] for name in ("basis", "basis_exp_avg", "basis_exp_avg_sq"))
+        good = linalg.usable(G)
+        slope = self.slope(G, Q)
+        state["basis_step"] += 1
+        c1, c2 = (1 - beta ** state["basis_step"] for beta in self.betas)
+        M.copy_(torch.where(good, beta1 * M + (1 - beta1) * slope, M))
+        V.copy_(torch.where(good, beta2 * V + (1 - beta2) * slope.square(), V))
+        new = Q * (1 - self.lr * self.weight_decay) - self.lr * (M / c1) / ((V / c2).sqrt() + 1e-8)
+        if self.orthonormalise:
+            new = linalg.orthonormalise(new)
+        old = Q.clone()
+        Q.copy_(torch.where(good, new, Q))
+        return old.mT @ Q
+
+    @staticmethod
+    def slope(G: Tensor, Q: Tensor) -> Tensor:
+        """``dL/dQ (n, r)``."""
+        Y = linalg.project(G, Q)
+        norm = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True, dtype=Q.dtype)
+        A = Q.mT @ Q
+        A.diagonal(dim1=-2, dim2=-1).sub_(2)
+        Y = Y / norm
+        return 2 * (Q @ (Y.mT @ Y) + linalg.project(G.mT, Y / norm) @ A)

@@ -1,0 +1,59 @@
+"""One block power iteration at every step, started from the last basis.
+
+    B  = rho * M̂ Qᵀ + (1 - rho) G          M̂: the mean of the first moment, in the old basis
+    Q <- orth(Bᵀ (B Q))
+
+The first basis is that of the leading singular vectors. ``B`` is never formed.
+
+Source: LDAdam (Robert et al. 2024, arXiv 2410.16103).
+Deviations: none known. With a rule that has no momentum, ``rho`` is 0. LDAdam as a whole is this selector, the ``moments``
+transfer and ``residuals.ErrorFeedback``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subspan import linalg
+from subspan.parts import Key, Momentum, is_number
+from subspan.selectors._matrix import MatrixSelector
+from subspan.state import State
+
+
+@dataclass(frozen=True)
+class PowerIteration(MatrixSelector):
+    """Warm-started power iteration.
+
+    Args:
+        rho: share of the momentum in what is iterated on, in [0, 1].
+    """
+
+    rho: float = 0.908
+
+    def __post_init__(self) -> None:
+        if not is_number(self.rho) or not 0 <= self.rho <= 1:
+            raise ValueError(f"rho={self.rho!r}: expected a share between 0 and 1")
+
+    def period(self, gap: int, state: State) -> int | None:
+        return None
+
+    def choose(self, G: Tensor, old: Tensor, key: Key) -> Tensor:
+        _, V = linalg.right_singular(G)
+        return linalg.fix_signs(V[..., : old.shape[-1]], old)
+
+    def track_(self, G: Tensor, state: State, momentum: Momentum | None) -> Tensor | None:
+        Q = state["basis"]
+        Y = linalg.project(G, Q)
+        if momentum is not None:
+            Y = self.rho * momentum.mean + (1 - self.rho) * Y
+            Z = self.rho * Q @ (momentum.mean.mT @ Y) + (1 - self.rho) * linalg.project(G.mT, Y)
+        else:
+            Z = linalg.project(G.mT, Y)
+        good = linalg.usable(G) & linalg.usable(Z)
+        # Scaled, so that products of small gradients keep their digits.
+        Z = torch.where(good, Z / torch.linalg.vector_norm(Z, ord=torch.inf, dim=(-2, -1), keepdim=True), Q)
+        new = torch.where(good, linalg.orthonormalise(Z), Q)
+        change = Q.mT @ new
+        Q.copy_(new)
+        return change

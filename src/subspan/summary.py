@@ -1,0 +1,39 @@
+"""The table that says what is projected, and the bytes held: one line for each group and kind of parameter."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from subspan.shapes import layout_of
+from subspan.state import State, tensor_bytes
+
+
+def table(groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, State]) -> str:
+    """Group, count, size, rank, bytes of state held, and the bytes torch's AdamW would hold."""
+    rows: dict[tuple[str, str], list[int]] = {}
+    for number, group in enumerate(groups):
+        for p in group["params"]:
+            layout = layout_of(p.shape, group["rank"], group["proj_type"], group["flatten"])
+            if layout.side:
+                kind, rank = f"projected, refreshed every {group['update_proj_gap']} steps", str(group["rank"])
+            elif len(layout.shape) < 2:
+                kind, rank = "vectors", "-"
+            else:  # a rank that reaches the shorter side compresses nothing
+                kind, rank = "full-rank matrices", "full" if group["rank"] is None else f"full (< {group['rank'] + 1})"
+            row = rows.setdefault((f"{number}: {kind}", rank), [0, 0, 0, 0])
+            adamw = 2 * p.numel() * p.element_size() + 4
+            for column, value in enumerate((1, p.numel(), tensor_bytes(state[p]), adamw)):
+                row[column] += value
+    total = [sum(column) for column in zip(*rows.values(), strict=True)] or [0, 0, 0, 0]
+    cells: list[tuple[str, ...]] = [("group", "rank", "count", "parameters", "bytes held", "AdamW's bytes")]
+    for (group_name, rank), numbers in [*rows.items(), (("total", ""), total)]:
+        cells.append((group_name, rank, *(f"{number:,}" for number in numbers)))
+    widths = [max(len(row[column]) for row in cells) for column in range(6)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    )
