@@ -31,10 +31,13 @@ def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with redirect_stdout(printed):
         for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
             exec(compile(block, "README.md", "exec"), names)
-    assert "2 matrices at rank 64" in printed.getvalue()
+            names.setdefault("first_model", names["model"])
+    shown = re.search(r"```\n(Importance.*?)```", README, re.DOTALL)
+    assert shown
+    assert [line.split() for line in shown[1].splitlines()] == [line.split() for line in printed.getvalue().splitlines()[:5]]
     import subspan
 
-    model: torch.nn.Module = names["model"]  # type: ignore[assignment]
+    model: torch.nn.Module = names["first_model"]  # type: ignore[assignment]
     adamw = torch.optim.AdamW(model.parameters())
     for p in model.parameters():
         p.grad = torch.zeros_like(p)

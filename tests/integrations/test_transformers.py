@@ -1,0 +1,142 @@
+"""The real ``Trainer`` with the tuple of the README: what it projects, which settings reach it, and exact resume."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from integrations.small import PROJECTED, STEPS, projected
+from torch.optim import Optimizer
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from subspan.integrations.transformers import Subspace
+
+
+def arguments(folder: Path, **settings: Any) -> TrainingArguments:
+    given: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_steps": 5,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return TrainingArguments(**given | settings)
+
+
+def trainer(model: LlamaForCausalLM, text: Any, args: TrainingArguments, **settings: Any) -> Trainer:
+    chosen = {"name": "sara_adamw", "rank": 4, "update_proj_gap": 4} | settings
+    return Trainer(model=model, args=args, train_dataset=text, optimizer_cls_and_kwargs=(Subspace, chosen))
+
+
+def optimizer_of(model: LlamaForCausalLM, text: Any, args: TrainingArguments, **settings: Any) -> Optimizer:
+    return trainer(model, text, args, **settings).create_optimizer()
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["sara_adamw", "galore_adafactor", "fira_adamw", "golore_hybrid_adamw", "ldadam_adamw"])
+def test_trains(llama: Any, text: Any, tmp_path: Path, name: str) -> None:
+    """The loss falls, the named matrices move inside subspaces, and the learning rate follows the Trainer's schedule."""
+    run = trainer(llama(), text, arguments(tmp_path, warmup_steps=2), name=name)
+    run.train()
+    losses = [row["loss"] for row in run.state.log_history if "loss" in row]
+    rates = [row["learning_rate"] for row in run.state.log_history if "loss" in row]
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0] - 1
+    assert max(rates) == pytest.approx(1e-2, rel=0.01)
+    assert rates[-1] < 2e-3
+    assert projected(run.optimizer.optimizer) == PROJECTED
+
+
+def test_resume_is_exact(llama: Any, text: Any, tmp_path: Path) -> None:
+    """Stopped after ten of twelve steps and resumed from its checkpoint, every weight has the bits of the unbroken run."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step == 10
+
+    whole = trainer(llama(), text, arguments(tmp_path / "whole"))
+    whole.train()
+    first = trainer(llama(), text, arguments(tmp_path / "broken"))
+    first.add_callback(Stop())
+    first.train()
+    assert any(not torch.equal(p, q) for p, q in zip(first.model.parameters(), whole.model.parameters(), strict=True))
+    second = trainer(llama(), text, arguments(tmp_path / "broken"))
+    second.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-10"))
+    ended, expected = weights(second.model), weights(whole.model)
+    assert all(torch.equal(ended[name], expected[name]) for name in expected)
+
+
+def test_settings_of_the_trainer(llama: Any, text: Any, tmp_path: Path) -> None:
+    """Learning rate, betas, eps, weight decay and its split, seed and length of the run are those of TrainingArguments."""
+    args = arguments(
+        tmp_path, learning_rate=3e-3, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, weight_decay=0.1, max_steps=50
+    )
+    model = llama()
+    run = trainer(model, text, args, name="golore_hybrid_adamw")
+    optimizer = run.create_optimizer()
+    decayed = set(run.get_decay_parameter_names(model))
+    assert optimizer.seed == 3
+    assert optimizer.selector.total_steps == 50
+    seen: set[str] = set()
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (3e-3, (0.8, 0.95), 1e-6)
+        for name in group["param_names"]:
+            assert group["weight_decay"] == (0.1 if name in decayed else 0.0), name
+            seen.add(name)
+    assert seen == {name for name, _ in model.named_parameters()}
+    assert "model.embed_tokens.weight" in decayed
+    assert "model.norm.weight" not in decayed
+
+
+def test_the_trainers_split_is_by_name(llama: Any, text: Any, tmp_path: Path) -> None:
+    """A matrix that the Trainer does not decay is not decayed, whatever its shape."""
+    model = llama()
+    model.model.layers[0].register_parameter("scale_norm", torch.nn.Parameter(torch.ones(3, 3)))
+    optimizer = optimizer_of(model, text, arguments(tmp_path, weight_decay=0.1))
+    decay = {n: group["weight_decay"] for group in optimizer.param_groups for n in group["param_names"]}
+    assert decay["model.layers.0.scale_norm"] == 0.0
+    assert decay["model.layers.0.mlp.up_proj.weight"] == 0.1
+
+
+def test_a_recipe_keeps_its_own_betas_unless_they_are_changed(llama: Any, text: Any, tmp_path: Path) -> None:
+    """Adam-mini's second beta is 0.95; TrainingArguments' default of 0.999 is nobody's choice."""
+    untouched = optimizer_of(llama(), text, arguments(tmp_path), name="sara_adam_mini")
+    assert untouched.param_groups[0]["betas"] == (0.9, 0.95)
+    chosen = optimizer_of(llama(), text, arguments(tmp_path, adam_beta2=0.99), name="sara_adam_mini")
+    assert chosen.param_groups[0]["betas"] == (0.9, 0.99)
+
+
+def test_settings_of_the_tuple_win(llama: Any, text: Any, tmp_path: Path) -> None:
+    optimizer = optimizer_of(llama(), text, arguments(tmp_path), lr=0.5, seed=9, weight_decay=0.2, targets=["q_proj"])
+    assert (optimizer.seed, optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (9, 0.5, 0.2)
+    assert projected(optimizer) == {name for name in PROJECTED if "q_proj" in name}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "settings", "words"),
+    [
+        ({"name": "sara_adam"}, {}, "'sara_adam' is unknown; did you mean .*sara_adamw"),
+        ({"name": "sara_sgd"}, {"adam_beta1": 0.8}, "'betas': SGD has momentum, dampening"),
+        ({"name": "golore_hybrid_adamw"}, {"max_steps": -1, "num_train_epochs": 1}, "pass total_steps"),
+        ({"rank": 0}, {}, "rank=0"),
+    ],
+)
+def test_errors(llama: Any, text: Any, tmp_path: Path, chosen: Any, settings: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        optimizer_of(llama(), text, arguments(tmp_path, **settings), **chosen)
+
+
+def test_without_a_trainer(llama: Any, tmp_path: Path) -> None:
+    """Called by hand it needs the arguments, and decays matrices."""
+    with pytest.raises(ValueError, match="args=None: no Trainer is calling"):
+        Subspace()(llama(), "sara_adamw")
+    optimizer = Subspace()(llama(), "sara_adamw", arguments(tmp_path, weight_decay=0.1), rank=4)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.1}
