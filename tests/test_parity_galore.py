@@ -1,4 +1,4 @@
-"""GaLore's published optimizer, galore_torch.GaLoreAdamW, inside one refresh interval.
+"""GaLore's published optimizers, galore_torch.GaLoreAdamW and GaLoreAdafactor, inside one refresh interval.
 
 Two differences are known and taken out: its epsilon stands before the bias correction (here it is negligible), and its
 basis is computed in fp32 (here in fp64, so that the comparison can be strict).
@@ -10,7 +10,10 @@ import torch
 from galore_torch.galore_projector import GaLoreProjector
 from helpers import RANK, SHAPES, feed, gradients, parameter
 
-from subspan import SubspaceAdamW
+from subspan import SubspaceAdamW, SubspaceOptimizer
+from subspan.residuals import Discard
+from subspan.rules import Adafactor
+from subspan.selectors import Dominant
 
 LR, SCALE, STEPS = 1e-2, 0.25, 50
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -87,3 +90,21 @@ def test_galores_parameter_groups_are_understood():
     assert optimizer.state[matrix]["exp_avg"].shape == (48, RANK)
     assert optimizer.state[other]["exp_avg"].shape == (20, 48)
     assert "basis" not in optimizer.state[other]
+
+
+@pytest.mark.usefixtures("_exact_basis")
+@shapes
+@proj_types
+@pytest.mark.parametrize("beta1", [None, 0.9])
+def test_adafactor(shape, proj_type, beta1):
+    """GaLoreAdafactor without relative step and parameter scaling, weight decay included, at a constant learning rate."""
+    a, b = parameter(shape), parameter(shape)
+    group = {"params": [b], "rank": RANK, "update_proj_gap": 1000, "scale": SCALE, "proj_type": proj_type}
+    settings = {"relative_step": False, "scale_parameter": False, "warmup_init": False}
+    theirs = galore_torch.GaLoreAdafactor([group], lr=LR, beta1=beta1, weight_decay=0.1, **settings)
+    rule, parts = Adafactor(beta1=beta1 or 0.0), {"selector": Dominant(), "residual": Discard()}
+    ours = SubspaceOptimizer(
+        [a], LR, RANK, rule=rule, **parts, update_proj_gap=1000, scale=SCALE, proj_type=proj_type, weight_decay=0.1
+    )
+    for G in gradients(shape, STEPS):
+        torch.testing.assert_close(feed(ours, a, [G]), feed(theirs, b, [G]), rtol=0, atol=1e-10)

@@ -25,6 +25,8 @@ from torch import Tensor
 from subspan.parts import Momentum, Transfer, is_number
 from subspan.state import State, allocate
 
+_HELD = {"step", "exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"}
+
 
 @dataclass(frozen=True)
 class Adafactor:
@@ -73,9 +75,8 @@ class Adafactor:
 
     def transfer_(self, state: State, change: Tensor, how: Transfer) -> None:
         if how == "reset":
-            for value in state.values():
-                if isinstance(value, Tensor):
-                    value.zero_()
+            for name in _HELD & state.keys():  # the state holds other parts' tensors too
+                state[name].zero_()
             return
         if self.beta1:
             state["exp_avg"].copy_(state["exp_avg"] @ change)
