@@ -1,13 +1,13 @@
-"""Adafactor against a loop from the paper. (``test_parity_galore`` holds it against GaLore's published class.)"""
+"""Adafactor against a loop from the paper and torch's own. (``test_parity_galore``: against GaLore's published class.)"""
 
 import pytest
 import torch
-from helpers import RANK, SHAPES, feed, gradients, parameter
+from helpers import RANK, SHAPES, feed, gradients, oriented_side, parameter
 
 from subspan import SubspaceOptimizer
 from subspan.residuals import Discard
 from subspan.rules import Adafactor
-from subspan.selectors import Dominant
+from subspan.selectors import Dominant, Random
 
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
@@ -30,11 +30,61 @@ def test_full_rank_against_the_paper(shape, beta1):
         row = [b * row[i] + (1 - b) * sum(square[i]) / columns for i in range(rows)]
         col = [b * col[j] + (1 - b) * sum(square[i][j] for i in range(rows)) / rows for j in range(columns)]
         mean = sum(row) / rows
-        U = torch.tensor([[G[i, j].item() / (row[i] * col[j] / mean) ** 0.5 for j in range(columns)] for i in range(rows)])
-        U = U.double() / max(1.0, U.double().square().mean().item() ** 0.5)
+        U = [[G[i, j].item() / (row[i] * col[j] / mean) ** 0.5 for j in range(columns)] for i in range(rows)]
+        U = torch.tensor(U, dtype=torch.float64)
+        U = U / max(1.0, U.square().mean().item() ** 0.5)
         M = beta1 * M + (1 - beta1) * U
         W = W - 1e-2 * M
-    torch.testing.assert_close(feed(build(p, Adafactor(beta1=beta1)), p, grads), W, rtol=0, atol=1e-8)
+    torch.testing.assert_close(feed(build(p, Adafactor(beta1=beta1)), p, grads), W, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES.values(), (17,)], ids=str)
+def test_torch_adafactor(shape):
+    """torch.optim.Adafactor, whose learning rate is min(lr, 1/sqrt(t)) times the root mean square of the weight."""
+    a, b = parameter(shape), parameter(shape)
+    ours, theirs = build(a, Adafactor(beta1=0.0)), torch.optim.Adafactor([b], lr=0.2)
+    for t, G in enumerate(gradients(shape, 40), start=1):
+        ours.param_groups[0]["lr"] = min(0.2, t**-0.5) * b.detach().square().mean().item() ** 0.5
+        torch.testing.assert_close(feed(ours, a, [G]), feed(theirs, b, [G]), rtol=0, atol=1e-10)
+
+
+@shapes
+@pytest.mark.parametrize("how", ["keep", "rotate", "moments", "reset"])
+def test_across_refreshes(shape, how):
+    """The same inside a moving subspace and under a schedule: momentum averages updates, so lr acts at once."""
+    p, left = parameter(shape), oriented_side(shape, "std") == "left"
+    selector, rule = Random(), Adafactor(beta1=0.8, decay=0.6, eps=0.05, clip=0.7)
+    parts = {"selector": selector, "rule": rule, "residual": Discard(), "transfer": how}
+    optimizer = SubspaceOptimizer([p], 1e-2, RANK, **parts, scale=0.5, update_proj_gap=3)
+    W, Q, count = p.detach().clone(), None, 0
+    for t, G in enumerate(gradients(shape, 10)):
+        lr = optimizer.param_groups[0]["lr"] = 1e-2 / (t + 1)
+        feed(optimizer, p, [G])
+        old, Q = Q, optimizer.state[p]["basis"].clone()
+        R = (G.T if left else G) @ Q
+        if t == 0 or (t % 3 == 0 and how == "reset"):
+            count, M, row, col = 0, torch.zeros_like(R), torch.zeros(len(R)).double(), torch.zeros(RANK).double()
+        elif t % 3 == 0 and how != "keep":
+            C = old.T @ Q
+            M, col = M @ C, col @ C**2 if how == "moments" else col
+        count += 1
+        b = 1 - count**-0.6
+        row, col = (b * A + (1 - b) * (R.square() + 0.05).mean(dim) for A, dim in ((row, 1), (col, 0)))
+        U = R / (torch.outer(row, col) / row.mean()).sqrt()
+        M = 0.8 * M + 0.2 * U / max(1.0, U.square().mean().sqrt().item() / 0.7)
+        D = M @ Q.T
+        W = W - lr * 0.5 * (D.T if left else D)
+        torch.testing.assert_close(p.detach(), W, rtol=0, atol=1e-12)
+
+
+def test_momentum_that_was_not_kept():
+    """A schedule that turns the momentum on where none was allocated is refused, with the remedy."""
+    p = parameter((48, 20))
+    optimizer = build(p, Adafactor(beta1=0.0))
+    assert "exp_avg" not in optimizer.state[p]
+    optimizer.param_groups[0]["beta1"] = 0.9
+    with pytest.raises(ValueError, match=r"beta1=0.9: it was 0 .* build it anew"):
+        feed(optimizer, p, gradients((48, 20), 1))
 
 
 def test_vectors_keep_a_whole_second_moment():

@@ -50,9 +50,9 @@ def build(p, selector, residual=None, **settings):
 
 
 def remembered(optimizer, p):
-    """What a bad gradient must not touch: the selector's and the residual's state, the count of its refreshes apart."""
+    """What a bad gradient must not touch: the selector's and the residual's state."""
     parts = (optimizer.selector.init(p, RANK), optimizer.residual.init(p))
-    return part_of(optimizer.state[p], [key for part in parts for key in part if key != "basis_step"])
+    return part_of(optimizer.state[p], [key for part in parts for key in part])
 
 
 @both

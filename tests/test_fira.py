@@ -132,6 +132,22 @@ def test_the_official_residual_leaks(shape):
     torch.testing.assert_close(inside @ Q, expected, rtol=0, atol=1e-12)
 
 
+@modes
+def test_a_stack_is_separate_matrices(mode):
+    """Each matrix of a stack has a limiter of its own, also where one's gradients jump and the other's do not."""
+    first, second = uneven((12, 8)), gradients((12, 8), STEPS, seed=1)
+    settings = {"selector": "dominant", "residual": Fira(mode), "update_proj_gap": GAP, "scale": SCALE}
+    p = parameter((2, 12, 8))
+    stack = SubspaceAdamW([p], LR, RANK, **settings)
+    alone = [torch.nn.Parameter(A.clone()) for A in p.detach()]
+    optimizers = [SubspaceAdamW([a], LR, RANK, **settings) for a in alone]
+    for pair in zip(first, second, strict=True):
+        together = feed(stack, p, [torch.stack(pair)])
+        for index, G in enumerate(pair):
+            expected = feed(optimizers[index], alone[index], [G])
+            torch.testing.assert_close(together[index], expected, rtol=0, atol=1e-10)
+
+
 def test_the_limiter_bounds_the_growth():
     """From one step to the next the norm of the residual grows at most by the factor, however the gradient jumps."""
     p = parameter((48, 20))

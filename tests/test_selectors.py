@@ -2,10 +2,20 @@
 
 import pytest
 import torch
-from helpers import EVERY_SELECTOR, RANK, SHAPES, gradients, matrix_of
+from helpers import EVERY_SELECTOR, RANK, SHAPES, NoSync, assert_same, gradients, matrix_of, part_of
 
-from subspan.parts import Key
-from subspan.selectors import Dominant, Importance, Random, Switch
+from subspan.parts import Key, Momentum
+from subspan.selectors import (
+    Coordinates,
+    Dominant,
+    Gaussian,
+    Importance,
+    Lazy,
+    OnlinePCA,
+    PowerIteration,
+    Random,
+    Switch,
+)
 
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 KEY = Key(0, "layer.weight", 0)
@@ -63,14 +73,197 @@ def test_protocol(shape, selector):
 
 @pytest.mark.parametrize("selector", EVERY_SELECTOR, ids=repr)
 def test_the_result_depends_on_gradient_state_and_key_alone(selector):
-    """The same key gives the same basis, bit for bit, whatever the process's generator has done."""
+    """The same keys give the same state, bit for bit, whatever the process's generator has done; and it is left alone."""
+    grads, states = gradients((32, 32), 3), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        state = selector.init(grads[0], RANK)
+        for step, G in enumerate(grads[:2]):
+            selector.refresh_(G, state, Key(0, "w", 5 * step))
+        selector.track_(grads[2], state, None)
+        assert torch.equal(torch.get_rng_state(), before)
+        states.append(state)
+    assert_same(*states)
+
+
+DRAWN = [Importance(), Random(), Gaussian(), Coordinates(), Coordinates("norm"), Coordinates("norm", scaled=True)]
+
+
+@pytest.mark.parametrize("selector", DRAWN, ids=repr)
+def test_matrices_of_a_stack_draw_apart(selector):
+    """The same gradient twice in a stack leads to two bases (contract R12)."""
     (G,) = gradients((32, 32), 1)
-    Q = basis(selector, G)
-    torch.manual_seed(12345)
-    assert torch.equal(basis(selector, G), Q)
+    state = selector.init(torch.stack([G, G]), RANK)
+    selector.refresh_(torch.stack([G, G]), state, KEY)
+    first, second = selector.project(torch.eye(32, dtype=G.dtype).expand(2, 32, 32), state)
+    assert (projector(first) - projector(second)).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("selector", [Importance(), Random()], ids=repr)
+UNDRAWN = [
+    Dominant(), Dominant("svd"), Coordinates("top"), OnlinePCA(), OnlinePCA(orthonormalise=False), PowerIteration(),
+    Lazy(Dominant()), Switch(Dominant(), Coordinates("top"), at=3), Switch(OnlinePCA(), PowerIteration(), at=3),
+]  # fmt: skip
+
+
+@shapes
+@pytest.mark.parametrize("selector", UNDRAWN, ids=repr)
+def test_a_stack_is_separate_matrices(shape, selector):
+    """Selectors without a draw choose and follow for each matrix of a stack as they do for it alone (contract R12)."""
+
+    def walk(grads):
+        state = selector.init(grads[0], RANK)
+        changes = [selector.refresh_(G, state, Key(0, "w", 5 * step)) for step, G in enumerate(grads[:2])]
+        for G in grads[2:]:
+            M = G[..., :RANK]
+            changes.append(selector.track_(G, state, Momentum(M, 2 * M, 1.0)))
+        n = shape[1]
+        return [*changes, selector.project(torch.eye(n, dtype=grads[0].dtype).expand(*grads[0].shape[:-2], n, n), state)]
+
+    first, second = gradients(shape, 5), gradients(shape, 5, seed=1)
+    together = walk([torch.stack(pair) for pair in zip(first, second, strict=True)])
+    for index, grads in enumerate((first, second)):
+        for found, expected in zip(together, walk(grads), strict=True):
+            assert (found is None) == (expected is None)
+            if found is not None:
+                torch.testing.assert_close(found[index], expected, rtol=0, atol=1e-10)
+
+
+MATRICES = [Dominant(), Importance(), Importance(floor=0.2), OnlinePCA(), PowerIteration()]
+
+
+@pytest.mark.parametrize("selector", MATRICES, ids=repr)
+def test_an_idle_matrix_of_a_stack(selector):
+    """One whose gradient is zero starts with some orthonormal basis, so that it can learn later, and keeps any it has."""
+    a, b, c, d = gradients((48, 20), 4)
+    state = selector.init(torch.stack([a, a]), RANK)
+    for step, pair in enumerate(([a, 0 * a], [b, 0 * a], [c, a], [0 * a, d])):
+        held = state["basis"].clone()
+        selector.refresh_(torch.stack(pair), state, Key(0, "w", step))
+        for index, G in enumerate(pair):
+            Q = state["basis"][index]
+            torch.testing.assert_close(Q.T @ Q, torch.eye(RANK, dtype=Q.dtype), rtol=0, atol=1e-12)
+            assert torch.equal(Q, held[index]) == (step > 0 and not G.any())
+
+
+def test_weights_of_a_zero_matrix_are_even():
+    """Where no singular value is positive there is nothing to go by; the other matrices of the stack are not touched by it."""
+    sigma = torch.tensor([[0.0, 0.0, 0.0], [3.0, 1.0, 0.0]], dtype=torch.float64)
+    for selector in (Importance(), Importance(power=2.0), Importance(power=0.5)):
+        even, weights = selector.log_weights(sigma).exp()
+        torch.testing.assert_close(even, torch.full_like(even, 1 / 3), rtol=1e-12, atol=0)
+        expected = sigma[1] ** selector.power / (sigma[1] ** selector.power).sum()
+        torch.testing.assert_close(weights, expected, rtol=1e-12, atol=0)
+
+
+def test_overlap_of_a_stack_is_the_mean():
+    """Lazy's period grows where the overlap, averaged over the stack, reaches the threshold: here one of two stands still."""
+    still, moving = gradients((48, 20), 1)[0], gradients((48, 20), 1, seed=5)[0]
+    for threshold, stretch in ((0.45, 2), (0.9, 1)):
+        selector = Lazy(Dominant(), threshold)
+        state = selector.init(torch.stack([still, still]), RANK)
+        for step, second in enumerate((still, moving.flip(1))):
+            selector.refresh_(torch.stack([still, second]), state, Key(0, "w", step))
+        assert state["stretch"] == stretch
+
+
+def test_after_a_switch_the_second_follows():
+    """Before the switch a refresh is due and nothing is followed; from there on the second does as it would alone."""
+    grads, switch, second = gradients((48, 20), 3), Switch(Dominant(), PowerIteration(), at=3), PowerIteration()
+    state, alone = switch.init(grads[0], RANK), second.init(grads[0], RANK)
+    switch.refresh_(grads[0], state, Key(0, "w", 0))
+    assert switch.track_(grads[1], state, None) is None
+    assert switch.period(7, state) == 7
+    for selector, held in ((switch, state), (second, alone)):
+        held["basis"].copy_(state["basis"])
+        selector.refresh_(grads[1], held, Key(0, "w", 3))
+        assert selector.period(7, held) is None
+        assert selector.track_(grads[2], held, None) is not None
+    assert torch.equal(state["basis"], alone["basis"])
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("selector", EVERY_SELECTOR, ids=repr)
+def test_following_a_bad_gradient_changes_nothing(selector, value, momentum):
+    """track_ on a gradient that is zero or not finite leaves every entry of the state, and waits for nothing; in a stack the
+    other matrices move on as they would alone."""
+    good, bad = gradients((48, 20), 4), torch.zeros(48, 20, dtype=torch.float64)
+    bad[3, 5] = value
+    M = Momentum(good[3][:, :RANK], good[3][:, :RANK], 1.0) if momentum else None
+    state = selector.init(good[0], RANK)
+    selector.refresh_(good[0], state, KEY)
+    selector.track_(good[1], state, M)
+    held = part_of(state, state)
+    with NoSync():
+        change = selector.track_(bad, state, M)
+    assert_same(state, held)
+    if change is None:
+        return
+    Q = matrix_of(selector, state, 20)
+    torch.testing.assert_close(change, Q.T @ Q, rtol=0, atol=1e-12)
+    stack = selector.init(torch.stack(good[:2]), RANK)
+    both = None if M is None else Momentum(M.value.expand(2, 48, RANK), M.mean.expand(2, 48, RANK), 1.0)
+    selector.refresh_(torch.stack([good[0], good[0]]), stack, KEY)
+    for second in (bad, good[2]):
+        selector.track_(torch.stack([good[1], second]), stack, both)
+    alone = selector.init(good[0], RANK)
+    selector.refresh_(good[0], alone, KEY)
+    selector.track_(good[2], alone, M)
+    torch.testing.assert_close(stack["basis"][1], alone["basis"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("value", [1e-30, 1e30])
+@pytest.mark.parametrize("selector", [OnlinePCA(), PowerIteration()], ids=repr)
+def test_following_gradients_of_extreme_magnitude(selector, value, momentum):
+    """In fp32 a tiny or huge gradient, whose square leaves the range, moves the basis as any multiple of it does."""
+    found = []
+    for factor in (1.0, value):
+        first, second = (G * factor for G in gradients((48, 20), 2, dtype=torch.float32))
+        state = selector.init(first, RANK)
+        selector.refresh_(first, state, KEY)
+        before = state["basis"].clone()
+        M = first[:, 4 : 4 + RANK]
+        selector.track_(second, state, Momentum(M, M, 1.0) if momentum else None)
+        assert (state["basis"] - before).abs().max() > 1e-3
+        found.append(state["basis"])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4)
+
+
+FACTORISING = [
+    Dominant(), Dominant("svd"), Importance(), OnlinePCA(), PowerIteration(), Random(), Lazy(Importance()),
+    Switch(Dominant(), Random(), at=3), Switch(Coordinates(), Importance(), at=3), Switch(Gaussian(), OnlinePCA(), at=3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("selector", FACTORISING, ids=repr)
+def test_a_refresh_that_raises_changes_nothing(monkeypatch, selector):
+    """With every factorisation failing, also at the step of a switch, the state keeps every bit (contract R11)."""
+
+    def fail(*args, **kwargs):
+        raise torch.linalg.LinAlgError("no convergence")
+
+    first, second = gradients((48, 20), 2)
+    state = selector.init(first, RANK)
+    selector.refresh_(first, state, KEY)
+    held = part_of(state, state)
+    for name in ("eigh", "svd", "qr"):
+        monkeypatch.setattr(torch.linalg, name, fail)
+    with pytest.raises(torch.linalg.LinAlgError):
+        selector.refresh_(second, state, Key(0, "w", 5))
+    assert_same(state, held)
+
+
+@pytest.mark.parametrize("selector", EVERY_SELECTOR, ids=repr)
+def test_memory_is_what_is_allocated(selector):
+    """The expressions of ``memory`` name every tensor of ``init`` and give its bytes in fp32."""
+    state = selector.init(torch.zeros(48, 20), RANK)
+    held = {key: value.numel() * value.element_size() for key, value in state.items() if torch.is_tensor(value)}
+    assert {key: eval(text, {"n": 20, "r": RANK}) for key, text in selector.memory("n", "r").items()} == held
+
+
+@pytest.mark.parametrize("selector", DRAWN, ids=repr)
 @pytest.mark.parametrize("other", [Key(1, "layer.weight", 0), Key(0, "other.weight", 0), Key(0, "layer.weight", 200)])
 def test_another_key_draws_another_basis(selector, other):
     """Seed, name and step each change a random choice."""

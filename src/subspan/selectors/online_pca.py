@@ -55,10 +55,11 @@ class OnlinePCA(MatrixSelector):
     def init(self, G: Tensor, rank: int) -> State:
         shape = (*G.shape[:-2], G.shape[-1], rank)
         moments = {"basis_exp_avg": allocate(G, shape), "basis_exp_avg_sq": allocate(G, shape)}
-        return {**super().init(G, rank), **moments, "basis_step": 0}
+        # A tensor, of each matrix its own: a gradient that tells nothing is not counted, and no device is waited for.
+        return {**super().init(G, rank), **moments, "basis_step": allocate(G, (*G.shape[:-2], 1, 1))}
 
     def memory(self, n: str, r: str) -> dict[str, str]:
-        return dict.fromkeys(("basis", "basis_exp_avg", "basis_exp_avg_sq"), f"4*{n}*{r}")
+        return dict.fromkeys(("basis", "basis_exp_avg", "basis_exp_avg_sq"), f"4*{n}*{r}") | {"basis_step": "4"}
 
     def period(self, gap: int, state: State) -> int | None:
         return None
@@ -72,8 +73,8 @@ class OnlinePCA(MatrixSelector):
         Q, M, V = (state[name] for name in ("basis", "basis_exp_avg", "basis_exp_avg_sq"))
         good = linalg.usable(G)
         slope = self.slope(G, Q)
-        state["basis_step"] += 1
-        c1, c2 = (1 - beta ** state["basis_step"] for beta in self.betas)
+        step = state["basis_step"].add_(good).double()
+        c1, c2 = ((1 - beta**step).to(Q.dtype) for beta in self.betas)
         M.copy_(torch.where(good, beta1 * M + (1 - beta1) * slope, M))
         V.copy_(torch.where(good, beta2 * V + (1 - beta2) * slope.square(), V))
         new = Q * (1 - self.lr * self.weight_decay) - self.lr * (M / c1) / ((V / c2).sqrt() + 1e-8)
@@ -87,7 +88,8 @@ class OnlinePCA(MatrixSelector):
     def slope(G: Tensor, Q: Tensor) -> Tensor:
         """``dL/dQ (n, r)``."""
         Y = linalg.project(G, Q)
-        norm = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True, dtype=Q.dtype)
+        # In fp64: the square of a small gradient would underflow.
+        norm = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True, dtype=torch.float64).to(Q.dtype)
         A = Q.mT @ Q
         A.diagonal(dim1=-2, dim2=-1).sub_(2)
         Y = Y / norm

@@ -46,14 +46,17 @@ class PowerIteration(MatrixSelector):
         Q = state["basis"]
         Y = linalg.project(G, Q)
         if momentum is not None:
-            Y = self.rho * momentum.mean + (1 - self.rho) * Y
+            Y = _scaled(self.rho * momentum.mean + (1 - self.rho) * Y)
             Z = self.rho * Q @ (momentum.mean.mT @ Y) + (1 - self.rho) * linalg.project(G.mT, Y)
         else:
-            Z = linalg.project(G.mT, Y)
+            Z = linalg.project(G.mT, _scaled(Y))
         good = linalg.usable(G) & linalg.usable(Z)
-        # Scaled, so that products of small gradients keep their digits.
-        Z = torch.where(good, Z / torch.linalg.vector_norm(Z, ord=torch.inf, dim=(-2, -1), keepdim=True), Q)
-        new = torch.where(good, linalg.orthonormalise(Z), Q)
+        new = torch.where(good, linalg.orthonormalise(torch.where(good, _scaled(Z), Q)), Q)
         change = Q.mT @ new
         Q.copy_(new)
         return change
+
+
+def _scaled(A: Tensor) -> Tensor:
+    """``A`` with a largest entry of one: the product of two small gradients would underflow."""
+    return A / torch.linalg.vector_norm(A, ord=torch.inf, dim=(-2, -1), keepdim=True)
