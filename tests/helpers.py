@@ -24,6 +24,7 @@ EVERY_SELECTOR = [
     *(make() for make in SELECTORS.values()),
     Dominant("svd"),
     Importance(floor=0.2),
+    Random(scaled=True),
     Coordinates("top"),
     Coordinates("norm"),
     Coordinates("norm", scaled=True),

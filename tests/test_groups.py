@@ -6,10 +6,11 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from helpers import RANK, SHAPES, oriented_side
+from helpers import RANK, SHAPES, net, oriented_side
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import subspan
 from subspan import SubspaceAdamW, create, param_groups
 from subspan.shapes import layout_of
 
@@ -282,3 +283,37 @@ def test_one_expression_to_exclude():
     """A string is one expression, not a list of letters."""
     model = nn.Sequential(OrderedDict(fc=nn.Linear(8, 8), block=nn.Linear(8, 8)))
     assert by_rank(param_groups(model, rank=RANK, exclude="block"))[0] == ["fc.weight"]
+
+
+def test_names_under_wrappers():
+    """torch.compile's wrapper leaves no trace in names; a head called output stays full rank in any module, and a block's
+    output.dense does not."""
+
+    class Inner(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.output = torch.nn.Linear(24, 40)
+            self.layer = torch.nn.ModuleDict({"output": torch.nn.ModuleDict({"dense": torch.nn.Linear(24, 24)})})
+
+    outer = torch.nn.Module()
+    outer.llama = Inner()
+    projected = [group for group in param_groups(outer, rank=4) if group["rank"]]
+    assert [name for group in projected for name, _ in group["params"]] == ["llama.layer.output.dense.weight"]
+    named = [(f"_orig_mod.{name}", p) for name, p in outer.named_parameters()]
+    names = {name for group in param_groups(named, rank=4) for name, _ in group["params"]}
+    assert names == {name for name, _ in outer.named_parameters()}
+
+
+def test_flat_parameters_are_refused_beside_matrices():
+    """Also with targets of one's own."""
+    named = [("a.weight", torch.nn.Parameter(torch.zeros(20, 30))), ("_flat_param", torch.nn.Parameter(torch.zeros(600)))]
+    for targets in ("all-linear", ["a"]):
+        with pytest.raises(ValueError, match=r"'_flat_param' is many weights in one.*fully_shard"):
+            param_groups(named, rank=4, targets=targets)
+
+
+def test_overrides_are_settings():
+    with pytest.raises(ValueError, match=r"overrides\['up'\]=5: expected group settings"):
+        param_groups(net(), rank=4, overrides={"up": 5})
+    with pytest.raises(ValueError, match="'lrr' is no setting; did you mean"):
+        subspan.create("adamw", net(), overrides={"up": {"lrr": 5}})

@@ -1,6 +1,7 @@
 """``import subspan`` needs torch and nothing else."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,3 +50,11 @@ def test_public_names():
     assert all(hasattr(subspan, name) for name in subspan.__all__)
     public = {name for name, value in vars(subspan).items() if not name.startswith("_") and callable(value)}
     assert public <= set(subspan.__all__)
+
+
+def test_distributed_is_asked_in_one_file():
+    """Only ``distributed.py`` imports torch.distributed."""
+    root = Path(subspan.__file__).parent
+    users = [path.relative_to(root).as_posix() for path in root.rglob("*.py") if "torch.distributed" in path.read_text()]
+    importers = [name for name in users if re.search(r"^\s*(import|from) torch.distributed", (root / name).read_text(), re.M)]
+    assert importers == ["distributed.py"]

@@ -1,6 +1,7 @@
 """The step's contract: schedule, learning rate, closures, groups, copies and randomness."""
 
 import copy
+import logging
 import pickle
 
 import pytest
@@ -21,6 +22,7 @@ from helpers import (
 )
 from torch import nn
 
+import subspan
 from subspan import SubspaceAdamW, SubspaceOptimizer, create
 
 methods = pytest.mark.parametrize("method", METHODS)
@@ -273,3 +275,34 @@ def test_copies_go_on_alike(method, clone):
     walk(model, optimizer, range(7, 12))
     assert_same(weights(twin), weights(model))
     assert_same(snapshot(other), snapshot(optimizer))
+
+
+def test_a_later_group_keeps_the_time_of_the_run():
+    """A group added at step 4 switches with the others at step 6."""
+    first, second = parameter((48, 20)), parameter((48, 20))
+    selector = subspan.selectors.Switch(subspan.selectors.Dominant(), subspan.selectors.Random(), at=6)
+    optimizer = subspan.SubspaceAdamW([{"params": [first], "rank": 4}], selector=selector, update_proj_gap=2)
+    feed(optimizer, first, gradients((48, 20), 4))
+    optimizer.add_param_group({"params": [second], "rank": 4})
+    for G in gradients((48, 20), 3, seed=1):
+        first.grad, second.grad = G.clone(), G.clone()
+        optimizer.step()
+    assert [optimizer.state[p]["switched"] for p in (first, second)] == [1, 1]
+
+
+def test_the_table_is_shown_once_and_can_be_silenced(capsys, caplog, monkeypatch):
+    """On stderr where nobody has set up logging; to the log, by its rules, where somebody has (contract R16)."""
+    root, own = logging.getLogger(), logging.getLogger("subspan")
+    monkeypatch.setattr(root, "handlers", [])
+    subspan.SubspaceAdamW([parameter((48, 20))], rank=4)
+    assert capsys.readouterr().err.count("bytes held") == 1
+    monkeypatch.setattr(own, "level", logging.WARNING)
+    own.manager._clear_cache()
+    subspan.SubspaceAdamW([parameter((48, 20))], rank=4)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(own, "level", logging.NOTSET)
+    monkeypatch.setattr(root, "handlers", [caplog.handler])
+    own.manager._clear_cache()
+    subspan.SubspaceAdamW([parameter((48, 20))], rank=4)
+    assert "bytes held" not in caplog.text
+    assert capsys.readouterr().err == ""

@@ -29,6 +29,7 @@ TABLE = {
     "galore_lazy": (Lazy(Dominant()), "keep", Discard(), 0.25, ("adamw",)),
     "online_pca": (OnlinePCA(5e-3), "keep", Discard(), 0.25, ("adamw",)),
     "flora": (Gaussian(), "rotate", Discard(), 1.0, ("adamw", "adafactor", "sgd")),
+    "rso": (Random(scaled=True), "reset", Discard(), 1.0, ("adamw", "sgd", "adamw_8bit")),
     "grass": (Coordinates("top"), "reset", Discard(), 1.0, ("adamw",)),
     "gasare": (Coordinates("top"), "rotate", Discard(), 1.0, ("adamw", "sgd")),
     "gosare": (Coordinates("uniform"), "rotate", Discard(), 1.0, ("adamw", "sgd")),
@@ -64,6 +65,7 @@ def test_defaults(method, rule):
     if isinstance(selector, Switch):
         selector = replace(selector, total_steps=20)
     kind, step = STEP[rule.removesuffix("_8bit")]
+    kind = AdamW((0.908, 0.99)) if method == "ldadam" else kind
     optimizer = build(f"{method}_{rule}", net())
     assert (optimizer.selector, optimizer.transfer, optimizer.residual) == (selector, transfer, residual)
     assert optimizer.rule == kind
@@ -174,10 +176,10 @@ def test_parts_as_settings_or_objects():
         (
             "sara_adamw",
             {"selector": {"temperature": 1.0}},
-            "selector setting 'temperature': Importance has power, floor, method",
+            "selector setting 'temperature'=1.0: Importance has power, floor, method",
         ),
-        ("golore_adamw", {"selector": {"power": 1.0}}, "selector setting 'power': Random has no settings"),
-        ("fira_adamw", {"residual": {"gamma": 1.0}}, "residual setting 'gamma': Fira has mode, limiter"),
+        ("flora_adamw", {"selector": {"power": 1.0}}, "selector setting 'power'=1.0: Gaussian has no settings"),
+        ("fira_adamw", {"residual": {"gamma": 1.0}}, "residual setting 'gamma'=1.0: Fira has mode, limiter"),
         ("sara_adamw", {"selector": {"floor": 2.0}}, "floor=2.0"),
         ("golore_hybrid_adamw", {"total_steps": None}, "pass total_steps"),
         ("sara_adamw", {"transfer": "project"}, "transfer='project'"),

@@ -47,6 +47,17 @@ def test_only_the_two_neighbours():
     assert torch.equal(q, exact)
 
 
+def test_what_is_not_finite_stays_so():
+    """NaNs of any payload and infinities: a carry would turn them into other numbers."""
+    bits = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800001, -1], dtype=torch.int32)
+    D = torch.cat([bits.view(torch.float32), torch.tensor([torch.inf, -torch.inf])])
+    for seed in range(20):
+        p = torch.zeros(6, dtype=torch.bfloat16)
+        add_rounded_(p, D.clone(), 1.0, generator(seed))
+        assert p[:4].isnan().all()
+        assert p[4:].tolist() == [torch.inf, -torch.inf]
+
+
 @pytest.mark.parametrize("shape", [(), (7,), (3, 5), (2000, 700)], ids=str)
 def test_every_shape(shape):
     """Chunks cover everything once."""

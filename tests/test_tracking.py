@@ -83,7 +83,7 @@ def test_online_pca_finds_the_subspace():
 def test_ldadam(shape):
     """``ldadam_adamw`` against its algorithm: power iteration on momentum and gradient, both moments transported, what the
     projection and the change of basis lose fed back. Written for right bases; wide weights are transposed."""
-    beta1, beta2, rho, eps, lr = 0.9, 0.999, 0.908, 1e-8, 1e-2
+    beta1, beta2, rho, eps, lr = 0.908, 0.99, 0.908, 1e-8, 1e-2
     grads, p = gradients(shape, 8), parameter(shape)
     wide = shape[0] < shape[1]
     W = p.detach().T.clone() if wide else p.detach().clone()
@@ -158,6 +158,19 @@ def test_lazy_doubles_while_the_subspace_stands_still():
     assert refreshed[7:] == [125]
 
 
+@pytest.mark.parametrize("first", [OnlinePCA(0.05), PowerIteration()], ids=repr)
+def test_a_switch_lets_its_first_selector_track(first):
+    """Before the switch it is the first selector, at every step; the switch comes at its step, whatever the period."""
+    grads, p, q = gradients((48, 20), 12), parameter((48, 20)), parameter((48, 20))
+    settings = {"rule": AdamW(), "residual": Discard(), "update_proj_gap": 5}
+    switching = SubspaceOptimizer([p], 1e-2, RANK, selector=Switch(first, Random(), at=7), **settings)
+    alone = SubspaceOptimizer([q], 1e-2, RANK, selector=first, **settings)
+    for step, G in enumerate(grads):
+        a, b = feed(switching, p, [G]), feed(alone, q, [G])
+        assert torch.equal(a, b) == (step < 7)
+    assert switching.state[p]["refresh_step"] == 10
+
+
 @pytest.mark.parametrize("first", [Dominant(), Gaussian(), PowerIteration()], ids=repr)
 @shapes
 def test_momentum_is_carried_across_a_switch(first, shape):
@@ -184,6 +197,12 @@ def test_momentum_is_carried_across_a_switch(first, shape):
         (lambda: PowerIteration(rho=1.5), "rho=1.5"),
         (lambda: Lazy(Dominant(), threshold=2.0), "threshold=2.0"),
         (lambda: Lazy(Dominant(), longest=0), "longest=0"),
+        (lambda: Lazy(PowerIteration()), "moves at every step"),
+        (lambda: Lazy("dominant"), "selector='dominant': expected a selector as an object"),
+        (lambda: Switch("dominant", Random(), at=3), "first='dominant': expected a selector"),
+        (lambda: Switch(Switch(Dominant(), Random(), at=3), Random(), at=9), "a switch cannot hold another"),
+        (lambda: Switch(Lazy(Switch(Dominant(), Random(), at=3)), Random(), at=9), "a switch cannot hold another"),
+        (lambda: Switch(Dominant(), Random(), at=0.5, total_steps=-7), "total_steps=-7"),
         (lambda: Lazy(Gaussian()), "overlap is measured between orthonormal bases"),
     ],
 )

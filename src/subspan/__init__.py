@@ -1,7 +1,8 @@
 """Train large language models with the optimizer's state in a small, moving subspace of every weight matrix."""
 
-from subspan import logs, residuals, rules, selectors
+from subspan import residuals, rules, selectors
 from subspan.adamw import SubspaceAdamW
+from subspan.backward import project_backward
 from subspan.factory import create
 from subspan.groups import param_groups
 from subspan.optimizer import SubspaceOptimizer
@@ -16,10 +17,9 @@ __all__ = [
     "create",
     "list_optimizers",
     "param_groups",
+    "project_backward",
     "residuals",
     "rules",
     "selectors",
     "state_bytes",
 ]
-
-logs.show_by_default()

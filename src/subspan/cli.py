@@ -1,4 +1,4 @@
-"""The command line: ``subspan pretrain``, ``subspan list``. Settings come from YAML files and flags, by jsonargparse."""
+"""The command line: ``subspan pretrain``, ``bench`` and ``list``. Settings come from YAML files and flags, by jsonargparse."""
 
 import difflib
 import json
@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 try:
     import jsonargparse
@@ -16,6 +16,7 @@ except ImportError as error:  # the library was installed without the harness
     raise SystemExit(f"subspan: error: {error}; the command line comes with an extra: pip install 'subspan[train]'") from error
 
 from subspan import __version__
+from subspan.bench.setting import Setting
 from subspan.memory import VARIABLES
 from subspan.recipes import describe, list_optimizers
 from subspan.training.config import PretrainConfig
@@ -66,6 +67,19 @@ def _parser() -> tuple[ArgumentParser, ArgumentParser]:
     commands = parser.add_subcommands(required=True, dest="command")
     commands.add_subcommand("pretrain", pretrain, help="pretrain a language model")
     commands.add_subcommand("list", listing, help="list optimizers or models")
+    bench = _Parser(description="Measure memory and time of training steps.")
+    commands.add_subcommand("bench", bench, help="measure memory and time of training steps")
+    benches = bench.add_subcommands(required=True, dest="what")
+    for what, about in {
+        "memory": "bytes of a step, by kind, beside closed forms",
+        "train": "time of a step over fused AdamW's",
+    }.items():
+        measured = _Parser(description=f"Measure {about}.")
+        measured.add_argument("--json", action="store_true", help="print JSON")
+        measured.add_class_arguments(Setting)
+        if what == "train":
+            measured.add_argument("--pairs", type=int, default=15, help="pairs of steps")
+        benches.add_subcommand(what, measured, help=about)
     _Parser.known = [action.dest for action in pretrain._actions] + ["pretrain", "list", "optimizers", "models"]
     return parser, pretrain
 
@@ -74,11 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser, pretrain = _parser()
     try:
-        given = parser.parse_args(argv)
+        given = parser.parse_args(_spelled(sys.argv[1:] if argv is None else argv))
         settings = given[given.command]
         if given.command == "list":
             _list(settings.what, settings.json)
             return 0
+        if given.command == "bench":
+            return _bench(settings.what, settings[settings.what])
         as_json = settings.pop("json")
         settings.pop("config", None)
         for section in ("optim", "schedule", "evaluation", "checkpoint"):
@@ -88,6 +104,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TypeError, ValueError) as error:  # a config file that is no text
         _fail(f"the settings cannot be read: {error}")
     return _pretrain(config, as_json)
+
+
+def _bench(what: str, settings: Any) -> int:
+    from subspan.bench import memory, report, train
+
+    logging.getLogger("subspan").setLevel(logging.WARNING)
+    as_json, pairs = settings.pop("json"), settings.pop("pairs", 0)
+    settings.pop("config", None)
+    try:
+        setting = Setting(**vars(settings))
+        found = memory.measure(setting) if what == "memory" else train.measure(setting, pairs)
+    except ValueError as error:
+        _fail(str(error))
+    print(json.dumps(found) if as_json else report.text(found))
+    return 0
+
+
+def _spelled(argv: Sequence[str]) -> list[str]:
+    """Flags as jsonargparse has them: with underscores, and ``--backward_side`` without a value is true."""
+    spelled = []
+    for position, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            word = name.replace("-", "_").replace("_", "-", 2) + equals + value
+        following = argv[position + 1] if position + 1 < len(argv) else "--"
+        spelled.append(f"{word}=true" if word == "--backward_side" and following.startswith("--") else word)
+    return spelled
 
 
 def _list(what: str, as_json: bool) -> None:

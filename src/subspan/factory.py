@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from subspan.carriers import layer_of
 from subspan.groups import EXCLUDED, param_groups
 from subspan.names import look_up, near_names
 from subspan.optimizer import SubspaceOptimizer
@@ -38,7 +39,9 @@ def create(
     betas: tuple[float, float] | None = None,
     eps: float | None = None,
     weight_decay: float = 0.0,
-    stagger: bool = False,
+    stagger: bool | None = None,
+    eta: float | None = None,
+    proximal: str = "coupled",
     state_dtype: StateDtype | None = None,
     bf16_stochastic_round: bool = False,
     seed: int = 0,
@@ -73,6 +76,11 @@ def create(
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: got a {type(model).__name__}; expected a torch.nn.Module, not its parameters")
     full_rank = recipe.selector is None
+    if full_rank and any(layer_of(p) is not None for p in model.parameters()):
+        raise ValueError(
+            f"optimizer {name!r} is full rank, and this model's backward-side layers make no full gradient; use a method "
+            "with a subspace, such as 'sara_adamw', or leave project_backward out"
+        )
     if rank is None and not full_rank:
         raise ValueError(f"rank=None: {name} needs a whole number >= 1; the full-rank baseline is 'adamw'")
     groups = param_groups(
@@ -96,7 +104,8 @@ def create(
     ):
         for group in groups:
             del group["rank"]  # ours; torch's groups do without
-        return torch.optim.AdamW(groups, lr=lr, betas=chosen_rule.betas, eps=chosen_rule.eps, weight_decay=weight_decay)
+        adamw = torch.optim.AdamW(groups, lr=lr, betas=chosen_rule.betas, eps=chosen_rule.eps, weight_decay=weight_decay)
+        return _with_known_overrides(adamw, overrides)
     chosen = _with(recipe.selector or Dominant(), selector, SELECTORS, "selector")
     if isinstance(chosen, Switch) and chosen.total_steps is None:
         chosen = replace(chosen, total_steps=total_steps)
@@ -115,10 +124,19 @@ def create(
         proj_type=proj_type,
         weight_decay=weight_decay,
         stagger=stagger,
+        eta=eta,
+        proximal=proximal,
         state_dtype=state_dtype or recipe.state_dtype,
         bf16_stochastic_round=bf16_stochastic_round,
         seed=seed,
     )
+    return _with_known_overrides(optimizer, overrides)
+
+
+def _with_known_overrides(
+    optimizer: torch.optim.Optimizer, overrides: Mapping[str, Mapping[str, Any]] | None
+) -> torch.optim.Optimizer:
+    """``optimizer``, if its groups know every setting of ``overrides``."""
     for pattern, settings in (overrides or {}).items():
         for key in settings:
             if key not in optimizer.defaults:
@@ -137,7 +155,10 @@ def _with(
     allowed = [field.name for field in fields(part)]  # type: ignore[arg-type]  # every part is a dataclass
     for key, value in change.items():
         if key not in allowed:
-            raise ValueError(f"{what} setting {key!r}: {type(part).__name__} has {', '.join(allowed) or 'no settings'}")
+            raise ValueError(
+                f"{what} setting {key!r}={value!r}: {type(part).__name__} has {', '.join(allowed) or 'no settings'}; leave it "
+                f"out, or give another {what}"
+            )
         if is_dataclass(getattr(part, key)) and not is_dataclass(value):
             raise ValueError(
                 f"{what} setting {key!r}={value!r}: expected a part, as an object; build the {what} itself instead"

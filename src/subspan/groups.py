@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from subspan.carriers import layer_of
 from subspan.shapes import PROJ_TYPES
 
 EXCLUDED = (
@@ -17,7 +18,7 @@ EXCLUDED = (
     r"\b(lm_)?head\b",
     r"\bscore\b",
     r"\bclassifier\b",
-    r"^output\b",
+    r"(^|\.)output\.weight$",
     r"lora_",
 )
 """Regular expressions, searched in a parameter's name: embeddings, norms and heads stay full rank."""
@@ -39,7 +40,8 @@ def param_groups(
     """Sort named parameters into groups: projected matrices, full-rank matrices, vectors. Each lands in exactly one.
 
     Args:
-        model: a module, or pairs as ``module.named_parameters()`` gives them. Frozen parameters are left out.
+        model: a module, or pairs as ``module.named_parameters()`` gives them. Frozen parameters are left out. Carriers of
+            backward-side layers (``subspan.project_backward``) are projected, at their own rank.
         rank: of the projected group; the others get ``None``.
         targets: ``"all-linear"`` (every matrix that ``exclude`` does not name; of a module, every ``nn.Linear`` weight and
             every stack of matrices, such as experts), a list of strings (a name that contains one of them), or a regular
@@ -47,7 +49,7 @@ def param_groups(
             over ``exclude``.
         exclude: regular expressions; a name in which one is found stays full rank.
         overrides: group settings by regular expression, such as ``{r"k_proj": {"rank": 64}}``; the first match wins.
-        lr_full: learning rate of what is not projected; ``None`` is the optimizer's.
+        lr_full: learning rate of what has no rank (embeddings, heads, norms, biases); ``None`` is the optimizer's.
         weight_decay: of matrices; parameters of one dimension (biases, norms) get 0. ``None`` leaves it to the optimizer.
         decayed: names of the parameters that ``weight_decay`` is for, if it is not the matrices.
 
@@ -65,25 +67,33 @@ def param_groups(
     given = {"rank": rank, "lr": lr_full, "weight_decay": weight_decay}
     check_settings({key: value for key, value in given.items() if value is not None}, {"lr": "lr_full"})
     named = list(model.named_parameters() if isinstance(model, nn.Module) else model)
-    named = [(name, p) for name, p in named if p.requires_grad]
+    named = [(name.replace("_orig_mod.", ""), p) for name, p in named if p.requires_grad]  # torch.compile's wrapper
+    if flat := next((name for name, _ in named if "_flat_param" in name), None):
+        raise ValueError(f"model: {flat!r} is many weights in one. {FLATTENED}")
     if not named:
         raise ValueError("model: no trainable parameter; give a model, or the named_parameters() of one, that is not frozen")
-    projected = _projected_names(model, named, targets, exclude) if rank is not None else set()
+    carriers = {name: p.shape[1] for name, p in named if layer_of(p) is not None}
+    others = [(name, p) for name, p in named if name not in carriers]
+    projected = _projected_names(model, others, targets, exclude, bool(carriers)) if rank is not None else set()
     filters = _convolutions(model)
 
+    for pattern, settings in (overrides or {}).items():
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"overrides[{pattern!r}]={settings!r}: expected group settings, such as {{'rank': 64}}")
     rows = [(_compiled(pattern, "overrides"), dict(settings)) for pattern, settings in (overrides or {}).items()]
     used: set[str] = set()
-    groups: dict[tuple[int, bool, bool, str], dict[str, Any]] = {}
+    groups: dict[tuple[int, int, bool, bool, str], dict[str, Any]] = {}
     for name, p in named:
-        kind = 0 if name in projected else 1 if p.ndim > 1 else 2
+        kind = 0 if name in projected or name in carriers else 1 if p.ndim > 1 else 2
         # Three dimensions look like a stack of matrices; of a convolution they are none.
+        own_rank = carriers.get(name, rank) if kind == 0 else None
         flatten = kind == 0 and p.ndim == 3 and id(p) in filters
         pattern, settings = next(((row.pattern, s) for row, s in rows if row.search(name)), ("", {}))
         used.add(pattern)
         decay = kind < 2 if decayed is None else name in decayed
-        place = (kind, flatten, not decay, pattern)
+        place = (kind, own_rank or 0, flatten, not decay, pattern)
         if place not in groups:
-            group: dict[str, Any] = {"params": [], "rank": rank if kind == 0 else None}
+            group: dict[str, Any] = {"params": [], "rank": own_rank}
             if flatten:
                 group["flatten"] = True
             if kind > 0 and lr_full is not None:
@@ -91,13 +101,40 @@ def param_groups(
             if weight_decay is not None:
                 group["weight_decay"] = weight_decay if decay else 0.0
             # A pattern for a matrix often names its bias too, which has no rank.
-            group |= {key: value for key, value in settings.items() if kind < 2 or key != "rank"}
+            group |= {key: value for key, value in settings.items() if key != "rank" or (kind < 2 and name not in carriers)}
             groups[place] = group
         groups[place]["params"].append((name, p))
     for row, _ in rows:
         if row.pattern not in used:
             raise ValueError(f"overrides: {row.pattern!r} matches no parameter; {_names_like(row.pattern, named)}")
     return [groups[key] for key in sorted(groups)]
+
+
+def select_linear(model: nn.Module, targets: str | Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Linear]:
+    """The layers of ``model`` that ``targets`` names, see ``param_groups``, by name.
+
+    Raises:
+        ValueError: a target that matches nothing, or a parameter that is not the weight of an ``nn.Linear``.
+    """
+    named: list[tuple[str, Tensor]] = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    found: dict[str, nn.Linear] = {}
+    chosen = _projected_names(model, named, targets, exclude)
+    for name, _ in named:
+        if name not in chosen:
+            continue
+        owner, _, own = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if type(module) is not nn.Linear or own != "weight":
+            if targets == "all-linear":
+                continue  # a stack of experts, or a layer of a class of its own
+            raise ValueError(
+                f"targets: {name!r} belongs to a {type(module).__name__}; only the weight of an nn.Linear can be made in the "
+                "backward pass; exclude it, and the optimizer projects it"
+            )
+        found[owner] = module
+    if not found:
+        raise ValueError(f"targets={targets!r}: no nn.Linear among them; {_names_like('', named)}")
+    return found
 
 
 def check_settings(group: Mapping[str, Any], called: Mapping[str, str] | None = None) -> None:
@@ -115,7 +152,12 @@ def check_settings(group: Mapping[str, Any], called: Mapping[str, str] | None = 
         if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise ValueError(f"{names[key]}={value!r}: expected a number >= 0")
     if group.get("proj_type", "std") not in PROJ_TYPES:
-        raise ValueError(f"proj_type={group['proj_type']!r}: expected one of {', '.join(PROJ_TYPES)}")
+        raise ValueError(f"proj_type={group['proj_type']!r}: expected one of {', '.join(PROJ_TYPES)}; 'std' is usual")
+    eta = group.get("eta")
+    if eta is not None and (not isinstance(eta, (int, float)) or isinstance(eta, bool) or not 0 < eta < math.inf):
+        raise ValueError(f"eta={eta!r}: expected a number > 0, or None for no proximal term")
+    if group.get("proximal", "coupled") not in ("coupled", "decoupled"):
+        raise ValueError(f"proximal={group['proximal']!r}: expected 'coupled' or 'decoupled'")
     if group.get("state_dtype", "float32") not in ("float32", "int8"):
         raise ValueError(f"state_dtype={group['state_dtype']!r}: expected 'float32', or 'int8' for moments in 8 bits")
 
@@ -126,7 +168,11 @@ def _convolutions(model: object) -> set[int]:
 
 
 def _projected_names(
-    parameters: object, named: list[tuple[str, Tensor]], targets: str | Sequence[str], exclude: Sequence[str]
+    parameters: object,
+    named: list[tuple[str, Tensor]],
+    targets: str | Sequence[str],
+    exclude: Sequence[str],
+    may_be_none: bool = False,
 ) -> set[str]:
     matrices = [name for name, p in named if p.ndim > 1]
     if targets == "all-linear":
@@ -140,7 +186,7 @@ def _projected_names(
             matrices = [name for name, p in named if id(p) in linear]
         kept = [_compiled(pattern, "exclude") for pattern in exclude]
         found = {name for name in matrices if not any(pattern.search(name) for pattern in kept)}
-        if not found:
+        if not found and not may_be_none:
             why = "no weight of an nn.Linear is left" if any(p.ndim > 1 for _, p in named) else "there is no matrix"
             raise ValueError(
                 f"targets='all-linear': {why} to project among {len(named)} parameters; {_names_like('', named)}. "

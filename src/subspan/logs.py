@@ -1,19 +1,16 @@
 """The library's log: what is projected is shown at the start, also where nobody has set up logging."""
 
 import logging
+import sys
 
 
-class _Fallback(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to stderr unless the program has handlers of its own, which then decide."""
+def announce(text: str) -> None:
+    """Log ``text``; where no program has set up logging, which would drop it, write it to stderr.
 
-    def emit(self, record: logging.LogRecord) -> None:
-        if not logging.getLogger().handlers:
-            super().emit(record)
-
-
-def show_by_default() -> None:
-    """Let ``subspan``'s messages be seen. ``logging.getLogger("subspan").setLevel("WARNING")`` quiets them."""
+    ``logging.getLogger("subspan").setLevel("WARNING")`` quiets it.
+    """
     logger = logging.getLogger("subspan")
-    if not logger.handlers:
-        logger.addHandler(_Fallback())
-        logger.setLevel(logging.INFO)
+    if logging.getLogger().handlers or logger.handlers or logger.level != logging.NOTSET:
+        logger.info("%s", text)
+    else:
+        print(text, file=sys.stderr)

@@ -5,8 +5,10 @@ vector ``k``. ``q(k)`` is a moment of ``k`` entries in 8 bits. Weights of fp32 o
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
+from subspan.carriers import layer_of
 from subspan.parts import Residual, Rule, Selector
 from subspan.shapes import layout_of
 
@@ -14,8 +16,8 @@ VARIABLES = {
     "m": "longer side of a projected matrix",
     "n": "its shorter side",
     "r": "rank",
-    "rows": "its rows",
-    "columns": "its columns",
+    "rows": "rows of a projected matrix",
+    "columns": "its columns, which are the inputs of its layer",
     "a": "rows of a matrix that is not projected",
     "b": "its columns",
     "k": "length of a vector",
@@ -24,7 +26,11 @@ VARIABLES = {
 
 
 def formulas(selector: Selector | None, rule: Rule, residual: Residual, state_dtype: str) -> dict[str, str]:
-    """Bytes of state of one parameter: ``projected`` (not of a full-rank method), ``matrix`` and ``vector``."""
+    """Bytes of state of one parameter: ``projected`` (not of a full-rank method), ``matrix`` and ``vector``.
+
+    Where the method can make its gradient in the backward pass also ``carrier``, of a weight of ``rows x columns``, and
+    ``basis``, of each basis that layers share.
+    """
 
     def total(*parts: Mapping[str, str]) -> str:
         return _sum([entry for part in parts for entry in part.values()], state_dtype)
@@ -34,12 +40,26 @@ def formulas(selector: Selector | None, rule: Rule, residual: Residual, state_dt
         return found
     others = (selector.memory("n", "r"), residual.memory("m", "n"))
     tall, wide = (total(rule.memory(("m", "r"), rows), *others) for rows in (-2, -1))
-    return {"projected": tall if tall == wide else f"{tall} if rows >= columns else {wide}"} | found
+    projected = {"projected": tall if tall == wide else f"{tall} if rows >= columns else {wide}"}
+    if selector.tracks or residual.needs_gradient:
+        return projected | found
+    backward = {"carrier": total(rule.memory(("rows", "r"), -2)), "basis": total(selector.memory("columns", "r")) or "0"}
+    return projected | found | backward
 
 
-def evaluate(formula: Mapping[str, str], parameters: Iterable[tuple[Sequence[int], int | None]]) -> int:
-    """Bytes of state for parameters given as shape and rank (``None`` if not projected)."""
-    return sum(_bytes(formula, tuple(shape), rank) for shape, rank in parameters)
+def evaluate_groups(formula: Mapping[str, str], groups: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Bytes of state of an optimizer with these parameter groups: ``states``, and ``bases`` of backward-side layers."""
+    states = bases = 0
+    for group in groups:
+        for p in group["params"]:
+            layer = layer_of(p)
+            if layer is None:
+                states += _bytes(formula, tuple(p.shape), group.get("rank"))
+                continue
+            states += _value(formula["carrier"], rows=p.shape[0], r=p.shape[1])
+            if layer.number == 0:
+                bases += _value(formula["basis"], columns=layer.weight.shape[1], r=p.shape[1])
+    return {"states": states, "bases": bases}
 
 
 def _bytes(formula: Mapping[str, str], shape: tuple[int, ...], rank: int | None) -> int:

@@ -18,22 +18,25 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from subspan import quantization, summary
+from subspan import logs, quantization, summary
+from subspan import proximal as prox
+from subspan.carried import CarriedSteps
+from subspan.carriers import layer_of
 from subspan.groups import EXCLUDED, FLATTENED, check_settings, param_groups
 from subspan.linalg import LinAlgError, keyed_generator
 from subspan.loading import check_checkpoint, saved_ids
 from subspan.parts import Key, Residual, Rule, Selector, Transfer
 from subspan.rounding import add_rounded_
+from subspan.schedule import offset_of, refresh_due
 from subspan.shapes import Layout, layout_of
 from subspan.state import State, StateDtype, copy_state_
 
 logger = logging.getLogger(__name__)
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
-_GOLDEN = 0.6180339887498949  # multiples of it, modulo one, fill the unit interval evenly however many there are
 
 
-class SubspaceOptimizer(torch.optim.Optimizer):
+class SubspaceOptimizer(CarriedSteps, torch.optim.Optimizer):
     """An optimizer made of a selector, a rule, a residual and a transfer.
 
     Matrices of groups with a ``rank`` are trained inside a subspace; everything else (``rank=None``, vectors, and matrices
@@ -59,7 +62,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             ``left`` (rows).
         weight_decay: decoupled, multiplied by ``lr``; of every parameter, as in torch (``create`` spares biases and norms).
         stagger: spread the refreshes of different matrices over the period, after the first, so that no step pays for all.
+            ``None``: of backward-side layers, whose first bases are then drawn at random, and not of others.
         state_dtype: ``"float32"``, or ``"int8"`` for moments in 8 bits (those of 4,096 entries or more; needs bitsandbytes).
+        eta: strength of RSO's proximal term, ``||B||² / (2 eta)``, B the way since the last refresh; > 0. ``None`` is none.
+        proximal: ``"coupled"`` into the gradient, or ``"decoupled"``; see ``proximal.py``.
         bf16_stochastic_round: round updates of bf16 weights at random, right on average, where rounding to nearest would drop
             small ones.
         seed: of every random choice. A choice depends on the seed, the parameter's name and the step alone.
@@ -84,7 +90,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         scale: float = 0.25,
         proj_type: str = "std",
         weight_decay: float = 0.0,
-        stagger: bool = False,
+        stagger: bool | None = None,
+        eta: float | None = None,
+        proximal: str = "coupled",
         state_dtype: StateDtype = "float32",
         bf16_stochastic_round: bool = False,
         seed: int = 0,
@@ -92,7 +100,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         exclude: tuple[str, ...] = EXCLUDED,
     ) -> None:
         if transfer not in typing.get_args(Transfer):
-            raise ValueError(f"transfer={transfer!r}: expected one of {', '.join(typing.get_args(Transfer))}")
+            raise ValueError(f"transfer={transfer!r}: expected one of {', '.join(typing.get_args(Transfer))}; 'keep' is usual")
         for what, part, method, example in (
             ("selector", selector, "refresh_", "selectors.Importance()"),
             ("rule", rule, "update_", "rules.AdamW()"),
@@ -106,7 +114,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 "residuals.Discard(), or a selector such as selectors.Random()"
             )
         self.selector, self.rule, self.residual = selector, rule, residual
-        self.transfer, self.stagger, self.seed = transfer, stagger, seed
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ValueError(f"seed={seed!r}: expected a whole number")
+        self.transfer, self.seed = transfer, seed
         defaults = {
             "lr": lr,
             "rank": rank,
@@ -115,16 +125,22 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             "proj_type": proj_type,
             "weight_decay": weight_decay,
             "flatten": False,
+            "eta": eta,
+            "proximal": proximal,
             "state_dtype": state_dtype,
             "bf16_stochastic_round": bf16_stochastic_round,
             "clock": 0,
             # Compared on loading: moments mean nothing in another method's basis.
             "method": f"selector {_kind(selector)}, rule {_kind(rule)}, residual {_kind(residual)}, transfer {transfer}",
         }
-        super().__init__(_as_groups(params, rank, targets, exclude), defaults | asdict(rule))
+        groups = _as_groups(params, rank, targets, exclude)
+        carriers = any(layer_of(p) is not None for p in _members(groups))
+        self.stagger = carriers if stagger is None else stagger
+        super().__init__(groups, defaults | asdict(rule))
+        self._bind()
         if rank is not None and all(p.ndim < 2 for p in self._parameters()):
             raise ValueError(_no_matrix(rank))
-        logger.info("%s", self.summary())
+        logs.announce(self.summary())
         asked = any(group["rank"] is not None for group in self.param_groups)
         if asked and not any("refresh_step" in state for state in self.state.values()):
             self.warn_of_full_rank()
@@ -140,6 +156,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             near = difflib.get_close_matches(key, self.defaults, n=1, cutoff=0.7)
             if near:
                 logger.warning("parameter group: %r is not used here; did you mean %r?", key, near[0])
+        if self.param_groups:  # schedules run on the steps of the run, also of a group that comes later
+            param_group.setdefault("clock", self.param_groups[0]["clock"])
         settings = self.defaults | param_group
         check_settings(settings)
         rule = self._rule(settings)
@@ -155,6 +173,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             if own_rank is not None and group["params"] and all(p.ndim < 2 for p in group["params"]):
                 raise ValueError(_no_matrix(own_rank))
             for p in group["params"]:
+                self._check_carried(p)
                 self.state[p] = self._allocate(p, group)
         except ValueError:
             self.param_groups.pop()
@@ -162,18 +181,19 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _allocate(self, p: Tensor, group: Mapping[str, Any]) -> State:
         layout, rule, rank = _layout(p, group), self._rule(group), group["rank"]
-        if layout.side is None:
+        # Integers of the host, not tensors: the schedule must not wait for a device.
+        refreshes = {"refresh_step": -1, "skipped_refreshes": 0}  # the clock at the last one; -1 before the first
+        if (layer := layer_of(p)) is not None:
+            state = {**rule.init(p, tuple(p.shape), -2), **prox.init(p, tuple(p.shape), group)}
+            if layer.number == 0:  # it keeps the basis that its projection shares
+                state |= {**self.selector.init(layer.weight, p.shape[1]), **refreshes}
+        elif layout.side is None:
             state = rule.init(p, layout.shape, layout.rows)
         else:
             G = layout.enter(p)
-            state = {
-                **rule.init(p, (*G.shape[:-1], rank), layout.rows),
-                **self.selector.init(G, rank),
-                **self.residual.init(G),
-                # Integers of the host, not tensors: the schedule must not wait for a device.
-                "refresh_step": -1,  # the clock at the last refresh; -1 before the first
-                "skipped_refreshes": 0,
-            }
+            shape = (*G.shape[:-1], rank)
+            parts = (rule.init(p, shape, layout.rows), self.selector.init(G, rank), self.residual.init(G))
+            state = {key: value for part in (*parts, prox.init(p, shape, group), refreshes) for key, value in part.items()}
         return quantization.pack(state, rule.moments) if group["state_dtype"] == "int8" else state
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
@@ -199,10 +219,15 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             rule = self._rule(group)
             for name, p in zip(_names(number, group), group["params"], strict=True):
                 layout = _layout(p, group)
-                if p.grad is not None:
+                if p.grad is None:
+                    pass
+                elif (layer := layer_of(p)) is not None:
+                    self._update_carried(p, p.grad, layer, group, rule, Key(self.seed, name, group["clock"]))
+                else:
                     self._update(p, p.grad, layout, group, rule, Key(self.seed, name, group["clock"]), order)
                 order += layout.side is not None
             group["clock"] += 1
+        self._plan()
         return loss
 
     def _update(self, p: Tensor, grad: Tensor, layout: Layout, group: dict[str, Any], rule: Rule, key: Key, order: int) -> None:
@@ -218,9 +243,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             D, factor = rule.update_(G, moments)
         else:
             G = self.residual.receive(G, state)
-            self._move_basis(G, state, moments, group, rule, key, order if self.stagger else 0)
+            self._move_basis(G, state, moments, group, rule, key, order)
             R = self.selector.project(G, state)
-            U, factor = rule.update_(R, moments)
+            U, factor = rule.update_(prox.pull(R, state, group), moments)
+            prox.move_(U, factor, state, group)
             D = self.residual.combine(G, R, U, group["scale"], lambda A: self.selector.project_back(A, state), state)
         if moments is not state:
             quantization.store_(state, moments, rule.moments)
@@ -238,8 +264,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Refresh the basis if that is due, or let it follow the gradient if it does; carry the moments along."""
         period = self.selector.period(group["update_proj_gap"], state)
-        due = _refresh_due(state["refresh_step"], group["clock"], period, order)
-        if not due and period is not None:
+        offset = offset_of(order, group["update_proj_gap"]) if self.stagger else 0
+        due = refresh_due(state["refresh_step"], group["clock"], period, offset)
+        if not due and not self.selector.tracks:
             return
         momentum = rule.first_moment(moments)
         watched = momentum if self.residual.keeps_momentum else None
@@ -260,6 +287,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             try:
                 change = self.selector.refresh_(G, state, key)
                 state["refresh_step"] = key.step
+                if "displacement" in state:
+                    state["displacement"].zero_()
                 return change
             except LinAlgError as error:
                 logger.warning("refresh of %s at step %d keeps the old basis: %s", key.name, key.step, error)
@@ -295,6 +324,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             self.state.update(own)
             for number, state in zip(saved_ids(saved), own.values(), strict=True):
                 copy_state_(state, saved["state"][number])
+            self._bind()
 
         # Around torch's method, inside of the hooks that others have registered.
         hooks = (
@@ -344,16 +374,15 @@ def _no_matrix(rank: int) -> str:
     return f"rank={rank}: there is no matrix among the parameters to project. {FLATTENED}"
 
 
+def _members(groups: list[Any]) -> Iterator[Tensor]:
+    for entry in groups:
+        members = entry.get("params", ()) if isinstance(entry, dict) else (entry,)
+        for member in [members] if isinstance(members, Tensor) else list(members):
+            yield member[1] if isinstance(member, tuple) else member
+
+
 def _layout(p: Tensor, group: Mapping[str, Any]) -> Layout:
     return layout_of(p.shape, group["rank"], group["proj_type"], group["flatten"])
-
-
-def _refresh_due(last: int, clock: int, period: int | None, order: int) -> bool:
-    """Whether the last refresh lies before the latest step of the schedule; a skipped one stays due until it succeeds."""
-    if last < 0 or period is None:
-        return last < 0
-    offset = int(order * _GOLDEN % 1 * period)
-    return last < clock - (clock - offset) % period
 
 
 def _names(number: int, group: Mapping[str, Any]) -> list[str]:

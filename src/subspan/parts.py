@@ -8,7 +8,7 @@ allocated when the optimizer is built, changed in place, and passed in.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import Field
+from dataclasses import Field, is_dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeGuard
 
 from torch import Tensor
@@ -30,11 +30,23 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def check_selector(value: object, argument: str) -> None:
+    """Raise unless ``value`` is a selector."""
+    if isinstance(value, type) or not is_dataclass(value) or not hasattr(value, "refresh_"):
+        raise ValueError(f"{argument}={value!r}: expected a selector as an object, such as subspan.selectors.Importance()")
+
+
+def holds(part: object, kind: type) -> bool:
+    """Whether ``part`` is of this kind, or made of such a part."""
+    inner = vars(part).values() if is_dataclass(part) else ()
+    return isinstance(part, kind) or any(is_dataclass(value) and holds(value, kind) for value in inner)
+
+
 def check_betas(betas: object) -> None:
     """Raise unless ``betas`` are two rates of decay."""
     pair = isinstance(betas, (tuple, list)) and len(betas) == 2
     if not pair or not all(is_number(beta) and 0 <= beta < 1 for beta in betas):  # type: ignore[attr-defined]
-        raise ValueError(f"betas={betas!r}: expected two numbers, each at least 0 and below 1")
+        raise ValueError(f"betas={betas!r}: expected two numbers, each at least 0 and below 1, such as (0.9, 0.999)")
 
 
 class Key(NamedTuple):
@@ -69,6 +81,10 @@ class Selector(Protocol):
     def orthonormal(self) -> bool:
         """Whether ``QᵀQ = I``, so that ``Q Qᵀ`` is a projection."""
 
+    @property
+    def tracks(self) -> bool:
+        """Whether the basis moves at steps without a refresh too, and so needs every gradient."""
+
     def init(self, G: Tensor, rank: int) -> State:
         """The state for gradients of the shape, dtype and device of ``G``."""
 
@@ -96,6 +112,9 @@ class Selector(Protocol):
 
     def project_back(self, R: Tensor, state: State) -> Tensor:
         """``(m, r) -> (m, n)``, a fresh tensor. Law: the adjoint of ``project``."""
+
+    def subtract_(self, W: Tensor, R: Tensor, state: State) -> None:
+        """``W <- W - project_back(R)``, without another tensor of the size of ``W`` if it can."""
 
 
 class Rule(Protocol):
@@ -152,6 +171,10 @@ class Residual(Protocol):
     @property
     def needs_orthonormal(self) -> bool:
         """Whether ``(I - Q Qᵀ) G`` must be what lies outside the subspace."""
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether it reads more of the gradient than ``R``."""
 
     def combine(self, G: Tensor, R: Tensor, U: Tensor, scale: float, back: Callable[[Tensor], Tensor], state: State) -> Tensor:
         """``scale * back(U) + residual``, a fresh full-size tensor. ``back`` is the selector's ``project_back``."""

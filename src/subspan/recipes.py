@@ -4,7 +4,8 @@ A paper that recombines known parts is one more row of ``_METHODS``; a rule to t
 """
 
 import fnmatch
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from subspan.memory import formulas
@@ -27,6 +28,10 @@ class Method:
     transfer: Transfer = "keep"
     residual: Residual = Discard()
     scale: float = 0.25
+    rule: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the rule that the paper sets otherwise than the rule's own."""
+    backward_side: bool = False
+    """Whether ``subspan pretrain`` lets the backward pass make the low-rank gradient unless told otherwise."""
 
 
 _GALORE = "Zhao et al. 2024, arXiv 2403.03507"
@@ -55,6 +60,10 @@ _METHODS: dict[str, Method] = {
     "flora": Method(
         "FLora: a Gaussian subspace, its seed stored", "Hao et al. 2024, arXiv 2402.03293", Gaussian(), "rotate", scale=1.0
     ),
+    "rso": Method(
+        "RSO: a random subspace, entered anew each time, in the backward pass", "Chen et al. 2025, arXiv 2502.07222",
+        Random(scaled=True), "reset", scale=1.0, backward_side=True,
+    ),
     "grass": Method(
         "GRASS: the columns of largest norm", "Muhamed et al. 2024, arXiv 2406.17660", Coordinates("top"), "reset", scale=1.0
     ),
@@ -63,6 +72,7 @@ _METHODS: dict[str, Method] = {
     "ldadam": Method(
         "LDAdam: one power iteration a step, both moments transported, the error fed back",
         "Robert et al. 2024, arXiv 2410.16103", PowerIteration(), "moments", ErrorFeedback(), scale=1.0,
+        rule={"betas": (0.908, 0.99)},
     ),
 }  # fmt: skip
 
@@ -77,6 +87,7 @@ _RULES_OF = {
     "galore_lazy": "adamw",
     "online_pca": "adamw",
     "flora": "adamw adafactor sgd",
+    "rso": "adamw sgd adamw_8bit",
     "grass": "adamw",
     "gasare": "adamw sgd",
     "gosare": "adamw sgd",
@@ -109,6 +120,7 @@ class Recipe(NamedTuple):
     lr: float
     scale: float
     state_dtype: StateDtype
+    backward_side: bool
 
 
 def _recipe(method: str, rule: str) -> Recipe:
@@ -122,11 +134,12 @@ def _recipe(method: str, rule: str) -> Recipe:
         source="; ".join(source for source in sources if source),
         selector=parts.selector,
         transfer=parts.transfer,
-        rule=RULES[kind](),
+        rule=replace(RULES[kind](), **parts.rule),
         residual=parts.residual,
         lr=step / parts.scale,
         scale=parts.scale,
         state_dtype="int8" if eight_bit else "float32",
+        backward_side=parts.backward_side,
     )
 
 
@@ -165,6 +178,7 @@ def describe(name: str) -> dict[str, Any]:
         "summary": recipe.summary,
         "paper": recipe.source or None,
         "parts": parts | {"state_dtype": recipe.state_dtype},
+        "backward_side": recipe.backward_side,
         "lr": recipe.lr,
         "scale": recipe.scale if recipe.selector is not None else None,
         "state_formula": formulas(recipe.selector, recipe.rule, recipe.residual, recipe.state_dtype),

@@ -25,5 +25,5 @@ def add_rounded_(p: Tensor, D: Tensor, keep: float | Tensor, generator: torch.Ge
         bits = new.view(torch.int32)
         # A bf16 number is the upper half of an fp32 one: a random lower half carries over as often as it should.
         noise = torch.randint(1 << 16, bits.shape, generator=generator, dtype=torch.int32, device=bits.device)
-        bits.add_(noise).bitwise_and_(-(1 << 16))
-        target.copy_(new)
+        rounded = noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32)
+        target.copy_(torch.where(new.isfinite(), rounded, new))  # what is not finite would carry over into another number

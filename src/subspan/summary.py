@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from subspan.carriers import layer_of
 from subspan.shapes import layout_of
 from subspan.state import State, tensor_bytes
 
@@ -15,15 +16,22 @@ def table(groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, State]) ->
     for number, group in enumerate(groups):
         for p in group["params"]:
             layout = layout_of(p.shape, group["rank"], group["proj_type"], group["flatten"])
-            if layout.side:
+            held, layer = p, layer_of(p)
+            if layer is not None:
+                kind, rank, held = (
+                    f"backward-side, refreshed every {group['update_proj_gap']} steps",
+                    str(p.shape[1]),
+                    layer.weight,
+                )
+            elif layout.side:
                 kind, rank = f"projected, refreshed every {group['update_proj_gap']} steps", str(group["rank"])
             elif len(layout.shape) < 2:
                 kind, rank = "vectors", "-"
             else:  # a rank that reaches the shorter side compresses nothing
                 kind, rank = "full-rank matrices", "full" if group["rank"] is None else f"full (< {group['rank'] + 1})"
             row = rows.setdefault((f"{number}: {kind}", rank), [0, 0, 0, 0])
-            adamw = 2 * p.numel() * p.element_size() + 4
-            for column, value in enumerate((1, p.numel(), tensor_bytes(state[p]), adamw)):
+            adamw = 2 * held.numel() * held.element_size() + 4
+            for column, value in enumerate((1, held.numel(), tensor_bytes(state[p]), adamw)):
                 row[column] += value
     total = [sum(column) for column in zip(*rows.values(), strict=True)] or [0, 0, 0, 0]
     cells: list[tuple[str, ...]] = [("group", "rank", "count", "parameters", "bytes held", "AdamW's bytes")]

@@ -124,7 +124,6 @@ def test_settings_of_the_tuple_win(llama: Any, text: Any, tmp_path: Path) -> Non
     ("chosen", "settings", "words"),
     [
         ({"name": "sara_adam"}, {}, "'sara_adam' is unknown; did you mean .*sara_adamw"),
-        ({"name": "sara_sgd"}, {"adam_beta1": 0.8}, "'betas': SGD has momentum, dampening"),
         ({"name": "golore_hybrid_adamw"}, {"max_steps": -1, "num_train_epochs": 1}, "pass total_steps"),
         ({"rank": 0}, {}, "rank=0"),
     ],
@@ -132,6 +131,21 @@ def test_settings_of_the_tuple_win(llama: Any, text: Any, tmp_path: Path) -> Non
 def test_errors(llama: Any, text: Any, tmp_path: Path, chosen: Any, settings: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         optimizer_of(llama(), text, arguments(tmp_path, **settings), **chosen)
+
+
+def test_settings_that_a_rule_lacks_are_said(llama: Any, text: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Adafactor's eps is another thing than Adam's, and SGD has none: neither is set, and each is named."""
+    for name in ("sara_sgd", "sara_adafactor"):
+        caplog.clear()
+        optimizer = optimizer_of(llama(), text, arguments(tmp_path, adam_beta1=0.8, adam_epsilon=1e-6), name=name)
+        assert "adam_beta1 and adam_beta2 of TrainingArguments: not used by" in caplog.text
+        assert "adam_epsilon of TrainingArguments: not used by" in caplog.text
+        assert optimizer.param_groups[0].get("eps", 1e-30) == 1e-30
+
+
+def test_a_version_that_hands_over_groups_is_refused() -> None:
+    with pytest.raises(ValueError, match="install transformers>=5"):
+        Subspace([{"params": []}], name="sara_adamw")
 
 
 def test_without_a_trainer(llama: Any, tmp_path: Path) -> None:

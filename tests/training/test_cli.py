@@ -100,7 +100,7 @@ def test_killed_and_resumed_is_the_unbroken_run(how: signal.Signals, corpus: Pat
         (["--config=latin.yaml"], ["cannot be read"]),
         (["--optim.transfer=rotat"], ["optim.transfer=rotat", "rotate"]),
         (["--device=gpu"], ["device=gpu", "'cuda'"]),
-        (["--batch-size=8"], ["did you mean batch_size"]),
+        (["--batch-sise=8"], ["did you mean batch_size"]),
         (["--warmup_steps=8"], ["did you mean schedule.warmup_steps"]),
         (["--tokenizer=byte"], ["tokenizer 'byte' is unknown", "bytes"]),
         (["--rank=abc"], ["rank=abc", "expected int or null"]),
@@ -196,7 +196,45 @@ def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         "state_dtype": "int8",
     }
     assert rows["sara_adamw_8bit"]["state_formula"] == {
-        "projected": "2*q(m*r) + 4*n*r + 4", "matrix": "2*q(a*b) + 4", "vector": "2*q(k) + 4"
+        "projected": "2*q(m*r) + 4*n*r + 4", "matrix": "2*q(a*b) + 4", "vector": "2*q(k) + 4",
+        "carrier": "2*q(rows*r) + 4", "basis": "4*columns*r",
     }  # fmt: skip
     assert main(["list", "models", "--json"]) == 0
     assert {"name": "llama-nano", "hidden": 64}.items() <= json.loads(capsys.readouterr().out)[0].items()
+
+
+def test_flags_with_hyphens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hyphens stand for underscores, and --backward-side alone is true."""
+    seen = []
+    monkeypatch.setattr("subspan.training.pretrain.Pretraining.__init__", lambda self, config: seen.append(config))
+    monkeypatch.setattr("subspan.training.pretrain.Pretraining.run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    for flags in (["--backward-side", "--micro-batch-size", "4"], ["--micro-batch-size=4", "--backward-side"]):
+        assert main(["pretrain", *flags]) == 130
+        assert (seen[-1].backward_side, seen[-1].micro_batch_size) == (True, 4)
+    for flags in (["--backward-side=false"], ["--backward_side", "false"]):
+        assert main(["pretrain", *flags]) == 130
+        assert seen[-1].backward_side is False
+    assert main(["pretrain"]) == 130
+    assert seen[-1].backward_side is None
+
+
+def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both measurements run, print JSON with the promised keys, and a table without; bad input is one line."""
+    setting = ["--model", "llama-nano", "--tokens", "128", "--sequence-length", "64", "--rank", "8"]
+    assert main(["bench", "memory", *setting, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["name"] for row in rows] == ["adamw", "galore_adamw", "sara_adamw", "sara_adamw_backward", "rso_adamw"]
+    promised = ["weight", "gradient", "state", "basis", "saved_activation", "peak", "refresh_peak"]
+    assert all({"formula", *(f"{kind}_bytes" for kind in promised)} <= set(row) for row in rows)
+    assert main(["bench", "train", *setting, "--pairs", "3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["ratio_vs_adamw_fused"]) == {"median", "low", "high"}
+    assert 0 < found["flops_ratio"] < 1
+    assert found["shapes"]["tokens"] == 128
+    assert main(["bench", "memory", *setting]) == 0
+    assert "sara_adamw_backward" in capsys.readouterr().out
+    for flags, words in ((["--model", "llama-nan"], "llama-nano"), (["--tokens", "100"], "a multiple of sequence_length")):
+        with pytest.raises(SystemExit) as status:
+            main(["bench", "memory", *flags])
+        assert status.value.code == 2
+        assert words in capsys.readouterr().err

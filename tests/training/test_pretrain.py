@@ -48,8 +48,8 @@ def test_every_method_learns(name: str, small: Make, tmp_path: Path) -> None:
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 41))
     assert [row["step"] for row in rows if "val_loss" in row] == [20, 40]
     assert (summary.steps, summary.tokens, summary.optimizer) == (40, 40 * 4 * 16, name)
-    sizes = [(p.shape, group.get("rank")) for group in run.optimizer.param_groups for p in group["params"]]
-    assert summary.state_bytes == memory.evaluate(recipes.describe(name)["state_formula"], sizes)
+    held = memory.evaluate_groups(recipes.describe(name)["state_formula"], run.optimizer.param_groups)
+    assert summary.state_bytes == held["states"] + held["bases"]
     assert summary.val_loss == rows[-1]["val_loss"]
     assert summary.val_ppl == pytest.approx(math.exp(summary.val_loss))
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["val_loss"] == summary.val_loss

@@ -4,6 +4,7 @@ Trainer(model=model, args=args, optimizer_cls_and_kwargs=(Subspace, dict(name="s
 """
 
 import inspect
+import logging
 from dataclasses import fields
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from subspan.factory import create
+from subspan.recipes import find
 
+logger = logging.getLogger(__name__)
 _ADAM = {"betas": ("adam_beta1", "adam_beta2"), "eps": ("adam_epsilon",)}
 
 
@@ -21,8 +24,12 @@ class Subspace:
 
     From ``TrainingArguments``: ``learning_rate``; ``weight_decay``, for the parameters that the Trainer would decay;
     ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` where they are not at their defaults (a recipe such as
-    ``sara_adam_mini`` has its own); ``seed``; ``max_steps``, which the hybrid needs.
+    ``sara_adam_mini`` has its own) and the rule has them; ``seed``; ``max_steps``, which the hybrid needs.
     """
+
+    def __init__(self, groups: object = None, **settings: Any) -> None:
+        if groups is not None or settings:
+            raise ValueError("this version of transformers gives its optimizers no model; install transformers>=5")
 
     def __call__(
         self, model: nn.Module, name: str, args: TrainingArguments | None = None, **settings: Any
@@ -51,17 +58,21 @@ class Subspace:
         }
         if trainer is not None:
             given["decayed"] = trainer.get_decay_parameter_names(model)
-        return create(name, model, **{**given, **_changed(args), **settings})
+        return create(name, model, **{**given, **_changed(name, args), **settings})
 
 
-def _changed(args: TrainingArguments) -> dict[str, Any]:
-    """Adam's settings, those that were changed."""
-    defaults = {field.name: field.default for field in fields(TrainingArguments)}
+def _changed(name: str, args: TrainingArguments) -> dict[str, Any]:
+    """Adam's settings, those that were changed, if the rule means the same by them."""
+    defaults, rule = {field.name: field.default for field in fields(TrainingArguments)}, find(name).rule
     changed: dict[str, Any] = {}
     for key, names in _ADAM.items():
         values = tuple(getattr(args, name) for name in names)
-        if values != tuple(defaults[name] for name in names):
+        if values == tuple(defaults[name] for name in names):
+            continue
+        if hasattr(rule, "betas") and hasattr(rule, key):
             changed[key] = values if len(values) > 1 else values[0]
+        else:
+            logger.warning("%s of TrainingArguments: not used by %r; set what it has in rule={...}", " and ".join(names), rule)
     return changed
 
 

@@ -10,6 +10,7 @@ class Plain:
 
     keeps_momentum = False
     needs_orthonormal = False
+    needs_gradient = False
 
     def init(self, G: Tensor) -> State:
         return {}

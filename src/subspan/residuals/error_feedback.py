@@ -27,6 +27,7 @@ class ErrorFeedback(Plain):
 
     keeps_momentum = True
     needs_orthonormal = True
+    needs_gradient = True
 
     def init(self, G: Tensor) -> State:
         return {"error": allocate(G, G.shape)}

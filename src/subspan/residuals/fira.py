@@ -38,6 +38,7 @@ class Fira(Plain):
     """
 
     needs_orthonormal = True
+    needs_gradient = True
 
     mode: str = "orthogonal"
     limiter: float | None = 1.01

@@ -10,7 +10,7 @@ from subspan.parts import Key, Momentum
 from subspan.state import State, allocate
 
 
-class Scheduled:
+class Scheduled(ABC):
     """What every selector shares that moves at its refreshes alone, and looks at the gradient then."""
 
     @property
@@ -21,14 +21,25 @@ class Scheduled:
     def orthonormal(self) -> bool:
         return True
 
+    @property
+    def tracks(self) -> bool:
+        return False
+
     def period(self, gap: int, state: State) -> int | None:
         return gap
 
     def track_(self, G: Tensor, state: State, momentum: Momentum | None) -> Tensor | None:
         return None
 
+    @abstractmethod
+    def project_back(self, R: Tensor, state: State) -> Tensor:
+        """See ``parts.Selector``."""
 
-class MatrixSelector(Scheduled, ABC):
+    def subtract_(self, W: Tensor, R: Tensor, state: State) -> None:
+        W.sub_(self.project_back(R, state))
+
+
+class MatrixSelector(Scheduled):
     """Keeps the basis as a matrix ``Q (n, r)``; a subclass chooses it."""
 
     def init(self, G: Tensor, rank: int) -> State:
@@ -55,6 +66,12 @@ class MatrixSelector(Scheduled, ABC):
 
     def project_back(self, R: Tensor, state: State) -> Tensor:
         return R @ state["basis"].mT
+
+    def subtract_(self, W: Tensor, R: Tensor, state: State) -> None:
+        if W.ndim == 2 and W.dtype == R.dtype:
+            W.addmm_(R, state["basis"].mT, alpha=-1)
+        else:
+            super().subtract_(W, R, state)
 
 
 def check_method(method: str) -> None:

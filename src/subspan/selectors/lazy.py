@@ -5,7 +5,7 @@ At each refresh the overlap of the old and the new subspace is measured,
     overlap = ||Q_oldᵀ Q_new||² / r,     1 for the same subspace, r/n on average for a random one
 
 and where it reaches ``threshold`` the period doubles, up to ``longest`` times ``update_proj_gap``; otherwise it is
-``update_proj_gap`` again. Each parameter has its own.
+``update_proj_gap`` again. Each parameter has its own. The next refresh falls on the next multiple of the new period.
 
 Source: Q-GaLore (Zhang et al. 2024, arXiv 2407.08296), whose idea it is.
 Deviations from the paper: it measures the cosine of
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from subspan.parts import Key, Momentum, Selector, is_number
+from subspan.parts import Key, Momentum, Selector, check_selector, is_number
 from subspan.state import State
 
 
@@ -36,6 +36,11 @@ class Lazy:
     longest: int = 8
 
     def __post_init__(self) -> None:
+        check_selector(self.selector, "selector")
+        if self.selector.tracks:
+            raise ValueError(
+                f"selector={self.selector!r}: moves at every step, so there is no period to lengthen; use it alone"
+            )
         if not self.selector.orthonormal:
             raise ValueError(
                 f"selector={self.selector!r}: overlap is measured between orthonormal bases; give one that has them"
@@ -52,6 +57,10 @@ class Lazy:
     @property
     def orthonormal(self) -> bool:
         return True
+
+    @property
+    def tracks(self) -> bool:
+        return self.selector.tracks
 
     def init(self, G: Tensor, rank: int) -> State:
         return {**self.selector.init(G, rank), "stretch": 1}
@@ -77,3 +86,6 @@ class Lazy:
 
     def project_back(self, R: Tensor, state: State) -> Tensor:
         return self.selector.project_back(R, state)
+
+    def subtract_(self, W: Tensor, R: Tensor, state: State) -> None:
+        self.selector.subtract_(W, R, state)

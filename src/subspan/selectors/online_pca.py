@@ -61,6 +61,10 @@ class OnlinePCA(MatrixSelector):
     def memory(self, n: str, r: str) -> dict[str, str]:
         return dict.fromkeys(("basis", "basis_exp_avg", "basis_exp_avg_sq"), f"4*{n}*{r}") | {"basis_step": "4"}
 
+    @property
+    def tracks(self) -> bool:
+        return True
+
     def period(self, gap: int, state: State) -> int | None:
         return None
 

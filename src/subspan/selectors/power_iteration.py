@@ -35,6 +35,10 @@ class PowerIteration(MatrixSelector):
         if not is_number(self.rho) or not 0 <= self.rho <= 1:
             raise ValueError(f"rho={self.rho!r}: expected a share between 0 and 1")
 
+    @property
+    def tracks(self) -> bool:
+        return True
+
     def period(self, gap: int, state: State) -> int | None:
         return None
 

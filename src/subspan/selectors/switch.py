@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspan.parts import Key, Momentum, Selector, is_number
+from subspan.parts import Key, Momentum, Selector, check_selector, holds, is_number
 from subspan.state import State
 
 
@@ -34,6 +34,12 @@ class Switch:
     total_steps: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("first", "second"):
+            check_selector(getattr(self, name), name)
+        if holds(self.first, Switch) or holds(self.second, Switch):
+            raise ValueError(f"first={self.first!r}, second={self.second!r}: a switch cannot hold another; switch once")
+        if self.total_steps is not None and (not isinstance(self.total_steps, int) or self.total_steps < 1):
+            raise ValueError(f"total_steps={self.total_steps!r}: expected the length of the run, a whole number >= 1")
         if not is_number(self.at) or not 0 <= self.at < math.inf or (isinstance(self.at, float) and self.at > 1):
             raise ValueError(f"at={self.at!r}: expected a step (an integer >= 0) or a share of the run (a float in [0, 1])")
 
@@ -45,6 +51,10 @@ class Switch:
     def orthonormal(self) -> bool:
         return self.first.orthonormal and self.second.orthonormal
 
+    @property
+    def tracks(self) -> bool:
+        return self.first.tracks or self.second.tracks
+
     def init(self, G: Tensor, rank: int) -> State:
         self._step()
         return {**self.first.init(G, rank), **self.second.init(G, rank), "switched": 0}
@@ -53,8 +63,10 @@ class Switch:
         return {**self.first.memory(n, r), **self.second.memory(n, r)}
 
     def period(self, gap: int, state: State) -> int | None:
-        # Before the switch a refresh must come, whatever the first selector does without.
-        return self.second.period(gap, state) if state["switched"] else self.first.period(gap, state) or gap
+        if state["switched"]:
+            return self.second.period(gap, state)
+        # A first selector that does without refreshes has one at the switch.
+        return self.first.period(gap, state) or max(1, math.ceil(self._step()))
 
     def track_(self, G: Tensor, state: State, momentum: Momentum | None) -> Tensor | None:
         return self._active(state).track_(G, state, momentum)
@@ -75,6 +87,9 @@ class Switch:
 
     def project_back(self, R: Tensor, state: State) -> Tensor:
         return self._active(state).project_back(R, state)
+
+    def subtract_(self, W: Tensor, R: Tensor, state: State) -> None:
+        self._active(state).subtract_(W, R, state)
 
     def switches_within(self, period: int) -> bool:
         """Whether a refresh every ``period`` steps falls between the switch and the end of the run."""

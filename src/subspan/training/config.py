@@ -22,8 +22,16 @@ class OptimConfig:
     """Settings of the recipe's selector, such as {power: 2.0, floor: 0.1}."""
     residual: dict[str, Any] | None = None
     """Settings of the recipe's residual, such as {mode: official}."""
-    stagger: bool = False
-    """Spread the refreshes over the period."""
+    stagger: bool | None = None
+    """Spread the refreshes over the period; null: with backward_side."""
+    share: Literal["auto", "none"] = "auto"
+    """With backward_side: whether layers that get the same tensor share a basis and what is saved of it."""
+    merge: Literal["step", "refresh"] = "step"
+    """With backward_side: when the weight changes; refresh keeps the steps between in fp32, for bf16 weights."""
+    eta: float | None = None
+    """Strength of the proximal term ||B||² / (2 eta), B the way since the last refresh; null is none."""
+    proximal: Literal["coupled", "decoupled"] = "coupled"
+    """Whether the proximal term is part of the gradient, or beside the rule."""
     state_dtype: Literal["float32", "int8"] | None = None
     """int8 keeps moments of 4,096 entries or more in 8 bits; null is the recipe's own."""
     bf16_stochastic_round: bool = False
@@ -80,6 +88,8 @@ class PretrainConfig:
     """Files of validation documents; null sets aside 5 % of the documents of `data`."""
     tokenizer: str | None = None
     """bytes, embedded (a BPE of 4,096), or a Hugging Face path or name; null is the preset's."""
+    backward_side: bool | None = None
+    """Let the backward pass make the low-rank gradient, and save no input of a projected layer; null is the optimizer's own."""
     steps: int | None = None
     """Optimizer steps; null is the preset's."""
     batch_size: int | None = None

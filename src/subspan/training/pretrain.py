@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from subspan.backward import project_backward
 from subspan.factory import create
 from subspan.state import state_bytes
 from subspan.training import checkpoint as checkpoints
@@ -223,6 +224,10 @@ class Pretraining:
 
 
 def _build_optimizer(config: ResolvedConfig, model: nn.Module) -> torch.optim.Optimizer:
+    if config.backward_side:
+        project_backward(
+            model, rank=config.rank, targets=config.optim.targets, share=config.optim.share, merge=config.optim.merge
+        )
     return create(
         config.optimizer,
         model,
@@ -239,12 +244,14 @@ def _build_optimizer(config: ResolvedConfig, model: nn.Module) -> torch.optim.Op
         eps=config.optim.eps,
         weight_decay=config.weight_decay,
         stagger=config.optim.stagger,
+        eta=config.optim.eta,
+        proximal=config.optim.proximal,
         state_dtype=config.optim.state_dtype,
         bf16_stochastic_round=config.optim.bf16_stochastic_round,
         lr_full=config.optim.lr_full,
         seed=config.seed,
         total_steps=config.steps,
-        targets=config.optim.targets,
+        targets="all-linear" if config.backward_side else config.optim.targets,
     )
 
 

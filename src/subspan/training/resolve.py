@@ -42,6 +42,7 @@ class ResolvedConfig(PretrainConfig):
     sequence_length: int = 0
     lr: float = 0.0
     rank: int = 0
+    backward_side: bool = False
     update_proj_gap: int = 0
     schedule: ResolvedSchedule = ResolvedSchedule()
     evaluation: ResolvedEvaluation = ResolvedEvaluation()
@@ -88,6 +89,7 @@ def resolve(config: PretrainConfig) -> ResolvedConfig:
         "data": _absolute(config.data, ("embedded", *STREAMS)),
         "validation_data": config.validation_data and _absolute(config.validation_data, ("embedded",)),
         "rank": _first(config.rank, known.rank),
+        "backward_side": _first(config.backward_side, method.backward_side),
         "update_proj_gap": _first(config.update_proj_gap, known.update_proj_gap),
         "schedule": ResolvedSchedule(_first(config.schedule.warmup_steps, warmup), config.schedule.min_lr_ratio),
         "evaluation": ResolvedEvaluation(_first(config.evaluation.every, max(1, steps // 5)), config.evaluation.tokens),

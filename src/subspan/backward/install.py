@@ -1,0 +1,157 @@
+"""``project_backward``: turn the linear layers of a model into backward-side ones, and back."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from subspan.backward.layer import BackwardLinear
+from subspan.backward.projection import Projection
+from subspan.backward.sharing import Share, groups_of
+from subspan.groups import EXCLUDED, select_linear
+from subspan.parts import Key, Selector
+
+logger = logging.getLogger(__name__)
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
+
+
+class Handle:
+    """The backward-side layers of a model."""
+
+    def __init__(self, projections: list[Projection]) -> None:
+        self.projections = projections
+
+    @property
+    def layers(self) -> Iterator[BackwardLinear]:
+        """Each layer."""
+        return (layer for projection in self.projections for layer in projection.layers)
+
+    @torch.no_grad()
+    def enter(self, selector: Selector, *, seed: int = 0, step: int = 0) -> list[nn.Parameter]:
+        """Enter random subspaces, to be trained in by any optimizer of torch: randomized subspace optimization by hand.
+
+        The displacement of the last ones is merged, new bases are drawn, and the carriers are zero. From then on the layers
+        compute ``x Wᵀ + (x Q) Bᵀ`` with the carriers ``B`` as ordinary parameters, for example of ``torch.optim.LBFGS``::
+
+            for outer in range(100):
+                inner = torch.optim.LBFGS(handle.enter(selectors.Random(scaled=True), step=outer))
+                inner.step(closure)
+
+        Args:
+            selector: one that needs no gradient, such as ``selectors.Random(scaled=True)``.
+            seed, step: of the draw, with the layers' names.
+
+        Returns:
+            The carriers.
+
+        Raises:
+            ValueError: the selector needs a gradient.
+        """
+        if selector.needs_gradient:
+            raise ValueError(f"selector={selector!r}: chooses from a gradient; give one that draws, such as selectors.Random()")
+        for projection in self.projections:
+            projection.fold()
+            first = projection.layers[0]
+            state = selector.init(first.weight, projection.rank)
+            like = first.weight.new_ones(1, first.in_features)
+            selector.refresh_(like, state, Key(seed, first.weight_name, step))
+            projection.bind(selector, state, self)
+            projection.plan, projection.displaced = "keep", True
+        return [layer.carrier for layer in self.layers]
+
+    def refresh_projection(self, projection: Projection, G: Tensor | None) -> None:
+        """Never: the bases of ``enter`` change when it is called again."""
+        raise AssertionError("subspaces entered by hand are not refreshed")
+
+    def merge(self) -> None:
+        """Put displacements into the weights, which are then those of the plain model. The layers stay as they are."""
+        for projection in self.projections:
+            projection.fold()
+
+    def remove(self) -> None:
+        """Merge, and make every layer an ``nn.Linear`` again, with a weight that takes gradients. The optimizer is void."""
+        self.merge()
+        for layer in list(self.layers):
+            layer.leave()
+        self.projections = []
+
+
+def project_backward(
+    model: nn.Module,
+    *,
+    rank: int,
+    targets: str | Sequence[str] = "all-linear",
+    exclude: Sequence[str] = EXCLUDED,
+    share: Share = "auto",
+    merge: Literal["step", "refresh"] = "step",
+    select_from: Literal["owner", "mean"] = "owner",
+) -> Handle:
+    """Let the backward pass make the low-rank gradient of linear layers, ``R = dyᵀ (x Q)``, and nothing larger.
+
+    Call it before the optimizer is built, and before the model is wrapped by DDP. The layers are changed in place: each keeps
+    its weight, which takes no gradient any more, and gets a ``carrier (out, rank)``, an ordinary parameter whose gradient
+    is ``R``. The bases are the optimizer's.
+
+    Args:
+        model: holds the layers.
+        rank: dimension of the subspaces of the inputs, from 1 to the number of input features.
+        targets, exclude: which ``nn.Linear`` layers; see ``subspan.param_groups``.
+        share: which layers have one basis and save one ``x Q``: ``"auto"``, those that get the same tensor when the model
+            is run once on its ``dummy_inputs`` (transformers' models have them); inputs of the model, as a dict, to run it on;
+            lists of names, such as ``[["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]``; or ``"none"``.
+        merge: ``"step"``, each step changes the weight; or ``"refresh"``, steps add up in the carrier, in fp32, and the weight
+            changes with the basis, or when it is saved (for weights in bf16, which lose small steps).
+        select_from: with several data-parallel ranks, whose gradient chooses a basis: ``"owner"``, that of one rank (another
+            for each basis) on its own part of the batch; or ``"mean"``, all-reduced over the ranks. Either way one
+            rank chooses and sends the basis to the others; random bases need neither.
+
+    Returns:
+        A handle, to merge the displacement or to undo it all.
+
+    Raises:
+        ValueError: a target that matches nothing or is no ``nn.Linear``, a weight that is tied, a rank out of range, a
+            wrapped model. Nothing has been changed then.
+    """
+    for module in model.modules():
+        if any(kind.__name__ in _WRAPPERS for kind in type(module).__mro__):
+            raise ValueError(
+                f"model: {type(module).__name__} has wrapped it already; call project_backward first, so that the carriers "
+                "are among the parameters that it sees"
+            )
+        if isinstance(module, BackwardLinear):
+            raise ValueError("model: has backward-side layers already; call remove() on their handle first")
+    if merge not in ("step", "refresh"):
+        raise ValueError(f"merge={merge!r}: expected 'step' or 'refresh'")
+    if select_from not in ("owner", "mean"):
+        raise ValueError(f"select_from={select_from!r}: expected 'owner' or 'mean'")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank={rank!r}: expected a whole number >= 1")
+    layers = select_linear(model, targets, exclude)
+    owners: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(p), []).append(name)
+    for name, layer in layers.items():
+        if rank > layer.in_features:
+            raise ValueError(
+                f"rank={rank}: above the {layer.in_features} input features of {name!r}; lower it, or exclude the layer"
+            )
+        if len(tied := owners[id(layer.weight)]) > 1:
+            raise ValueError(
+                f"targets: the weight of {name!r} is tied ({', '.join(tied)}), so its gradient has other parts than that of "
+                "the layer; exclude it"
+            )
+        if not layer.weight.requires_grad:
+            raise ValueError(f"targets: the weight of {name!r} is frozen; exclude it")
+    projections = []
+    for names in groups_of(model, layers, share):
+        projection = Projection(rank, merge, select_from)
+        for name in names:
+            layer = layers[name]
+            layer.__class__ = BackwardLinear
+            assert isinstance(layer, BackwardLinear)
+            layer.enter(projection, f"{name}.weight")
+        projections.append(projection)
+    logger.info("backward-side: %d linear layers at rank %d share %d bases", len(layers), rank, len(projections))
+    return Handle(projections)

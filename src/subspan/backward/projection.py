@@ -1,0 +1,158 @@
+"""One basis, and the layers that share it: those fed by the same tensor."""
+
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from subspan.backward.function import Box, Taken, gather
+from subspan.carriers import Plan
+from subspan.parts import Selector
+from subspan.rounding import add_rounded_
+from subspan.state import State
+
+if TYPE_CHECKING:
+    from subspan.backward.layer import BackwardLinear
+
+
+class Driver(Protocol):
+    """What a projection asks of the optimizer that is bound to it."""
+
+    def refresh_projection(self, projection: "Projection", G: Tensor | None) -> None:
+        """Choose a new basis and carry the moments of every carrier over.
+
+        ``G (m, in)`` is the gradient of the layers, stacked; ``None`` if the selector needs none.
+        """
+
+
+class Projection:
+    """The basis ``Q (in, r)`` of the layers that are fed by one tensor ``x``, and ``h = x Q``, which they share.
+
+    An optimizer that is built for the carriers binds it. Before, there is no basis, and so no gradient.
+
+    Attributes:
+        layers: that share the basis, in the order of the model.
+        plan: what the next pass does with the basis; the optimizer says so after each of its steps.
+        displaced: whether carriers may hold a displacement that the weights lack.
+        selector, state: the optimizer's own; the state lives there, with that of the first carrier.
+    """
+
+    def __init__(self, rank: int, merge: str, select_from: str) -> None:
+        self.rank, self.merge, self.select_from = rank, merge, select_from
+        self.layers: list[BackwardLinear] = []
+        self.plan: Plan = "keep"
+        self.displaced = False
+        self.selector: Selector | None = None
+        self.state: State = {}
+        self._driver: weakref.ref[Any] | None = None
+        self._pass: _Pass | None = None
+
+    def bind(self, selector: Selector, state: State, driver: Driver) -> None:
+        """Make ``driver`` the optimizer that this basis belongs to."""
+        self.selector, self.state, self._driver = selector, state, weakref.ref(driver)
+
+    @property
+    def driver(self) -> Driver:
+        """The optimizer."""
+        driver = None if self._driver is None else self._driver()
+        if driver is None:
+            names = ", ".join(layer.weight_name for layer in self.layers)
+            raise RuntimeError(
+                f"{names}: no optimizer is bound to these backward-side layers, so they have no basis to take a gradient in; "
+                "build one with subspan.create(name, model), keep it alive, or run the model under torch.no_grad()"
+            )
+        return driver
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy belongs to no optimizer: what is the optimizer's stays with it.
+        return self.__dict__ | {"selector": None, "state": {}, "_driver": None, "_pass": None}
+
+    # --- the forward pass ---------------------------------------------------------------------------------------------
+
+    def take(self, number: int, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Taken]:
+        """The input as layer ``number`` is to see it, in ``dtype``, and that layer's part in this pass."""
+        if self._pass is None or not self._pass.serves(number, x, dtype):
+            self._pass = self._begin(x, dtype)
+        part = self._pass.take(number)
+        entered = self._pass.entered
+        if not self._pass.waiting:
+            self._pass = None  # what is saved is saved; h must not outlive it
+        return entered, part
+
+    def _begin(self, x: Tensor, dtype: torch.dtype) -> "_Pass":
+        driver = self.driver
+        if self.plan != "keep":
+            self.fold()
+        if self.plan == "draw":
+            driver.refresh_projection(self, None)
+        entered = x.to(dtype)
+        box: Box | None = {} if self.plan == "form" else None
+        kept = self.down(entered) if box is None else entered.detach()
+        return _Pass(x, entered, kept, box, gather([layer.carrier for layer in self.layers], box, self._choose))
+
+    def _choose(self, box: Box) -> dict[int, Tensor]:
+        """From each layer's gradient to its ``R``; the basis is chosen first if that has not been done."""
+        numbers = sorted(box)
+        if self.plan == "form":
+            self.driver.refresh_projection(self, torch.cat([box[number] for number in numbers]))
+        return {number: self.down(box.pop(number)).to(self.layers[number].carrier.dtype) for number in numbers}
+
+    # --- the basis ----------------------------------------------------------------------------------------------------
+
+    def down(self, A: Tensor) -> Tensor:
+        """``A Q (..., r)`` in the dtype of ``A``."""
+        assert self.selector is not None
+        with torch.no_grad():
+            rows = A.detach().reshape(-1, A.shape[-1])  # of more dimensions it would be a stack of matrices
+            return self.selector.project(rows, self.state).to(A.dtype).reshape(*A.shape[:-1], self.rank)
+
+    def back(self, A: Tensor) -> Tensor:
+        """``A Qᵀ (..., in)``, in at least fp32."""
+        assert self.selector is not None
+        rows = A.reshape(-1, A.shape[-1]).to(torch.promote_types(A.dtype, torch.float32))
+        return self.selector.project_back(rows, self.state).reshape(*A.shape[:-1], -1)
+
+    def apply_(self, layer: "BackwardLinear", step: Tensor, keep: float | Tensor, generator: torch.Generator | None) -> None:
+        """``W <- keep * W - step Qᵀ``, at once or, with ``merge="refresh"``, in the carrier until the basis changes."""
+        assert self.selector is not None
+        decays = not isinstance(keep, float) or keep != 1
+        if self.merge == "refresh":
+            if decays:
+                layer.weight.mul_(keep)
+                layer.carrier.mul_(keep)
+            layer.carrier.sub_(step)
+            self.displaced = True
+        elif generator is not None:
+            add_rounded_(layer.weight, self.back(-step), keep, generator)
+        else:
+            if decays:
+                layer.weight.mul_(keep)
+            self.selector.subtract_(layer.weight, step, self.state)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Put the displacement of the carriers into the weights."""
+        if not self.displaced:
+            return
+        for layer in self.layers:
+            layer.weight.add_(self.back(layer.carrier))
+            layer.carrier.zero_()
+        self.displaced = False
+
+
+class _Pass:
+    """One forward pass: an input, and the layers that have yet to take it."""
+
+    def __init__(self, x: Tensor, entered: Tensor, kept: Tensor, box: Box | None, tickets: tuple[Tensor, ...]) -> None:
+        self._x, self._version = weakref.ref(x), x._version
+        self.entered, self._kept, self._box = entered, kept, box
+        self.waiting = dict(enumerate(tickets))
+
+    def serves(self, number: int, x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether ``x`` is the input of this pass, unchanged, and layer ``number`` has not had it."""
+        same = self._x() is x and self._version == x._version and self.entered.dtype == dtype
+        return same and number in self.waiting
+
+    def take(self, number: int) -> Taken:
+        return Taken(number, self._kept, self.waiting.pop(number), self._box)

@@ -1,0 +1,103 @@
+"""Which layers are fed by the same tensor, and so may share a basis and ``x Q``."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+Share = str | Sequence[Sequence[str]] | Mapping[str, Any]
+
+
+def groups_of(model: nn.Module, layers: Mapping[str, nn.Linear], share: Share) -> list[list[str]]:
+    """The names of ``layers``, each in one group, in the order of the model; see ``project_backward`` for ``share``."""
+    if share == "none":
+        return [[name] for name in layers]
+    if share == "auto":
+        inputs = getattr(model, "dummy_inputs", None)  # every transformers model has them
+        if not isinstance(inputs, Mapping):
+            logger.warning(
+                "share='auto': %s has no dummy_inputs to see which layers get the same tensor; each gets a basis of its own, "
+                "and saves its own x Q; give share=dict(inputs of the model), or lists of names",
+                type(model).__name__,
+            )
+            return [[name] for name in layers]
+        return _seen(model, layers, inputs)
+    if isinstance(share, Mapping):
+        return _seen(model, layers, share)
+    if isinstance(share, str):
+        raise ValueError(f"share={share!r}: expected 'auto', 'none', inputs of the model as a dict, or lists of names")
+    return _named(layers, share)
+
+
+def _seen(model: nn.Module, layers: Mapping[str, nn.Linear], inputs: Mapping[str, Any]) -> list[list[str]]:
+    """Run the model once and watch."""
+    calls: list[tuple[Tensor, list[str]]] = []  # the tensors are kept, so that none takes another's place
+
+    def watch(name: str) -> Any:
+        def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            for tensor, names in calls:
+                if tensor is x:
+                    names.append(name)
+                    return
+            calls.append((x, [name]))
+
+        return see
+
+    hooks = [layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
+    device = next(iter(layers.values())).weight.device
+    modes = {module: module.training for module in model.modules()}
+    model.eval()  # draws nothing, and changes no statistics
+    try:
+        with torch.no_grad():
+            model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()})
+    except Exception as error:
+        raise ValueError(
+            f"share: the model does not run on the inputs {sorted(inputs)}: {error}; give share=dict(inputs that it takes), "
+            "lists of names, or 'none'"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    group_of: dict[str, int] = {}
+    for number, (_, names) in enumerate(calls):
+        for name in names:
+            if name in group_of:  # called again, with another tensor: in a group it would hold others up
+                group_of[name] = -1
+            else:
+                group_of[name] = number
+    found: dict[Any, list[str]] = {}
+    for name in layers:
+        number = group_of.get(name, -1)
+        found.setdefault(name if number < 0 else number, []).append(name)
+    return list(found.values())
+
+
+def _named(layers: Mapping[str, nn.Linear], share: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Siblings whose own names are listed together."""
+    found: dict[Any, list[str]] = {}
+    used: set[str] = set()
+    for name in layers:
+        parent, _, own = name.rpartition(".")
+        number = next((n for n, names in enumerate(share) if own in names or name in names), None)
+        used |= {own, name}
+        # A whole name says which layer it is; an own name goes by its parent.
+        place = name if number is None else (number, "" if name in share[number] and name != own else parent)
+        found.setdefault(place, []).append(name)
+    for names in share:
+        for name in names:
+            if name not in used:
+                raise ValueError(f"share: {name!r} is no backward-side layer; they are {', '.join(map(repr, layers))}"[:400])
+    for names in found.values():
+        sizes = {layers[name].in_features for name in names}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"share: {', '.join(names)} have inputs of {sorted(sizes)} features; layers that share have one input"
+            )
+    return list(found.values())

@@ -1,0 +1,85 @@
+"""What is measured: a model, an optimizer that trains it, and a batch."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from subspan.backward import Handle, project_backward
+from subspan.factory import create
+from subspan.names import near_names
+from subspan.training.presets import PRESETS
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A training step to measure."""
+
+    model: str = "llama-60m"
+    """A preset: `subspan list models`."""
+    tokens: int = 4096
+    """Tokens in a step."""
+    rank: int = 128
+    """Of the subspaces."""
+    sequence_length: int = 256
+    """Tokens in a sequence."""
+    seed: int = 0
+    """Of weights and tokens."""
+    threads: int | None = None
+    """CPU threads; null leaves torch's choice."""
+
+    def __post_init__(self) -> None:
+        if self.model not in PRESETS:
+            raise ValueError(f"model={self.model!r}: {near_names(self.model, PRESETS)}")
+        for name in ("tokens", "rank", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a whole number >= 1")
+        if self.tokens % self.sequence_length:
+            raise ValueError(f"tokens={self.tokens}: expected a multiple of sequence_length={self.sequence_length}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads={self.threads}: expected a whole number >= 1")
+
+    def batch(self) -> Tensor:
+        """Random tokens."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randint(VOCABULARY, (self.tokens // self.sequence_length, self.sequence_length), generator=generator)
+
+
+VOCABULARY = 32_000  # T5's, as in the papers' models
+
+
+@dataclass
+class Trained:
+    """A model and its optimizer; ``handle`` if its layers are backward-side."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    handle: Handle | None
+
+    def forward(self, batch: Tensor) -> Tensor:
+        """The loss."""
+        loss: Tensor = self.model(input_ids=batch, labels=batch, use_cache=False).loss
+        return loss
+
+
+def build(setting: Setting, optimizer: str, backward_side: bool = False, fused: bool = False) -> Trained:
+    """The model with fresh weights, and an optimizer by name; ``fused`` is torch's fused AdamW."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    preset = PRESETS[setting.model]
+    torch.manual_seed(setting.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=preset.hidden,
+            intermediate_size=preset.mlp,
+            num_hidden_layers=preset.layers,
+            num_attention_heads=preset.heads,
+            max_position_embeddings=max(1024, setting.sequence_length),
+            tie_word_embeddings=False,
+        )
+    ).train()
+    handle = project_backward(model, rank=setting.rank) if backward_side else None
+    if fused:
+        return Trained(model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True), None)
+    return Trained(model, create(optimizer, model, rank=setting.rank, seed=setting.seed), handle)

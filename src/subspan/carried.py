@@ -1,0 +1,144 @@
+"""The optimizer's side of backward-side layers: it chooses their bases, and steps on their carriers.
+
+The gradient of a carrier is ``R`` already, so a step is ``U = rule(R)``, ``W <- (1 - lr wd) W - lr scale U Qᵀ``. The basis
+is chosen before: in the forward pass if the selector needs no gradient, else in the backward pass of the layers that share it.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subspan import distributed, linalg, proximal, quantization
+from subspan.carriers import CarriedLayer, CarriedProjection, Plan, layer_of
+from subspan.parts import Key, Residual, Rule, Selector, Transfer
+from subspan.schedule import offset_of, refresh_due
+from subspan.state import State
+
+
+class CarriedSteps:
+    """What ``SubspaceOptimizer`` does with carriers."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    selector: Selector
+    residual: Residual
+    transfer: Transfer
+    stagger: bool
+    seed: int
+
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        raise NotImplementedError
+
+    def _refresh(self, G: Tensor, state: State, key: Key) -> Tensor | None:
+        raise NotImplementedError
+
+    def _carried(self) -> Iterator[tuple[int, Tensor, CarriedLayer, dict[str, Any]]]:
+        """Each carrier with the number of its projection, its layer and its group."""
+        number = -1
+        for group in self.param_groups:
+            for p in group["params"]:
+                if (layer := layer_of(p)) is not None:
+                    number += layer.number == 0
+                    yield number, p, layer, group
+
+    def _check_carried(self, p: Tensor) -> None:
+        if layer_of(p) is None:
+            return
+        if self.residual.needs_gradient:
+            raise ValueError(
+                f"residual={self.residual!r}: needs every gradient, and the backward-side layers of this model form none; use "
+                "residuals.Discard(), or leave project_backward out"
+            )
+        if self.selector.tracks:
+            raise ValueError(
+                f"selector={self.selector!r}: follows every gradient, and the backward-side layers of this model form one only "
+                "at a refresh; use another selector, or leave project_backward out"
+            )
+
+    def _bind(self) -> None:
+        """Let each projection know its basis, which is kept with its first carrier."""
+        for _, p, layer, _ in self._carried():
+            if layer.number == 0:
+                layer.projection.bind(self.selector, self.state[p], self)
+        self._plan()
+
+    def _plan(self) -> None:
+        """Tell each projection what is due at the next gradient."""
+        for order, p, layer, group in self._carried():
+            if layer.number == 0:
+                layer.projection.plan = self._plan_of(self.state[p], group, order)
+
+    def _plan_of(self, state: State, group: Mapping[str, Any], order: int) -> Plan:
+        period = self.selector.period(group["update_proj_gap"], state)
+        offset = offset_of(order, group["update_proj_gap"]) if self.stagger else 0
+        if not refresh_due(state["refresh_step"], group["clock"], period, offset):
+            return "keep"
+        # All at once the first gradients would take the memory that is saved: until its turn a basis is drawn from noise.
+        early = state["refresh_step"] < 0 and offset != group["clock"] % (period or 1)
+        return "form" if self.selector.needs_gradient and not early else "draw"
+
+    @torch.no_grad()
+    def refresh_projection(self, projection: CarriedProjection, G: Tensor | None) -> None:
+        """Choose a new basis, from ``G (m, in)`` if one is given, and carry the moments of every carrier over."""
+        order, first, _, group = next(row for row in self._carried() if row[2] is projection.layers[0])
+        state, weight = self.state[first], projection.layers[0].weight
+        key = Key(self.seed, projection.layers[0].weight_name, group["clock"])
+        rank, width = first.shape[1], weight.shape[1]
+        if G is None:
+            # What a selector finds in noise is a random subspace, whatever it looks for.
+            generator = linalg.keyed_generator("noise", *key)
+            G = torch.randn(rank, width, generator=generator).to(weight.device)
+        elif G.shape[0] < rank:  # fewer singular vectors than the rank: rows of zero add the others
+            G = torch.cat([G, G.new_zeros(rank - G.shape[0], width)])
+        change = self._choose_together(G, state, key, order, projection)
+        projection.plan = self._plan_of(state, group, order)
+        if change is None:
+            return
+        for _, p, layer, own_group in self._carried():
+            if layer.projection is not projection:
+                continue
+            rule, own = self._rule(own_group), self.state[p]
+            if "displacement" in own:
+                own["displacement"].zero_()
+            if self.transfer != "keep":
+                moments = self._unpacked(own, rule, own_group, p)
+                rule.transfer_(moments, change.to(p.dtype), self.transfer)
+                if moments is not own:
+                    quantization.store_(own, moments, rule.moments)
+
+    def _choose_together(self, G: Tensor, state: State, key: Key, order: int, projection: CarriedProjection) -> Tensor | None:
+        """``_refresh``, with the same outcome on every rank: what depends on a gradient is chosen by one and sent to all."""
+        rank, count = distributed.world()
+        if count == 1 or projection.plan != "form":
+            return self._refresh(G, state, key)
+        if projection.select_from == "mean":
+            distributed.mean_(G)
+        owner, before = order % count, state["refresh_step"]
+        change = self._refresh(G, state, key) if rank == owner else None
+        r = projection.layers[0].carrier.shape[1]
+        sent = torch.zeros(r, r, dtype=G.dtype, device=G.device) if change is None else change.to(G.dtype).contiguous()
+        keys = [*self.selector.init(G[:1], r), "refresh_step", "skipped_refreshes"]
+        distributed.share_(state, keys, [sent], owner)
+        return sent if state["refresh_step"] != before else None
+
+    def _update_carried(
+        self, p: Tensor, R: Tensor, layer: CarriedLayer, group: Mapping[str, Any], rule: Rule, key: Key
+    ) -> None:
+        own = self.state[p]
+        moments = self._unpacked(own, rule, group, p)
+        U, factor = rule.update_(proximal.pull(R, own, group), moments)
+        proximal.move_(U, factor, own, group)
+        if moments is not own:
+            quantization.store_(own, moments, rule.moments)
+        step = U.mul_(group["lr"] * group["scale"] * factor)
+        random = group["bf16_stochastic_round"] and layer.weight.dtype == torch.bfloat16
+        generator = linalg.keyed_generator("round", *key, device=p.device) if random else None
+        layer.projection.apply_(layer, step, 1 - group["lr"] * group["weight_decay"], generator)
+
+    @staticmethod
+    def _unpacked(state: State, rule: Rule, group: Mapping[str, Any], p: Tensor) -> State:
+        if group["state_dtype"] != "int8":
+            return state
+        return quantization.unpack(state, rule.moments, torch.promote_types(p.dtype, torch.float32))

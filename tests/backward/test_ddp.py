@@ -1,0 +1,55 @@
+"""Two data-parallel processes, started by torchrun: the model of one process with the whole batch, and r/in of the bytes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from backward.ddp_worker import RANK, batches, build, optimizer_of
+
+from subspan.groups import EXCLUDED, select_linear
+
+WORKER = Path(__file__).with_name("ddp_worker.py")
+
+
+def launch(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], list[dict[str, torch.Tensor]]]:
+    path = tmp_path / "-".join(arguments)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([*command, *arguments, str(path)], capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights = [torch.load(f"{path}.{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return json.loads(Path(f"{path}.json").read_text()), weights
+
+
+CASES = [("golore_adamw", "owner"), ("rso_adamw", "owner"), ("sara_adamw", "mean"), ("galore_adamw", "owner")]
+
+
+@pytest.mark.parametrize(("name", "select_from"), CASES)
+def test_two_ranks(tmp_path: Path, name: str, select_from: str) -> None:
+    """The same weights on both ranks, bit for bit. With random bases, or those of the mean gradient, they are the weights of
+    one process; a single rank's gradient chooses other bases."""
+    report, (first, second) = launch(tmp_path, name, "backward", select_from)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    model = build()
+    optimizer = optimizer_of(name, model, "backward", "owner")
+    for ids in batches():
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    distance = max((value - first[key]).abs().max().item() for key, value in model.state_dict().items())
+    if name == "galore_adamw":
+        assert distance > 1e-4
+    else:
+        assert distance < 1e-5  # transformers computes norms and losses in fp32
+
+    dense, _ = launch(tmp_path, name, "dense", "owner")
+    layers = select_linear(build(), "all-linear", EXCLUDED).values()
+    weights = sum(8 * layer.weight.numel() for layer in layers)
+    carriers = sum(8 * layer.weight.numel() * RANK // layer.in_features for layer in layers)
+    for ours, theirs in zip(report["bytes"], dense["bytes"], strict=True):
+        assert theirs - ours == weights - carriers
