@@ -106,10 +106,11 @@ def test_resume_is_exact(llama: Any, name: str, merge: str, saved_at: int) -> No
         assert torch.equal(again.get_parameter(path), p), path
 
 
-def test_a_copy_needs_an_optimizer_of_its_own(llama: Any) -> None:
-    """A deep copy of the model shares nothing with the original and its optimizer."""
+@pytest.mark.parametrize("merge", ["step", "refresh"])
+def test_a_copy_needs_an_optimizer_of_its_own(llama: Any, merge: str) -> None:
+    """A deep copy of the model is the same model, and shares nothing with the original and its optimizer."""
     model = llama()
-    optimizer, _ = backward_side(model)
+    optimizer, _ = backward_side(model, merge=merge)
     train(model, optimizer, batches(3))
     twin = copy.deepcopy(model)
     (batch,) = batches(1)

@@ -71,6 +71,10 @@ class BackwardLinear(nn.Linear):
         with torch.no_grad():
             self.carrier.zero_()
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.projection.fold()  # a copy has no basis to read a displacement in
+        return self.__dict__.copy()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         mark(self.carrier, self)  # a copied parameter has lost it
