@@ -79,6 +79,12 @@ def check_method(method: str) -> None:
         raise ValueError(f"method={method!r}: expected 'gram' (eigh of the Gram matrix) or 'svd' (the slow reference)")
 
 
+def leading(G: Tensor, old: Tensor, method: str = "gram") -> Tensor:
+    """The leading right singular vectors of ``G``, as many as ``old`` has columns, and with their signs."""
+    _, V = linalg.right_singular(G, method)
+    return linalg.fix_signs(V[..., : old.shape[-1]], old)
+
+
 def columns(V: Tensor, index: Tensor) -> Tensor:
     """Columns ``index (..., r)`` of ``V (..., n, k)``."""
     index = index.to(V.device).unsqueeze(-2).expand(*V.shape[:-1], index.shape[-1])

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from subspan import linalg
 from subspan.parts import Key
-from subspan.selectors._matrix import MatrixSelector, check_method
+from subspan.selectors._matrix import MatrixSelector, check_method, leading
 
 
 @dataclass(frozen=True)
@@ -30,5 +29,4 @@ class Dominant(MatrixSelector):
         check_method(self.method)
 
     def choose(self, G: Tensor, old: Tensor, key: Key) -> Tensor:
-        _, V = linalg.right_singular(G, self.method)
-        return linalg.fix_signs(V[..., : old.shape[-1]], old)
+        return leading(G, old, self.method)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from subspan import linalg
 from subspan.parts import Key, Momentum, is_number
-from subspan.selectors._matrix import MatrixSelector
+from subspan.selectors._matrix import MatrixSelector, leading
 from subspan.state import State
 
 
@@ -43,8 +43,7 @@ class PowerIteration(MatrixSelector):
         return None
 
     def choose(self, G: Tensor, old: Tensor, key: Key) -> Tensor:
-        _, V = linalg.right_singular(G)
-        return linalg.fix_signs(V[..., : old.shape[-1]], old)
+        return leading(G, old)
 
     def track_(self, G: Tensor, state: State, momentum: Momentum | None) -> Tensor | None:
         Q = state["basis"]
