@@ -306,3 +306,10 @@ def test_the_table_is_shown_once_and_can_be_silenced(capsys, caplog, monkeypatch
     subspan.SubspaceAdamW([parameter((48, 20))], rank=4)
     assert "bytes held" not in caplog.text
     assert capsys.readouterr().err == ""
+
+
+def test_groups_may_hold_generators():
+    """As with torch's optimizers, params of a group are read once."""
+    model = net()
+    optimizer = SubspaceAdamW([{"params": (p for p in model.parameters()), "rank": 4}])
+    assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))

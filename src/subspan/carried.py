@@ -86,7 +86,9 @@ class CarriedSteps:
         state, weight = self.state[first], projection.layers[0].weight
         key = Key(self.seed, projection.layers[0].weight_name, group["clock"])
         rank, width = first.shape[1], weight.shape[1]
-        if G is None:
+        if not self.selector.needs_gradient:
+            G = weight.new_ones(1, width)
+        elif G is None:
             # What a selector finds in noise is a random subspace, whatever it looks for.
             generator = linalg.keyed_generator("noise", *key)
             G = torch.randn(rank, width, generator=generator).to(weight.device)

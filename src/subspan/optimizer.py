@@ -133,10 +133,8 @@ class SubspaceOptimizer(CarriedSteps, torch.optim.Optimizer):
             # Compared on loading: moments mean nothing in another method's basis.
             "method": f"selector {_kind(selector)}, rule {_kind(rule)}, residual {_kind(residual)}, transfer {transfer}",
         }
-        groups = _as_groups(params, rank, targets, exclude)
-        carriers = any(layer_of(p) is not None for p in _members(groups))
-        self.stagger = carriers if stagger is None else stagger
-        super().__init__(groups, defaults | asdict(rule))
+        super().__init__(_as_groups(params, rank, targets, exclude), defaults | asdict(rule))
+        self.stagger = any(layer_of(p) is not None for p in self._parameters()) if stagger is None else stagger
         self._bind()
         if rank is not None and all(p.ndim < 2 for p in self._parameters()):
             raise ValueError(_no_matrix(rank))
@@ -235,9 +233,8 @@ class SubspaceOptimizer(CarriedSteps, torch.optim.Optimizer):
             raise ValueError(
                 f"gradient of {key.name!r}: layout {grad.layout} is not supported; use dense gradients (sparse=False)"
             )
-        state = moments = self.state[p]
-        if group["state_dtype"] == "int8":
-            moments = quantization.unpack(state, rule.moments, torch.promote_types(p.dtype, torch.float32))
+        state = self.state[p]
+        moments = self._unpacked(state, rule, group, p)
         G = layout.enter(grad)
         if layout.side is None:
             D, factor = rule.update_(G, moments)
@@ -372,13 +369,6 @@ def _kind(part: object) -> str:
 
 def _no_matrix(rank: int) -> str:
     return f"rank={rank}: there is no matrix among the parameters to project. {FLATTENED}"
-
-
-def _members(groups: list[Any]) -> Iterator[Tensor]:
-    for entry in groups:
-        members = entry.get("params", ()) if isinstance(entry, dict) else (entry,)
-        for member in [members] if isinstance(members, Tensor) else list(members):
-            yield member[1] if isinstance(member, tuple) else member
 
 
 def _layout(p: Tensor, group: Mapping[str, Any]) -> Layout:

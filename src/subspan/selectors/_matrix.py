@@ -74,6 +74,20 @@ class MatrixSelector(Scheduled):
             super().subtract_(W, R, state)
 
 
+class TrackingSelector(MatrixSelector):
+    """Starts from the leading singular vectors and moves at every step; a subclass says how, in ``track_``."""
+
+    @property
+    def tracks(self) -> bool:
+        return True
+
+    def period(self, gap: int, state: State) -> int | None:
+        return None
+
+    def choose(self, G: Tensor, old: Tensor, key: Key) -> Tensor:
+        return leading(G, old)
+
+
 def check_method(method: str) -> None:
     if method not in ("gram", "svd"):
         raise ValueError(f"method={method!r}: expected 'gram' (eigh of the Gram matrix) or 'svd' (the slow reference)")

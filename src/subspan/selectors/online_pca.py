@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from subspan import linalg
-from subspan.parts import Key, Momentum, check_betas, is_number
-from subspan.selectors._matrix import MatrixSelector, leading
+from subspan.parts import Momentum, check_betas, is_number
+from subspan.selectors._matrix import TrackingSelector
 from subspan.state import State, allocate
 
 
 @dataclass(frozen=True)
-class OnlinePCA(MatrixSelector):
+class OnlinePCA(TrackingSelector):
     """Adam on the basis.
 
     Args:
@@ -60,16 +60,6 @@ class OnlinePCA(MatrixSelector):
 
     def memory(self, n: str, r: str) -> dict[str, str]:
         return dict.fromkeys(("basis", "basis_exp_avg", "basis_exp_avg_sq"), f"4*{n}*{r}") | {"basis_step": "4"}
-
-    @property
-    def tracks(self) -> bool:
-        return True
-
-    def period(self, gap: int, state: State) -> int | None:
-        return None
-
-    def choose(self, G: Tensor, old: Tensor, key: Key) -> Tensor:
-        return leading(G, old)
 
     def track_(self, G: Tensor, state: State, momentum: Momentum | None) -> Tensor | None:
         beta1, beta2 = self.betas

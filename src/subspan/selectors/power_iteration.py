@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from subspan import linalg
-from subspan.parts import Key, Momentum, is_number
-from subspan.selectors._matrix import MatrixSelector, leading
+from subspan.parts import Momentum, is_number
+from subspan.selectors._matrix import TrackingSelector
 from subspan.state import State
 
 
 @dataclass(frozen=True)
-class PowerIteration(MatrixSelector):
+class PowerIteration(TrackingSelector):
     """Warm-started power iteration.
 
     Args:
@@ -34,16 +34,6 @@ class PowerIteration(MatrixSelector):
     def __post_init__(self) -> None:
         if not is_number(self.rho) or not 0 <= self.rho <= 1:
             raise ValueError(f"rho={self.rho!r}: expected a share between 0 and 1")
-
-    @property
-    def tracks(self) -> bool:
-        return True
-
-    def period(self, gap: int, state: State) -> int | None:
-        return None
-
-    def choose(self, G: Tensor, old: Tensor, key: Key) -> Tensor:
-        return leading(G, old)
 
     def track_(self, G: Tensor, state: State, momentum: Momentum | None) -> Tensor | None:
         Q = state["basis"]
