@@ -3,6 +3,7 @@
 Arguments: optimizer's name, "dense" or "backward", where its gradients select from, output file.
 """
 
+import gc
 import json
 import os
 import sys
@@ -35,11 +36,8 @@ def optimizer_of(name, model, execution, select_from):
     return subspan.create(name, model, lr=1e-2, rank=RANK, update_proj_gap=3, stagger=False)
 
 
-def main(name, execution, select_from, path):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    model = build()
+def train(model, name, execution, select_from):
+    """The loss and the bytes all-reduced of each step."""
     optimizer = optimizer_of(name, model, execution, select_from)
     wrapped = DistributedDataParallel(model)
     sent = []
@@ -49,7 +47,7 @@ def main(name, execution, select_from, path):
         return allreduce_hook(group, bucket)
 
     wrapped.register_comm_hook(None, counting)
-    losses, per_step = [], []
+    losses, per_step, rank = [], [], dist.get_rank()
     for ids in batches():
         half = ids[2 * rank : 2 * rank + 2]
         sent.clear()
@@ -59,10 +57,21 @@ def main(name, execution, select_from, path):
         optimizer.zero_grad()
         per_step.append(sum(sent))
         losses.append(loss.item())
+    return {"bytes": per_step, "losses": losses}
+
+
+def main(name, execution, select_from, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, model = dist.get_rank(), build()
+    report = train(model, name, execution, select_from)
     torch.save({key: value.clone() for key, value in model.state_dict().items()}, f"{path}.{rank}.pt")
     if rank == 0:
         with open(f"{path}.json", "w") as file:
-            json.dump({"bytes": per_step, "losses": losses}, file)
+            json.dump(report, file)
+    # DDP must be gone before the group is: as its last holder it would wait for gloo's threads with the interpreter locked,
+    # and a thread that frees its last work needs that lock.
+    gc.collect()
     dist.destroy_process_group()
 
 
