@@ -10,6 +10,7 @@ Every function here is for all ranks to call together, or for one process withou
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from subspan.training.errors import InputError
 from subspan.training.ranks import first_alone, gather, together, world
 from subspan.training.shards import (
     INDEX,
+    DamagedError,
     Part,
     Piece,
     Shards,
@@ -133,11 +135,11 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
 
 
 def damage(folder: Path) -> str | None:
-    """Why the checkpoint in ``folder`` cannot be used; ``None`` if its files are as they were written. For one process."""
+    """What is wrong with the files in ``folder``; ``None`` if all are as they were written. For one process."""
     try:
         Shards(folder).check()
-    except InputError as error:
-        return str(error)
+    except DamagedError as error:
+        return error.reason
     return None
 
 
@@ -168,14 +170,12 @@ def _check_model(shards: Shards, own: dict[str, Tensor]) -> None:
     saved = shards.tables["model"]
     for name in [*saved, *own]:
         if name not in own:
-            raise shards.refuse(INDEX, f"names {name!r}, which this model does not have: it is of another model")
+            raise shards.differs(f"names {name!r}, which this model does not have")
         if name not in saved:
-            raise shards.refuse(INDEX, f"does not name {name!r}, which this model has: it is of another model")
+            raise shards.differs(f"does not name {name!r}, which this model has")
         theirs, ours = saved[name], (dtype_name(own[name]), tuple(own[name].shape))
         if theirs != ours:
-            raise shards.refuse(
-                INDEX, f"has {name!r} as {theirs[0]} {theirs[1]}, this model as {ours[0]} {ours[1]}: it is of another model"
-            )
+            raise shards.differs(f"has {name!r} as {theirs[0]} {theirs[1]}, this model as {ours[0]} {ours[1]}")
 
 
 def _read_model(shards: Shards, model: nn.Module) -> dict[str, Tensor]:
@@ -247,12 +247,12 @@ def _check_optimizer(shards: Shards, model: nn.Module, optimizer: torch.optim.Op
     ours = type(optimizer).__name__
     knows = all("method" in group for group in optimizer.param_groups)  # our own optimizers say more when they refuse
     if not knows and saved["kind"] != ours:
-        raise shards.refuse(INDEX, f"is of the optimizer {saved['kind']}, this one is {ours}: build it alike")
+        raise shards.differs(f"is of the optimizer {saved['kind']}, this one is {ours}")
     if [len(names) for names in groups] != [len(names) for names in saved["params"]]:
         return  # that it does see
-    for theirs, own in zip(sum(saved["params"], []), sum(groups, []), strict=True):
+    for theirs, own in zip(chain(*saved["params"]), chain(*groups), strict=True):
         if theirs != own:
-            raise shards.refuse(INDEX, f"has parameter {theirs!r} where this optimizer has {own!r}: build it alike")
+            raise shards.differs(f"has parameter {theirs!r} where this optimizer has {own!r}")
 
 
 def _read_optimizer(shards: Shards, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -297,8 +297,7 @@ def _empty(shards: Shards, name: str, like: Any, p: Tensor | None, *, fresh: boo
     model = like if isinstance(like, Tensor) else p if p is not None and shape == p.shape else None
     if not isinstance(model, DTensor):
         if fresh and isinstance(p, DTensor) and shape and model is None:
-            raise shards.refuse(
-                INDEX,
+            raise shards.differs(
                 f"has {name!r} of shape {shape}, for a parameter of shape {tuple(p.shape)}, and this optimizer has no state "
                 "that would tell how it is spread over the ranks: load it on one process",
             )

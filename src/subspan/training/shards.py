@@ -31,7 +31,8 @@ from subspan.training.ranks import world
 INDEX = "index.json"
 _FORMAT = 1
 _FILE = re.compile(r"(model|optimizer)-(\d{5})-of-(\d{5})\.safetensors")
-_OTHER = "remove it, or continue an older one with --resume PATH"
+_DAMAGED = "remove it, or continue an older one with --resume PATH"
+_ANOTHER = "nothing was changed; build what the checkpoint was saved from, or give another one"
 
 Table = dict[str, tuple[str, tuple[int, ...]]]
 """Dtype and whole shape of each tensor, by name."""
@@ -50,7 +51,7 @@ def piece_of(tensor: Tensor) -> Piece:
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return Piece((0,) * tensor.ndim, tensor)
-    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]  # the protocol of torch's own checkpoints
+    (chunk,) = tensor.__create_chunk_list__()  # the protocol of torch's own checkpoints
     local = tensor.to_local()
     assert local.shape == chunk.sizes, f"a local shard is {tuple(local.shape)}, its placement says {tuple(chunk.sizes)}"
     return Piece(tuple(chunk.offsets), local)
@@ -82,9 +83,7 @@ def copy_part(tensors: Mapping[str, Tensor]) -> Part:
     table = {name: (dtype_name(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()}
     pieces = {name: piece_of(tensor) for name, tensor in tensors.items() if is_ours(tensor)}
     pieces = {name: piece for name, piece in pieces.items() if piece.local.numel()}  # ranks beyond the rows hold none
-    host = {
-        name: piece.local.to("cpu", copy=True, memory_format=torch.contiguous_format) for name, piece in pieces.items()
-    }
+    host = {name: piece.local.to("cpu", copy=True, memory_format=torch.contiguous_format) for name, piece in pieces.items()}
     return Part(table, {name: piece.offsets for name, piece in pieces.items()}, host)
 
 
@@ -110,7 +109,8 @@ def write_parts(folder: Path, parts: Mapping[str, Part], rank: int, count: int) 
             continue
         path = folder / f"{kind}-{rank:05d}-of-{count:05d}.safetensors"
         try:
-            save_file(part.tensors, path, metadata={"format": "pt", "offsets": json.dumps(part.offsets)})
+            # One entry: safetensors writes several in any order, and equal states should be equal files.
+            save_file(part.tensors, path, metadata={"offsets": json.dumps(part.offsets)})
             sync(path)
             files[path.name] = {"bytes": path.stat().st_size, "blake2b": digest_of(path)}
         except (OSError, SafetensorError) as error:
@@ -155,11 +155,19 @@ def digest_of(path: Path) -> str:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+class DamagedError(InputError):
+    """The files of a checkpoint are not those that were written."""
+
+    def __init__(self, folder: Path, reason: str) -> None:
+        super().__init__(f"checkpoint {folder}: {reason}; {_DAMAGED}")
+        self.reason = reason
+
+
 class Shards:
     """A checkpoint on the disk. Nothing in it is believed before ``check``.
 
     Raises:
-        InputError: there is no index, or it is damaged.
+        DamagedError: there is no index, or it is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -176,7 +184,7 @@ class Shards:
         if _render(claimed).encode() != raw:  # every byte counts, also one between two words
             raise self.refuse(INDEX, "is damaged: it does not have the hash that it names")
         if content["format"] != _FORMAT:
-            raise self.refuse(INDEX, f"has format {content['format']}, expected {_FORMAT}: it is of another version")
+            raise self.refuse(INDEX, f"has format {content['format']}, expected {_FORMAT}: it was written by another version")
         self.world: int = content["world"]
         self.files: dict[str, dict[str, Any]] = content["files"]
         self.settings: Any = content["settings"]
@@ -185,9 +193,13 @@ class Shards:
             for kind, table in content["tensors"].items()
         }
 
-    def refuse(self, file: str, reason: str) -> InputError:
-        """The error for a checkpoint that cannot be used."""
-        return InputError(f"checkpoint {self.folder}: {file} {reason}; {_OTHER}")
+    def refuse(self, file: str, reason: str) -> "DamagedError":
+        """The error for a checkpoint that nobody can use."""
+        return DamagedError(self.folder, f"{file} {reason}")
+
+    def differs(self, reason: str) -> InputError:
+        """The error for a checkpoint of something else."""
+        return InputError(f"checkpoint {self.folder}: {INDEX} {reason}; {_ANOTHER}")
 
     def check(self, share: int = 0, shares: int = 1) -> None:
         """Raise unless the files are those of the index. Contents are compared of every ``shares``-th file."""
