@@ -156,6 +156,13 @@ def test_a_strange_optimizer_is_not_saved(tmp_path: Path) -> None:
     assert list((tmp_path / "one").iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    model = Small()
+    with pytest.raises(InputError, match=r"folder='.*file/one': cannot be made \(Not a directory\)"):
+        save_sharded(tmp_path / "file" / "one", model, small_optimizer(model))
+
+
 def test_a_checkpoint_is_not_written_over(sound: tuple[Path, nn.Module, torch.optim.Optimizer]) -> None:
     folder, model, optimizer = sound
     with pytest.raises(InputError, match="holds a checkpoint; save into an empty folder"):

@@ -64,7 +64,12 @@ def save_sharded_async(folder: Path, model: nn.Module, optimizer: torch.optim.Op
     plain = _unwrapped(model)
 
     def prepare() -> tuple[dict[str, Part], Any]:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"folder={str(folder)!r}: cannot be made ({error.strerror}); give one that can be written"
+            ) from error
         if (folder / INDEX).exists():
             raise InputError(f"folder={str(folder)!r}: holds a checkpoint; save into an empty folder")
         tensors = _model_tensors(plain)  # before names are asked for: it lets fully_shard put its shards in place
