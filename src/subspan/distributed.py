@@ -7,7 +7,7 @@ with a basis that all ranks hold. What remains to be sent is a sum over rows, he
 
 import functools
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,12 @@ class _SpreadRows(Rows):
 
     def count(self, here: int) -> int:
         return self._rows
+
+
+def mean_later(A: Tensor, then: Callable[[Tensor], Tensor]) -> Any:
+    """A future of ``then`` of the mean of ``A`` over all ranks. ``A`` is overwritten."""
+    work = dist.all_reduce(A.div_(dist.get_world_size()), async_op=True)
+    return work.get_future().then(lambda future: then(future.value()[0]))
 
 
 def global_norm(squares: Sequence[tuple[Any, Tensor]]) -> float:

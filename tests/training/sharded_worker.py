@@ -22,7 +22,7 @@ from subspan.training import shards
 from subspan.training.errors import InputError
 from subspan.training.sharded import damage, load_sharded, save_sharded, save_sharded_async
 
-OPTIMIZERS = ["adamw", "torch_sgd"]
+OPTIMIZERS = ["adamw", "torch_sgd", "sara_adamw", "golore_adamw", "galore_adafactor", "fira_adamw", "sara_adamw_8bit"]
 """Names of ``subspan.create``, or ``torch_sgd``. To test another one on sharded models, add it here."""
 
 BEFORE, AFTER = 3, 2  # steps trained before a checkpoint and after it
