@@ -2,6 +2,8 @@
 
 checkpoints/step-000100/  config.json, model.safetensors, tokenizer files      loads with from_pretrained
                           optimizer.pt, training.pt                            tensors and primitives only
+
+A sharded run keeps what each rank holds of weights and optimizer in files of its own instead (``sharded.py``).
 """
 
 import pickle
@@ -18,8 +20,10 @@ from transformers import PreTrainedTokenizerBase
 
 from subspan.training.errors import InputError, first_line
 from subspan.training.files import remove_directory, replace_directory
+from subspan.training.parallel import Ranks
 
 _NAME = re.compile(r"step-(\d{6,})")
+_SCRATCH = "unfinished"
 _OTHER = "remove it, or continue an older one with --resume PATH"
 
 
@@ -27,16 +31,49 @@ def save(
     folder: Path, step: int, keep: int, model: nn.Module, tokenizer: PreTrainedTokenizerBase, parts: dict[str, dict[str, Any]]
 ) -> None:
     """Write the checkpoint of ``step``, then drop all but the ``keep`` newest. ``parts`` become files, one by name."""
-    scratch = folder / "unfinished"
+    scratch = _begin(folder)
+    model.save_pretrained(scratch, max_shard_size="10TB")  # type: ignore[operator]  # transformers' method; one file
+    _finish(scratch, step, keep, tokenizer, parts)
+
+
+def save_shards(
+    folder: Path, step: int, keep: int, model: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: PreTrainedTokenizerBase,
+    parts: dict[str, dict[str, Any]], ranks: Ranks,
+) -> None:  # fmt: skip
+    """``save`` of a model and an optimizer of which each rank holds a part. Collective; ``parts`` are those of rank 0."""
+    from subspan.training.sharded import save_sharded
+
+    if ranks.first:
+        _begin(folder)
+    ranks.barrier()
+    save_sharded(folder / _SCRATCH, model, optimizer)
+    ranks.barrier()
+    if ranks.first:
+        model.config.save_pretrained(folder / _SCRATCH)  # type: ignore[union-attr, operator]  # transformers' method
+        _finish(folder / _SCRATCH, step, keep, tokenizer, parts)
+    ranks.barrier()
+
+
+def _begin(folder: Path) -> Path:
+    scratch = folder / _SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    model.save_pretrained(scratch, max_shard_size="10TB")  # type: ignore[operator]  # transformers' method; one file
+    return scratch
+
+
+def _finish(scratch: Path, step: int, keep: int, tokenizer: PreTrainedTokenizerBase, parts: dict[str, dict[str, Any]]) -> None:
     tokenizer.save_pretrained(scratch)
     for name, part in parts.items():
         torch.save(part, scratch / f"{name}.pt")
+    folder = scratch.parent
     replace_directory(scratch, folder / f"step-{step:06d}")
     for old in list_checkpoints(folder)[:-keep]:
         remove_directory(old)
+
+
+def is_sharded(checkpoint: Path) -> bool:
+    """Whether ranks have saved their parts there."""
+    return not (checkpoint / "optimizer.pt").exists() and not (checkpoint / "model.safetensors").exists()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
