@@ -3,7 +3,7 @@
 checkpoints/step-000100/  config.json, model.safetensors, tokenizer files      loads with from_pretrained
                           optimizer.pt, training.pt                            tensors and primitives only
 
-A sharded run keeps what each rank holds of weights and optimizer in files of its own instead (``sharded.py``).
+A run whose ranks hold parts of the model saves those instead of ``model.safetensors`` and ``optimizer.pt`` (``sharded.py``).
 """
 
 import pickle
@@ -23,7 +23,6 @@ from subspan.training.files import remove_directory, replace_directory
 from subspan.training.parallel import Ranks
 
 _NAME = re.compile(r"step-(\d{6,})")
-_SCRATCH = "unfinished"
 _OTHER = "remove it, or continue an older one with --resume PATH"
 
 
@@ -31,44 +30,41 @@ def save(
     folder: Path, step: int, keep: int, model: nn.Module, tokenizer: PreTrainedTokenizerBase, parts: dict[str, dict[str, Any]]
 ) -> None:
     """Write the checkpoint of ``step``, then drop all but the ``keep`` newest. ``parts`` become files, one by name."""
-    scratch = _begin(folder)
+    scratch = folder / "unfinished"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
     model.save_pretrained(scratch, max_shard_size="10TB")  # type: ignore[operator]  # transformers' method; one file
-    _finish(scratch, step, keep, tokenizer, parts)
+    tokenizer.save_pretrained(scratch)
+    for name, part in parts.items():
+        torch.save(part, scratch / f"{name}.pt")
+    replace_directory(scratch, folder / f"step-{step:06d}")
+    for old in list_checkpoints(folder)[:-keep]:
+        remove_directory(old)
 
 
 def save_shards(
     folder: Path, step: int, keep: int, model: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: PreTrainedTokenizerBase,
     parts: dict[str, dict[str, Any]], ranks: Ranks,
 ) -> None:  # fmt: skip
-    """``save`` of a model and an optimizer of which each rank holds a part. Collective; ``parts`` are those of rank 0."""
+    """``save``, where each rank holds a part of model and optimizer. Collective; rank 0 writes ``parts``, and renames."""
     from subspan.training.sharded import save_sharded
 
+    scratch = folder / "unfinished"
     if ranks.first:
-        _begin(folder)
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
     ranks.barrier()
-    save_sharded(folder / _SCRATCH, model, optimizer)
+    save_sharded(scratch, model, optimizer)
     ranks.barrier()
     if ranks.first:
-        model.config.save_pretrained(folder / _SCRATCH)  # type: ignore[union-attr, operator]  # transformers' method
-        _finish(folder / _SCRATCH, step, keep, tokenizer, parts)
+        model.config.save_pretrained(scratch)  # type: ignore[union-attr, operator]  # transformers' method
+        tokenizer.save_pretrained(scratch)
+        for name, part in parts.items():
+            torch.save(part, scratch / f"{name}.pt")
+        replace_directory(scratch, folder / f"step-{step:06d}")
+        for old in list_checkpoints(folder)[:-keep]:
+            remove_directory(old)
     ranks.barrier()
-
-
-def _begin(folder: Path) -> Path:
-    scratch = folder / _SCRATCH
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    return scratch
-
-
-def _finish(scratch: Path, step: int, keep: int, tokenizer: PreTrainedTokenizerBase, parts: dict[str, dict[str, Any]]) -> None:
-    tokenizer.save_pretrained(scratch)
-    for name, part in parts.items():
-        torch.save(part, scratch / f"{name}.pt")
-    folder = scratch.parent
-    replace_directory(scratch, folder / f"step-{step:06d}")
-    for old in list_checkpoints(folder)[:-keep]:
-        remove_directory(old)
 
 
 def is_sharded(checkpoint: Path) -> bool:
