@@ -118,6 +118,27 @@ def test_a_checkpoint_goes_on_with_any_number_of_ranks(ranks: int, corpus: Path,
 
 
 @distributed
+def test_a_sharded_run_goes_on(corpus: Path, tmp_path: Path) -> None:
+    """On as many ranks, bit for bit; in one process, which leaves a plain checkpoint, that no sharded run can continue."""
+    pytest.importorskip("subspan.training.sharded")
+    run, again = (settings(corpus, tmp_path / name, optimizer="adamw") for name in ("run", "again"))
+    resume = f"--resume={tmp_path}/run/checkpoints/step-000004"
+    done = launch(2, [*run, "--parallel=fsdp"], [*again, "--parallel=fsdp", resume])
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run" / "checkpoints" / "unfinished").exists()
+    for name in ("run", "again"):
+        assert main([*settings(corpus, tmp_path / name, optimizer="adamw"), "--resume=auto"]) == 0
+    assert same(weights(tmp_path / "run", 12), weights(tmp_path / "again", 12))
+    one = settings(corpus, tmp_path / "one", optimizer="adamw")
+    assert main([*one, "--parallel=none", f"--resume={tmp_path}/run/checkpoints/step-000008"]) == 0
+    first, second = (read_metrics(tmp_path / name)[-1]["val_loss"] for name in ("run", "one"))
+    assert second == pytest.approx(first, rel=1e-5)
+    done = launch(2, [*run, "--parallel=fsdp", "--resume=auto"])
+    assert done.returncode != 0
+    assert "holds the whole model in one file; continue it with --parallel ddp or in one process" in done.stderr
+
+
+@distributed
 def test_a_signal_to_one_rank_stops_all_at_one_step(corpus: Path, tmp_path: Path) -> None:
     arguments = settings(corpus, tmp_path / "run", **{"checkpoint.every": 100})
     done = launch(2, [*arguments, "--parallel=ddp"], what="terminate", step=7)
