@@ -73,13 +73,16 @@ def count_what_is_sent() -> None:
 
 
 def stand_in_for_missing_modules() -> None:
-    """Where there are no sharded checkpoints yet, a sharded run saves nothing of its model."""
+    """Where there are no sharded checkpoints yet, a sharded run saves nothing."""
     try:
         import subspan.training.sharded  # noqa: F401
     except ImportError:
-        stub: Any = types.ModuleType("subspan.training.sharded")
-        stub.save_sharded = lambda folder, model, optimizer: None
-        sys.modules["subspan.training.sharded"] = stub
+        sharded: Any = types.ModuleType("subspan.training.sharded")
+        sharded.save_sharded = lambda folder, model, optimizer: None
+        publish: Any = types.ModuleType("subspan.training.publish")
+        publish.open_scratch = lambda folder: folder.mkdir(exist_ok=True) or folder
+        publish.publish = lambda scratch, step, keep: None
+        sys.modules |= {"subspan.training.sharded": sharded, "subspan.training.publish": publish}
 
 
 def run_one_after_the_other(commands: list[list[str]]) -> int:

@@ -2,8 +2,6 @@
 
 checkpoints/step-000100/  config.json, model.safetensors, tokenizer files      loads with from_pretrained
                           optimizer.pt, training.pt                            tensors and primitives only
-
-A run whose ranks hold parts of the model saves those instead of ``model.safetensors`` and ``optimizer.pt`` (``sharded.py``).
 """
 
 import pickle
@@ -20,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 
 from subspan.training.errors import InputError, first_line
 from subspan.training.files import remove_directory, replace_directory
-from subspan.training.parallel import Ranks
 
 _NAME = re.compile(r"step-(\d{6,})")
 _OTHER = "remove it, or continue an older one with --resume PATH"
@@ -40,36 +37,6 @@ def save(
     replace_directory(scratch, folder / f"step-{step:06d}")
     for old in list_checkpoints(folder)[:-keep]:
         remove_directory(old)
-
-
-def save_shards(
-    folder: Path, step: int, keep: int, model: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: PreTrainedTokenizerBase,
-    parts: dict[str, dict[str, Any]], ranks: Ranks,
-) -> None:  # fmt: skip
-    """``save``, where each rank holds a part of model and optimizer. Collective; rank 0 writes ``parts``, and renames."""
-    from subspan.training.sharded import save_sharded
-
-    scratch = folder / "unfinished"
-    if ranks.first:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-    ranks.barrier()
-    save_sharded(scratch, model, optimizer)
-    ranks.barrier()
-    if ranks.first:
-        model.config.save_pretrained(scratch)  # type: ignore[union-attr, operator]  # transformers' method
-        tokenizer.save_pretrained(scratch)
-        for name, part in parts.items():
-            torch.save(part, scratch / f"{name}.pt")
-        replace_directory(scratch, folder / f"step-{step:06d}")
-        for old in list_checkpoints(folder)[:-keep]:
-            remove_directory(old)
-    ranks.barrier()
-
-
-def is_sharded(checkpoint: Path) -> bool:
-    """Whether ranks have saved their parts there."""
-    return not (checkpoint / "optimizer.pt").exists() and not (checkpoint / "model.safetensors").exists()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from subspan.training.files import write_text
-from subspan.training.parallel import ALONE, Ranks
 
 
 class Metrics:
@@ -19,26 +18,21 @@ class Metrics:
     Args:
         folder: the run's directory.
         step: where the run starts. Rows beyond it, written before an interruption, are dropped: they will come again.
-        kept: whether to write at all; one of several processes does.
     """
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool, kept: bool = True) -> None:
-        self._file: Any = None
-        self._board: Any = None
-        if not kept:
-            return
+    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
         self.path = folder / "metrics.jsonl"
         rows = [row for row in read_metrics(folder) if row["step"] <= step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  # open as long as the run
+        self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def write(self, row: dict[str, float]) -> None:
-        if self._file:
-            self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row) + "\n")
         if self._board:
             for name, value in row.items():
                 if name != "step":
@@ -48,8 +42,7 @@ class Metrics:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._file:
-            self._file.close()
+        self._file.close()
         if self._board:
             self._board.close()
 
@@ -68,20 +61,18 @@ class Meter:
         self._began = time.monotonic()
 
     def stop(self, loss: Tensor, tokens: int) -> None:
-        """A step is over: this rank's share of the mean loss, and the tokens of all ranks."""
         self._loss = self._loss + loss  # on its device: adding up does not wait for it
         self._steps += 1
         self._tokens += tokens
         self._seconds += time.monotonic() - self._began
 
-    def read(self, ranks: Ranks = ALONE) -> dict[str, float]:
-        """Of all ``ranks``, each of which must read."""
+    def read(self) -> dict[str, float]:
         if torch.cuda.is_available():
             began = time.monotonic()
             torch.cuda.synchronize()
             self._seconds += time.monotonic() - began
         speed = self._tokens / max(self._seconds, 1e-9)
-        row = {"loss": ranks.sum(float(self._loss)) / self._steps, "tokens_per_second": round(speed, 1)}
+        row = {"loss": float(self._loss) / self._steps, "tokens_per_second": round(speed, 1)}
         self._clear()
         return row
 

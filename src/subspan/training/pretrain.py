@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ class Pretraining:
         began = time.monotonic() - self.seconds
         with (
             ProgressLine(config.steps, self.step, shown=ranks.first) as progress,
-            Metrics(self.out, self.step, config.tensorboard, kept=ranks.first) as metrics,
+            Metrics(self.out, self.step, config.tensorboard) if ranks.first else nullcontext() as metrics,
             collect_signals() as received,
         ):
             meter = Meter()
@@ -135,9 +136,11 @@ class Pretraining:
                 stopping = bool(signum) and not last
                 saving = stopping or last or self.step % config.checkpoint.every == 0
                 if saving or self.step % config.log_every == 0:  # nothing is saved whose loss is not known to be finite
-                    row = {"step": self.step, "tokens": self.tokens, **meter.read(ranks), "grad_norm": float(norm), "lr": lr}
+                    row = {"step": self.step, "tokens": self.tokens, **meter.read(), "grad_norm": float(norm), "lr": lr}
+                    row["loss"] = ranks.sum(row["loss"])
                     self._check_finite(row["loss"])
-                    metrics.write(row | {"seconds": round(self.seconds, 3)})
+                    if metrics:
+                        metrics.write(row | {"seconds": round(self.seconds, 3)})
                     progress.note(row["loss"], row["tokens_per_second"])
                 progress.update(self.step)
                 if last:
@@ -211,13 +214,14 @@ class Pretraining:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.config.device, torch.bfloat16, enabled=self.config.precision == "bf16-mixed")
 
-    def _evaluate(self, validation: Any, metrics: Metrics) -> float:
+    def _evaluate(self, validation: Any, metrics: Metrics | None) -> float:
         config = self.config
         began = time.monotonic()
         loss = evaluate(self.model, validation, config.micro_batch_size, self._autocast(), self.ranks)
         seconds = round(time.monotonic() - began, 3)
         self._check_finite(loss)
-        metrics.write({"step": self.step, "tokens": self.tokens, "val_loss": loss, "val_seconds": seconds})
+        if metrics:
+            metrics.write({"step": self.step, "tokens": self.tokens, "val_loss": loss, "val_seconds": seconds})
         return loss
 
     def _check_finite(self, loss: float) -> None:
@@ -259,17 +263,27 @@ class Pretraining:
         }
         folder, keep = self.out / "checkpoints", self.config.checkpoint.keep
         if ranks.sharded:
-            parts = {"training": training}
-            checkpoints.save_shards(folder, self.step, keep, self.model, self.optimizer, self.tokenizer, parts, ranks)
-            return
-        if ranks.first:
+            self._save_shards(folder, keep, training)
+        elif ranks.first:
             parts = {"optimizer": self.optimizer.state_dict(), "training": training}
             checkpoints.save(folder, self.step, keep, self.model, self.tokenizer, parts)
         ranks.barrier()
 
+    def _save_shards(self, folder: Path, keep: int, training: dict[str, Any]) -> None:
+        from subspan.training.publish import open_scratch, publish
+        from subspan.training.sharded import save_sharded
+
+        scratch = open_scratch(folder)
+        save_sharded(scratch, self.model, self.optimizer)
+        if self.ranks.first:
+            self.model.config.save_pretrained(scratch)  # type: ignore[union-attr, operator]  # transformers' method
+            self.tokenizer.save_pretrained(scratch)
+            torch.save(training, scratch / "training.pt")
+        publish(scratch, step=self.step, keep=keep)
+
     def _load(self, folder: Path) -> None:
         training = checkpoints.load_part(folder, "training")
-        if checkpoints.is_sharded(folder):
+        if not (folder / "optimizer.pt").exists():  # ranks have saved their parts
             from subspan.training.sharded import load_sharded
 
             load_sharded(folder, self.model, self.optimizer)
