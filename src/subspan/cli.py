@@ -3,11 +3,12 @@
 import difflib
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 try:
     import jsonargparse
@@ -22,6 +23,9 @@ from subspan.recipes import describe, list_optimizers
 from subspan.training.config import PretrainConfig
 from subspan.training.errors import InputError
 from subspan.training.signals import RunInterruptedError, interrupt_ends_process
+
+if TYPE_CHECKING:
+    from subspan.training.parallel import Ranks
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -51,8 +55,13 @@ class _Parser(ArgumentParser):
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"subspan: error: {' '.join(message.split())}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of many processes that read the same settings, one says what is wrong
+        _say(f"error: {' '.join(message.split())}")
     raise SystemExit(2)
+
+
+def _say(message: str) -> None:
+    print(f"subspan: {message}", file=sys.stderr, flush=True)
 
 
 def _parser() -> tuple[ArgumentParser, ArgumentParser]:
@@ -157,26 +166,41 @@ def _list(what: str, as_json: bool) -> None:
 def _pretrain(config: PretrainConfig, as_json: bool) -> int:
     logging.getLogger("subspan").setLevel(logging.WARNING)  # the run shows the table itself
     with interrupt_ends_process():
-        # Here, because they take seconds to import: --help and mistyped flags need not wait.
-        from subspan.training.pretrain import Pretraining, RunDivergedError
+        # Here, because it takes seconds to import: --help and mistyped flags need not wait.
+        from subspan.training import parallel
 
         try:
-            run = Pretraining(config)
-        except (ValueError, OSError) as error:
+            ranks = parallel.join(config.parallel, config.device)
+        except InputError as error:
             _fail(str(error))
+    return parallel.run_joined(ranks, lambda: _train(config, as_json, ranks))
+
+
+def _train(config: PretrainConfig, as_json: bool, ranks: "Ranks") -> int:
+    def end(status: int, message: str) -> int:
+        if ranks.speaks():
+            _say(message)
+        return status
+
+    with interrupt_ends_process():
+        from subspan.training.pretrain import Pretraining, RunDivergedError  # seconds to import too
+
+        try:
+            run = Pretraining(config, ranks)
+        except (ValueError, OSError) as error:
+            raise SystemExit(end(2, f"error: {' '.join(str(error).split())}")) from None
     try:
         summary = run.run()
     except InputError as error:  # found late: data that breaks off, a directory taken meanwhile
-        _fail(str(error))
+        raise SystemExit(end(2, f"error: {' '.join(str(error).split())}")) from None
     except KeyboardInterrupt:  # twice, or before the first step
-        print("subspan: stopped at once; what was saved before stands", file=sys.stderr)
-        return 130
+        return end(130, "stopped at once; what was saved before stands")
     except RunInterruptedError as error:
-        print(f"subspan: {error}", file=sys.stderr)
-        return 128 + error.signum
+        return end(128 + error.signum, str(error))
     except RunDivergedError as error:
-        print(f"subspan: {error}", file=sys.stderr)
-        return 1
+        return end(1, str(error))
+    if not ranks.first:
+        return 0
     if as_json:
         print(json.dumps(asdict(summary)))
     else:

@@ -13,6 +13,7 @@ from backward.ddp_worker import RANK, batches, build, optimizer_of
 
 from subspan.groups import EXCLUDED, select_linear
 
+pytestmark = pytest.mark.distributed
 WORKER = Path(__file__).with_name("ddp_worker.py")
 
 

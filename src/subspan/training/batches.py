@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 IGNORED = -100
@@ -24,12 +25,23 @@ class Batch:
         """In pieces of ``size`` sequences."""
         return [Batch(*pair) for pair in zip(self.inputs.split(size), self.targets.split(size), strict=True)]
 
+    def part(self, rank: int, ranks: int) -> "Batch":
+        """The sequences of ``rank``: of ``ranks`` equal parts, one."""
+        return Batch(self.inputs.chunk(ranks)[rank], self.targets.chunk(ranks)[rank])
+
+    def ignored(self) -> "Batch":
+        """The same sequences, of which nothing counts."""
+        return Batch(self.inputs, torch.full_like(self.targets, IGNORED))
+
     def to(self, device: Any) -> "Batch":
         return Batch(self.inputs.to(device), self.targets.to(device))
 
 
 class DataSource(Protocol):
-    """Training batches in an order that depends on the seed alone, and a fixed validation set."""
+    """Training batches in an order that depends on the seed alone, and a fixed validation set.
+
+    It knows nothing of ranks: each reads the same and takes its part of a batch. So the cursor holds for any number of them.
+    """
 
     def next_batch(self, size: int) -> Batch:
         """The next ``size`` sequences."""

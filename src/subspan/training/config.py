@@ -28,6 +28,9 @@ class OptimConfig:
     """With backward_side: whether layers that get the same tensor share a basis and what is saved of it."""
     merge: Literal["step", "refresh"] = "step"
     """With backward_side: when the weight changes; refresh keeps the steps between in fp32, for bf16 weights."""
+    select_from: Literal["mean", "owner"] = "mean"
+    """With backward_side and several processes: whether a basis is chosen from the gradient of the whole batch, or from that of
+    one process's part, which sends less and chooses otherwise than one process would."""
     eta: float | None = None
     """Strength of the proximal term ||B||² / (2 eta), B the way since the last refresh; null is none."""
     proximal: Literal["coupled", "decoupled"] = "coupled"
@@ -93,9 +96,9 @@ class PretrainConfig:
     steps: int | None = None
     """Optimizer steps; null is the preset's."""
     batch_size: int | None = None
-    """Sequences in a step; null is the preset's."""
+    """Sequences in a step, of all processes together; null is the preset's."""
     micro_batch_size: int | None = None
-    """Sequences in a forward pass, fewer than a batch to accumulate gradients; null is the whole batch."""
+    """Sequences in a forward pass of a process, fewer than its part of the batch to accumulate gradients; null is all."""
     sequence_length: int | None = None
     """Tokens predicted in a sequence; null is the preset's."""
     packing: bool = True
@@ -125,6 +128,9 @@ class PretrainConfig:
     those of the run: give its config.yaml as --config."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto is cuda if there is one."""
+    parallel: Literal["none", "ddp", "fsdp"] | None = None
+    """Under torchrun: ddp, each process holds the model; fsdp, each holds a part of it. Both compute what one process computes,
+    and a run may go on with another number of processes. Without torchrun there is one; null is none."""
     precision: Literal["auto", "fp32", "bf16-mixed", "bf16"] = "auto"
     """bf16-mixed computes in bf16 and keeps fp32 weights; bf16 keeps bf16 weights; auto is bf16-mixed on cuda, else fp32."""
     gradient_checkpointing: bool = False

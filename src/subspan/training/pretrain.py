@@ -3,7 +3,9 @@
 import json
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from subspan.training.evaluation import evaluate, token_losses
 from subspan.training.files import write_text
 from subspan.training.metrics import Meter, Metrics
 from subspan.training.model import build_model
+from subspan.training.parallel import ALONE, Ranks
 from subspan.training.progress import ProgressLine, say
 from subspan.training.resolve import ResolvedConfig, resolve
 from subspan.training.rundir import claim, locate
@@ -54,19 +57,29 @@ class RunDivergedError(RuntimeError):
 class Pretraining:
     """A run that is ready to start. Building it reads, checks and loads; it writes nothing but the cache of tokens.
 
+    Args:
+        config: its settings.
+        ranks: the processes that share the work, each of which builds this and runs it.
+
     Raises:
         ValueError: a setting is wrong; the message names it.
     """
 
-    def __init__(self, config: PretrainConfig) -> None:
+    def __init__(self, config: PretrainConfig, ranks: Ranks = ALONE) -> None:
         self.config = config = resolve(config)
+        self.ranks = ranks
         self.settings = _plain(asdict(config))
-        self.out, resumed = locate(config, self.settings)
+        if config.batch_size % ranks.size:
+            raise InputError(f"batch_size={config.batch_size}: expected a multiple of the {ranks.size} processes that share it")
+        # Said by one rank: others may still be looking when it has begun to write.
+        out, checkpoint = ranks.from_first(lambda: [path and str(path) for path in locate(config, self.settings)])
+        self.out, resumed = Path(out), checkpoint and Path(checkpoint)
         if config.threads:
             torch.set_num_threads(config.threads)
 
-        self.tokenizer = load_tokenizer(config.tokenizer)
-        self.data = _open_data(config, self.tokenizer)
+        with ranks.one_first():
+            self.tokenizer = load_tokenizer(config.tokenizer)
+            self.data = _open_data(config, self.tokenizer)
         model = build_model(config.model, self.tokenizer, config.sequence_length, config.seed)
         if config.gradient_checkpointing:
             # The second name is that of transformers before 5.
@@ -75,8 +88,20 @@ class Pretraining:
         if config.precision == "bf16":
             for p in model.parameters():  # not the buffers: rotary frequencies in bf16 would be another model
                 p.data = p.data.to(torch.bfloat16)
-        self.model: nn.Module = model.to(config.device).train()
+        if config.backward_side:
+            project_backward(
+                model,
+                rank=config.rank,
+                targets=config.optim.targets,
+                share=config.optim.share,
+                merge=config.optim.merge,
+                select_from=config.optim.select_from,
+            )
+        self.model: nn.Module = ranks.place(model, config.device).train()
         self.optimizer = _build_optimizer(config, self.model)
+        self.wrapped = ranks.wrap(self.model)
+        if ranks.rank:  # rank 0 draws what one process would
+            torch.manual_seed((config.seed * 1_000_003 + ranks.rank) % 2**63)
         steps, warmup, floor = config.steps, config.schedule.warmup_steps, config.schedule.min_lr_ratio
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda t: lr_factor(t, steps, warmup, floor))
         self.step, self.tokens, self.seconds = 0, 0, 0.0
@@ -90,15 +115,14 @@ class Pretraining:
             RunInterruptedError: SIGTERM or SIGINT came; the run is saved and can be resumed.
             RunDivergedError: the loss is not finite.
         """
-        config = self.config
-        if not (config.resume and (self.out / "config.yaml").exists()):
-            self.out = claim(self.out, self.settings, numbered=config.out is None)
+        config, ranks = self.config, self.ranks
+        self.out = Path(ranks.from_first(self._claim))
         self._announce()
         validation = self.data.validation()
         began = time.monotonic() - self.seconds
         with (
-            ProgressLine(config.steps, self.step) as progress,
-            Metrics(self.out, self.step, config.tensorboard) as metrics,
+            ProgressLine(config.steps, self.step, shown=ranks.first) as progress,
+            Metrics(self.out, self.step, config.tensorboard) if ranks.first else nullcontext() as metrics,
             collect_signals() as received,
         ):
             meter = Meter()
@@ -108,12 +132,15 @@ class Pretraining:
                 meter.stop(loss, tokens)
                 self.seconds = time.monotonic() - began
                 last = self.step == config.steps
-                stopping = bool(received) and not last
+                signum = self._signal(received)
+                stopping = bool(signum) and not last
                 saving = stopping or last or self.step % config.checkpoint.every == 0
                 if saving or self.step % config.log_every == 0:  # nothing is saved whose loss is not known to be finite
                     row = {"step": self.step, "tokens": self.tokens, **meter.read(), "grad_norm": float(norm), "lr": lr}
+                    row["loss"] = ranks.sum(row["loss"])
                     self._check_finite(row["loss"])
-                    metrics.write(row | {"seconds": round(self.seconds, 3)})
+                    if metrics:
+                        metrics.write(row | {"seconds": round(self.seconds, 3)})
                     progress.note(row["loss"], row["tokens_per_second"])
                 progress.update(self.step)
                 if last:
@@ -121,11 +148,12 @@ class Pretraining:
                 if self.step % config.evaluation.every == 0 and not stopping:  # who stops a run does not want to wait
                     val_loss = self._evaluate(validation, metrics)
                     progress.say(f"step {self.step}: validation loss {val_loss:.4f}, perplexity {math.exp(val_loss):.2f}")
-                    stopping = bool(received)
+                    signum = self._signal(received)
+                    stopping = bool(signum)
                 if saving or stopping:
                     self._save()
                 if stopping:
-                    raise RunInterruptedError(received[0], self.step, str(self.out))
+                    raise RunInterruptedError(signum, self.step, str(self.out), ranks.size)
             val_loss = self._evaluate(validation, metrics)
             self.seconds = time.monotonic() - began
             self._save()
@@ -141,22 +169,40 @@ class Pretraining:
             out=str(self.out),
             seed=config.seed,
         )
-        write_text(self.out / "summary.json", json.dumps(asdict(summary)) + "\n")
+        if ranks.first:
+            write_text(self.out / "summary.json", json.dumps(asdict(summary)) + "\n")
+        ranks.barrier()
         return summary
 
+    def _claim(self) -> str:
+        """The run's directory, made if this is not the continuation of the run there."""
+        if self.config.resume and (self.out / "config.yaml").exists():
+            return str(self.out)
+        return str(claim(self.out, self.settings, numbered=self.config.out is None))
+
+    def _signal(self, received: list[int]) -> int:
+        """The signal that a rank has received, the same on every rank, or 0.
+
+        Asked at every step: it is one sum of eight bytes between CPUs, and torchrun gives processes 30 seconds to save.
+        """
+        return self.ranks.largest(received[0] if received else 0)
+
     def _train_step(self) -> tuple[torch.Tensor, torch.Tensor, float, int]:
-        """One optimizer step: the mean token loss, the norm of the gradient before clipping, the learning rate, the tokens."""
-        config = self.config
+        """One optimizer step: this rank's share of the mean token loss, the norm of the gradient before clipping, the learning
+        rate, the tokens of all ranks."""
+        config, ranks = self.config, self.ranks
         batch = self.data.next_batch(config.batch_size)
         tokens = batch.tokens()
         total = torch.zeros((), device=config.device)
-        for part in batch.split(config.micro_batch_size):
-            with self._autocast():
-                # Over the whole batch's tokens, so that accumulation changes nothing, padding or not.
-                loss = token_losses(self.model, part.to(config.device)) / max(1, tokens)
-            loss.backward()
+        parts = batch.part(ranks.rank, ranks.size).split(config.micro_batch_size)
+        for number, part in enumerate(parts, 1):
+            with ranks.accumulating(self.wrapped, last=number == len(parts)):
+                with self._autocast():
+                    # Over the whole batch's tokens, so that accumulation changes nothing, padding or not.
+                    loss = token_losses(self.wrapped, part.to(config.device)) / max(1, tokens)
+                (loss * ranks.size).backward()  # gradients are averaged over the ranks
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
+        norm = ranks.whole_norm(nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf))
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
         self.scheduler.step()
@@ -168,13 +214,14 @@ class Pretraining:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.config.device, torch.bfloat16, enabled=self.config.precision == "bf16-mixed")
 
-    def _evaluate(self, validation: Any, metrics: Metrics) -> float:
+    def _evaluate(self, validation: Any, metrics: Metrics | None) -> float:
         config = self.config
         began = time.monotonic()
-        loss = evaluate(self.model, validation, config.micro_batch_size, self._autocast())
+        loss = evaluate(self.model, validation, config.micro_batch_size, self._autocast(), self.ranks)
         seconds = round(time.monotonic() - began, 3)
         self._check_finite(loss)
-        metrics.write({"step": self.step, "tokens": self.tokens, "val_loss": loss, "val_seconds": seconds})
+        if metrics:
+            metrics.write({"step": self.step, "tokens": self.tokens, "val_loss": loss, "val_seconds": seconds})
         return loss
 
     def _check_finite(self, loss: float) -> None:
@@ -185,49 +232,82 @@ class Pretraining:
             )
 
     def _announce(self) -> None:
-        config = self.config
+        config, ranks = self.config, self.ranks
+        if not ranks.first:
+            return
         number = sum(p.numel() for p in self.model.parameters())
         say(f"{config.model}: {number:,} parameters in {config.precision} on {config.device}; {self.data.describe()}")
         summary = getattr(self.optimizer, "summary", None)
         say(f"{config.optimizer}: {summary()}" if summary else f"{config.optimizer}: torch.optim.AdamW on every parameter")
         if self.step:
             say(f"continues at step {self.step}" if self.step < config.steps else f"already complete at step {self.step}")
+        if ranks.size > 1:
+            share = config.batch_size // ranks.size
+            say(f"{ranks.size} processes, {ranks.mode}: each takes {share} of {config.batch_size} sequences")
         say(f"writes to {self.out}")
 
     def _save(self) -> None:
-        rng = {"cpu": torch.get_rng_state()}
+        ranks = self.ranks
+        rng = {"cpu": ranks.gather(torch.get_rng_state())}
         if self.config.device == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state()
+            rng["cuda"] = ranks.gather(torch.cuda.get_rng_state())
         training = {
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
             "data": self.data.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "rng": rng,
+            "rng": {kind: states[0] for kind, states in rng.items()},
+            "rng_of_other_ranks": [{kind: states[rank] for kind, states in rng.items()} for rank in range(1, ranks.size)],
             "settings": self.settings,
         }
-        parts = {"optimizer": self.optimizer.state_dict(), "training": training}
-        checkpoints.save(self.out / "checkpoints", self.step, self.config.checkpoint.keep, self.model, self.tokenizer, parts)
+        folder, keep = self.out / "checkpoints", self.config.checkpoint.keep
+        if ranks.sharded:
+            self._save_shards(folder, keep, training)
+        elif ranks.first:
+            parts = {"optimizer": self.optimizer.state_dict(), "training": training}
+            checkpoints.save(folder, self.step, keep, self.model, self.tokenizer, parts)
+        ranks.barrier()
 
-    def _load(self, folder: Any) -> None:
+    def _save_shards(self, folder: Path, keep: int, training: dict[str, Any]) -> None:
+        from subspan.training.publish import open_scratch, publish
+        from subspan.training.sharded import save_sharded
+
+        scratch = open_scratch(folder)
+        save_sharded(scratch, self.model, self.optimizer)
+        if self.ranks.first:
+            self.model.config.save_pretrained(scratch)  # type: ignore[union-attr, operator]  # transformers' method
+            self.tokenizer.save_pretrained(scratch)
+            torch.save(training, scratch / "training.pt")
+        publish(scratch, step=self.step, keep=keep)
+
+    def _load(self, folder: Path) -> None:
         training = checkpoints.load_part(folder, "training")
-        optimizer = checkpoints.load_part(folder, "optimizer")
-        checkpoints.load_weights(folder, self.model)
-        self.optimizer.load_state_dict(optimizer)
+        if not (folder / "optimizer.pt").exists():  # ranks have saved their parts
+            from subspan.training.sharded import load_sharded
+
+            load_sharded(folder, self.model, self.optimizer)
+        elif self.ranks.sharded:
+            raise InputError(
+                f"parallel='fsdp': the checkpoint {folder} holds the whole model in one file; continue it with --parallel ddp "
+                "or in one process, or start anew with another --out"
+            )
+        else:
+            optimizer = checkpoints.load_part(folder, "optimizer")
+            checkpoints.load_weights(folder, self.model)
+            self.optimizer.load_state_dict(optimizer)
         self.scheduler.load_state_dict(training["scheduler"])
         self.data.load_state_dict(training["data"])
-        torch.set_rng_state(training["rng"]["cpu"])
-        if "cuda" in training["rng"] and self.config.device == "cuda":
-            torch.cuda.set_rng_state(training["rng"]["cuda"])
+        states = [training["rng"], *training.get("rng_of_other_ranks", [])]
+        if self.ranks.rank < len(states):  # a rank that the run did not have keeps its own
+            rng = states[self.ranks.rank]
+            torch.set_rng_state(rng["cpu"])
+            if "cuda" in rng and self.config.device == "cuda":
+                torch.cuda.set_rng_state(rng["cuda"])
         self.step, self.tokens, self.seconds = training["step"], training["tokens"], training["seconds"]
 
 
 def _build_optimizer(config: ResolvedConfig, model: nn.Module) -> torch.optim.Optimizer:
-    if config.backward_side:
-        project_backward(
-            model, rank=config.rank, targets=config.optim.targets, share=config.optim.share, merge=config.optim.merge
-        )
     return create(
         config.optimizer,
         model,

@@ -9,14 +9,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class ProgressLine:
-    """Steps, loss, tokens per second and time left. A context manager."""
+    """Steps, loss, tokens per second and time left. A context manager. Where it is not ``shown``, it is silent."""
 
-    def __init__(self, total: int, done: int) -> None:
+    def __init__(self, total: int, done: int, shown: bool = True) -> None:
+        self.shown = shown
         self.total, self.start, self.began = total, done, time.monotonic()
         self.every = max(1, total // 20)
         self._note, self._fresh, self._said = "", False, done
         self.bar: Progress | None = None
-        if sys.stderr.isatty():
+        if shown and sys.stderr.isatty():
             self.bar = Progress(
                 TextColumn("step"),
                 BarColumn(),
@@ -44,7 +45,7 @@ class ProgressLine:
     def update(self, step: int) -> None:
         if self.bar:
             self.bar.update(self.task, completed=step, note=self._note)
-        elif self._fresh and (step >= self._said + self.every or step == self.total):
+        elif self.shown and self._fresh and (step >= self._said + self.every or step == self.total):
             left = (time.monotonic() - self.began) / max(1, step - self.start) * (self.total - step)
             say(f"step {step}/{self.total}  {self._note}  {left:.0f} s left")
             self._said, self._fresh = step, False
@@ -53,7 +54,7 @@ class ProgressLine:
         """A line above the bar."""
         if self.bar:
             self.bar.console.print(text, highlight=False)
-        else:
+        elif self.shown:
             say(text)
 
 

@@ -13,7 +13,7 @@ from subspan.training.config import PretrainConfig
 from subspan.training.errors import InputError
 
 _FREE = ("out", "resume", "device", "threads", "micro_batch_size", "gradient_checkpointing", "checkpoint", "evaluation",
-         "log_every", "tensorboard")  # fmt: skip
+         "log_every", "tensorboard", "parallel")  # fmt: skip
 """Settings that may differ between a run and its continuation: they do not change what is computed, but for rounding."""
 
 

@@ -1,7 +1,8 @@
 """C4 and SlimPajama, streamed through ``datasets`` and tokenised on the way, with an exact cursor.
 
 GaLore's code takes one document a sequence, cut or padded (``packing=False``). Here documents come in stored order:
-C4's files are shuffled already, and a shuffle buffer could not be restored exactly.
+C4's files are shuffled already, and a shuffle buffer could not be restored exactly. With several processes each reads and
+tokenises all of the stream and keeps its part of every batch, so that a run goes on with another number of them.
 """
 
 import copy

@@ -1,0 +1,102 @@
+"""The ``subspan`` command as torchrun starts it, once or several times over, with something that happens on the way.
+
+Arguments: what happens ("nothing", or a key of ``ACCIDENTS``), before which step, then those of ``subspan``; "then" is between
+those of one run and those of the next.
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+import types
+from itertools import groupby
+from typing import Any
+
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from subspan.cli import main
+from subspan.training import parallel
+from subspan.training.errors import InputError
+from subspan.training.pretrain import Pretraining
+
+
+def kill(run: Pretraining) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def terminate(run: Pretraining) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def bad_data(run: Pretraining) -> None:
+    raise InputError("data 'moon': is made of cheese; expected stone")
+
+
+def bug(run: Pretraining) -> None:
+    raise ZeroDivisionError("a mistake of ours")
+
+
+ACCIDENTS = {"kill": kill, "terminate": terminate, "bad data": bad_data, "bug": bug}
+
+
+def arrange(what: str, step: int) -> None:
+    """Let it happen to rank 1."""
+    train_step = Pretraining._train_step
+
+    def wrapped(run: Pretraining) -> Any:
+        if what in ACCIDENTS and run.ranks.rank == 1 and run.step + 1 == step:
+            ACCIDENTS[what](run)
+        return train_step(run)
+
+    Pretraining._train_step = wrapped  # type: ignore[method-assign]
+
+
+def count_what_is_sent() -> None:
+    """Write into ``sent`` in the run's directory how many bytes of gradients DDP has all-reduced."""
+    run_all = Pretraining.run
+
+    def wrapped(run: Pretraining) -> Any:
+        sent = []
+
+        def counting(group, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations other than its own
+            sent.append(bucket.buffer().numel() * bucket.buffer().element_size())
+            return allreduce_hook(group, bucket)
+
+        if run.wrapped is not run.model:
+            run.wrapped.register_comm_hook(None, counting)  # type: ignore[operator]
+        summary = run_all(run)
+        if run.ranks.first:
+            (run.out / "sent").write_text(str(sum(sent)))
+        return summary
+
+    Pretraining.run = wrapped  # type: ignore[method-assign]
+
+
+def stand_in_for_missing_modules() -> None:
+    """Where there are no sharded checkpoints yet, a sharded run saves nothing."""
+    try:
+        import subspan.training.sharded  # noqa: F401
+    except ImportError:
+        sharded: Any = types.ModuleType("subspan.training.sharded")
+        sharded.save_sharded = lambda folder, model, optimizer: None
+        publish: Any = types.ModuleType("subspan.training.publish")
+        publish.open_scratch = lambda folder: folder.mkdir(exist_ok=True) or folder
+        publish.publish = lambda scratch, step, keep: None
+        sys.modules |= {"subspan.training.sharded": sharded, "subspan.training.publish": publish}
+
+
+def run_one_after_the_other(commands: list[list[str]]) -> int:
+    """In one process group, since a process can join only once."""
+    count_what_is_sent()
+    join, run_joined = parallel.join, parallel.run_joined
+    ranks = join("ddp", "cpu")
+    parallel.join = lambda mode, device: dataclasses.replace(ranks, mode=mode)
+    parallel.run_joined = lambda ranks, body: body()
+    return run_joined(ranks, lambda: max(main(command) for command in commands))
+
+
+if __name__ == "__main__":
+    stand_in_for_missing_modules()
+    arrange(sys.argv[1], int(sys.argv[2]))
+    commands = [list(words) for then, words in groupby(sys.argv[3:], lambda word: word == "then") if not then]
+    raise SystemExit(main(commands[0]) if len(commands) == 1 else run_one_after_the_other(commands))
