@@ -24,6 +24,7 @@ def train(recipe, settings, mesh, backward, in_backward):
     for block in model:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    model.to("cpu")  # makes other parameters of those that fully_shard has made
     optimizer = subspan.create(recipe, model, **{"lr": 1e-2, "rank": RANK, "update_proj_gap": 7, **settings})
     parts = 1
     if in_backward is not None:

@@ -88,6 +88,7 @@ class BackwardLinear(nn.Linear):
         super()._apply(fn, recurse)
         if self.carrier.dtype in (torch.bfloat16, torch.float16):  # steps add up in it, in fp32, whatever the weight is
             self.carrier.data = self.carrier.data.float()
+        mark(self.carrier, self)  # of a DTensor another parameter is made
         return self
 
     def __getstate__(self) -> dict[str, Any]:
