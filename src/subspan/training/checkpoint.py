@@ -43,7 +43,7 @@ def save(
             torch.save(part, scratch / f"{name}.pt")
         seal(scratch)
         replace_directory(scratch, place)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have no error of their own for a full disk
+    except Exception as error:  # of a full disk, torch, safetensors and tokenizers raise errors of three kinds
         shutil.rmtree(scratch, ignore_errors=True)
         before = [sum(file.stat().st_size for file in path.iterdir()) for path in list_checkpoints(folder)[-1:]]
         tensors = sum(t.numel() * t.element_size() for t in _tensors([model.state_dict(), parts]))
