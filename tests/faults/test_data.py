@@ -109,9 +109,7 @@ def test_a_token_beyond_the_vocabulary(tiny: Make, cache: Path) -> None:
 
 @pytest.mark.parametrize("name", ["train.bin", "validation.bin", "meta.json"])
 @pytest.mark.parametrize("how", ["truncated", "gone"])
-def test_a_damaged_cache_is_made_anew(
-    how: str, name: str, tiny: Make, cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_cache_is_made_anew(how: str, name: str, tiny: Make, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Pretraining(tiny())
     whole = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
     (file,) = cache.glob(f"*/{name}")

@@ -103,7 +103,9 @@ def test_the_command_says_so_in_one_line(
         main(["pretrain", *flags, "--sequence_length=16", "--checkpoint.every=2", f"--out={disk / 'run'}", "--device=cpu"])
     assert status.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"subspan: error: checkpoint {disk / 'run' / 'checkpoints' / 'step-000004'} cannot be written: no space")
+    assert last.startswith(
+        f"subspan: error: checkpoint {disk / 'run' / 'checkpoints' / 'step-000004'} cannot be written: no space"
+    )
 
 
 def test_metrics_that_cannot_be_written(disk: Path, tiny: Make, tmp_path: Path) -> None:
@@ -129,8 +131,8 @@ def test_metrics_that_cannot_be_written(disk: Path, tiny: Make, tmp_path: Path) 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of tensorboard's own thread
 def test_tensorboard_that_cannot_be_written(disk: Path, tiny: Make) -> None:
-    run = Pretraining(tiny(out=str(disk / "run"), tensorboard=True, steps=400, log_every=1,
-                           checkpoint=CheckpointConfig(every=400), evaluation=EvaluationConfig(every=400, tokens=32)))  # fmt: skip
+    late = {"checkpoint": CheckpointConfig(every=400), "evaluation": EvaluationConfig(every=400, tokens=32)}
+    run = Pretraining(tiny(out=str(disk / "run"), tensorboard=True, steps=400, log_every=1, **late))
     with pytest.raises(InputError, match="cannot be written: no space is left"):
         filling(run, 3, disk, 8192).run()
 
@@ -139,7 +141,9 @@ def test_the_summary_and_the_metrics_stand_where_they_cannot_be_replaced(disk: P
     path = disk / "summary.json"
     path.write_text("before")
     fill(disk, 0)
-    with pytest.raises(InputError, match=rf"{path} cannot be written: no space is left; it needs about 10.0 kB, 0 bytes are free"):
+    with pytest.raises(
+        InputError, match=rf"{path} cannot be written: no space is left; it needs about 10.0 kB, 0 bytes are free"
+    ):
         write_text(path, "after " * 1667)
     assert path.read_text() == "before"
     assert sorted(file.name for file in disk.iterdir()) == ["ballast", "summary.json"]

@@ -77,6 +77,8 @@ def find_documents(data: str, validation_data: str | None = None) -> Documents:
 def _files(pattern: str, argument: str) -> tuple[Path, ...]:
     if pattern == "embedded":
         return (CORPUS,)
+    if not pattern.strip():  # the path of nothing is the working directory
+        raise InputError(f"{argument}={pattern!r}: expected 'embedded', 'c4', 'slimpajama', or a file, folder or glob")
     path = Path(pattern).expanduser()
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p))
@@ -130,13 +132,17 @@ def _documents_of(file: io.TextIOBase, path: Path) -> Iterator[tuple[str, Split 
             row = json.loads(line)
             text, half = row["text"], row.get("split")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # numbers and nesting have limits
-            raise InputError(f'{path}, line {number}: {error!r}; expected one JSON object a line with a "text"') from error
+            raise InputError(
+                f'data file {path}, line {number}: {error!r}; expected one JSON object a line with a "text"'
+            ) from error
         if not isinstance(text, str):
-            raise InputError(f'{path}, line {number}: "text" is {type(text).__name__}, expected a string')
+            raise InputError(f'data file {path}, line {number}: "text" is {type(text).__name__}, expected a string')
         if half not in (None, "train", "validation"):
-            raise InputError(f'{path}, line {number}: "split" is {half!r}, expected "train" or "validation", or none')
+            raise InputError(f'data file {path}, line {number}: "split" is {half!r}, expected "train" or "validation", or none')
         if not _encodable(text):
-            raise InputError(f'{path}, line {number}: "text" holds half a surrogate pair, which UTF-8 cannot; mend the file')
+            raise InputError(
+                f'data file {path}, line {number}: "text" holds half a surrogate pair, which UTF-8 cannot; mend the file'
+            )
         if text.strip():
             yield text, half
 

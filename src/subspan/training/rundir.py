@@ -123,10 +123,7 @@ def _check_same_run(place: Path, settings: dict[str, Any]) -> None:
 
 
 def _differences(place: Path, settings: dict[str, Any]) -> list[str]:
-    if (place / "training.pt").exists():
-        saved = load_part(place, "training").get("settings")
-    else:
-        saved = _config_of(place)
+    saved = load_part(place, "training").get("settings") if (place / "training.pt").exists() else _config_of(place)
     if not isinstance(saved, dict):
         raise InputError(f"{place} says nothing of its settings; start anew with another --out")
     keys = [key for key in {**saved, **settings} if key not in _FREE]
