@@ -11,30 +11,42 @@ from subspan.residuals import Discard
 from subspan.rules import RULES, SGD
 from subspan.selectors import Dominant
 
-SHAPE = (80, 70)  # 5,600 entries: 21 blocks of 256 and one of 224
+SHAPE = (20, 512)  # bitsandbytes' blocks of 256 run on into the next row, unless rows end with them
 
 
-def numbers(count, seed=0):
-    return torch.randn(count, generator=torch.Generator().manual_seed(seed))
+def numbers(shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("size", [4096, 5600, 4097])
-def test_codes_are_bitsandbytes(signed, size):
-    """Blocks of 256, the dynamic map, signed or not; the last block may be short."""
-    A = numbers(size) if signed else numbers(size).square()
+@pytest.mark.parametrize("shape", [(16, 256), (9, 512), (64, 64), (60, 100), (14, 300), (600, 8)], ids=str)
+def test_codes_are_bitsandbytes(signed, shape):
+    """Each row in blocks of 256, the dynamic map, signed or not; the last block of a row may be short."""
+    A = numbers(shape) if signed else numbers(shape).square()
     packed = quantization.pack({"m": A.clone()}, {"m": signed})
-    codes, rest = quantize_blockwise(A, code=create_dynamic_map(signed=signed), blocksize=256)
-    assert torch.equal(packed["m.codes"], codes)
-    assert torch.equal(packed["m.absmax"], rest.absmax)
-    assert packed["m.absmax"].shape == (-(-size // 256),)
     back = quantization.unpack(packed, {"m": signed}, torch.float32)["m"]
-    expected = dequantize_blockwise(codes, absmax=rest.absmax, code=create_dynamic_map(signed=signed), blocksize=256)
-    assert torch.equal(back, expected)
-    blocks = [back[i : i + 256] - A[i : i + 256] for i in range(0, size, 256)]
-    limits = [A[i : i + 256].abs().max() for i in range(0, size, 256)]
-    # The map's widest gap is between 0.9922 and 1 times the largest: an error of 1 part in 64 covers every code.
-    assert all(error.abs().max() <= limit / 64 for error, limit in zip(blocks, limits, strict=True))
+    assert packed["m.codes"].shape == back.shape == shape
+    assert packed["m.absmax"].shape == (shape[0], -(-shape[1] // 256))
+    code = create_dynamic_map(signed=signed)
+    for i, row in enumerate(A):
+        for j, block in enumerate(row.split(256)):
+            codes, rest = quantize_blockwise(block.contiguous(), code=code, blocksize=256)
+            own = slice(256 * j, 256 * j + len(block))
+            assert torch.equal(packed["m.codes"][i, own], codes)
+            assert torch.equal(packed["m.absmax"][i, j], rest.absmax[0])
+            expected = dequantize_blockwise(codes, absmax=rest.absmax, code=code, blocksize=256)
+            assert torch.equal(back[i, own], expected)
+            # The map's widest gap is between 0.9922 and 1 times the largest: an error of 1 part in 64 covers every code.
+            assert (expected - block).abs().max() <= block.abs().max() / 64
+
+
+def test_rows_in_any_division():
+    """Rows that are quantised apart are those of the whole: they can be spread over ranks."""
+    A = numbers((130, 100))
+    whole = quantization.pack({"m": A}, {"m": True})
+    parts = [quantization.pack({"m": part}, {"m": True}, length=130) for part in A.split(43)]
+    for key in whole:
+        assert torch.equal(whole[key], torch.cat([part[key] for part in parts]))
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -58,11 +70,11 @@ def test_parity_with_bitsandbytes_adam(weight_decay):
 
 
 def test_small_moments_stay_fp32():
-    """Below 4,096 entries nothing is gained."""
-    big, small = parameter((64, 64), dtype=torch.float32), parameter((63, 65), dtype=torch.float32)
-    optimizer = SubspaceAdamW([big, small], state_dtype="int8")
+    """Below 4,096 entries nothing is gained; vectors have no rows."""
+    big, small, vector = (parameter(shape, dtype=torch.float32) for shape in ((64, 64), (63, 65), (5000,)))
+    optimizer = SubspaceAdamW([big, small, vector], state_dtype="int8")
     assert set(optimizer.state[big]) == {"step", "exp_avg.codes", "exp_avg.absmax", "exp_avg_sq.codes", "exp_avg_sq.absmax"}
-    assert set(optimizer.state[small]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert set(optimizer.state[small]) == set(optimizer.state[vector]) == {"step", "exp_avg", "exp_avg_sq"}
     assert optimizer.state[big]["exp_avg.codes"].dtype == torch.uint8
     assert optimizer.state[big]["exp_avg.codes"].shape == big.shape
 

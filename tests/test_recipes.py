@@ -195,8 +195,8 @@ def test_errors(name, settings, words):
 def value(formula, **sizes):
     """What the formula says, with its conditional and its ``q``."""
 
-    def q(k):  # in 8 bits: a code for each entry and a scale of four bytes for each block of 256; small moments stay fp32
-        return 4 * k if k < 4096 else k + 4 * ((k + 255) // 256)
+    def q(a, b):  # in 8 bits: a code for each entry and four bytes for each 256 of a row; small moments stay fp32
+        return 4 * a * b if a * b < 4096 else a * b + 4 * a * ((b + 255) // 256)
 
     return eval(formula, {"q": q}, sizes)
 
@@ -235,7 +235,7 @@ def test_state_bytes_at_full_rank(rule, shape):
         ("flora_adamw", "8*m*r + 4"),
         ("gosare_adamw", "8*m*r + 8*r + 4"),
         ("fira_adamw", "8*m*r + 4*n*r + 8"),
-        ("galore_adamw_8bit", "2*q(m*r) + 4*n*r + 4"),
+        ("galore_adamw_8bit", "2*q(m, r) + 4*n*r + 4"),
         ("galore_adafactor", "4*m*r + 4*m + 4*r + 4*n*r + 4"),
     ],
 )

@@ -1,6 +1,6 @@
 """Train large language models with the optimizer's state in a small, moving subspace of every weight matrix."""
 
-from subspan import residuals, rules, selectors
+from subspan import comm, residuals, rules, selectors
 from subspan.adamw import SubspaceAdamW
 from subspan.backward import project_backward
 from subspan.factory import create
@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SubspaceAdamW",
     "SubspaceOptimizer",
+    "comm",
     "create",
     "list_optimizers",
     "param_groups",

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from subspan import distributed, linalg, proximal, quantization
 from subspan.carriers import CarriedLayer, CarriedProjection, Plan, layer_of
+from subspan.linalg import Gram
 from subspan.parts import Key, Residual, Rule, Selector, Transfer
+from subspan.projected import Work
 from subspan.schedule import offset_of, refresh_due
 from subspan.state import State
 
@@ -31,7 +33,10 @@ class CarriedSteps:
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         raise NotImplementedError
 
-    def _refresh(self, G: Tensor, state: State, key: Key) -> Tensor | None:
+    def _refresh(self, G: Tensor | Gram, state: State, key: Key) -> Tensor | None:
+        raise NotImplementedError
+
+    def _unpacked(self, state: State, rule: Rule, group: Mapping[str, Any], p: Tensor) -> State:
         raise NotImplementedError
 
     def _carried(self) -> Iterator[tuple[int, Tensor, CarriedLayer, dict[str, Any]]]:
@@ -44,8 +49,13 @@ class CarriedSteps:
                     yield number, p, layer, group
 
     def _check_carried(self, p: Tensor) -> None:
-        if layer_of(p) is None:
+        if (layer := layer_of(p)) is None:
             return
+        if distributed.is_spread(p) and layer.projection.merge == "refresh":
+            raise ValueError(
+                "merge='refresh': a displacement cannot be put into weights that fully_shard has spread over ranks; call "
+                "project_backward with merge='step'"
+            )
         if self.residual.needs_gradient:
             raise ValueError(
                 f"residual={self.residual!r}: needs every gradient, and the backward-side layers of this model form none; use "
@@ -60,6 +70,12 @@ class CarriedSteps:
     def _bind(self) -> None:
         """Let each projection know its basis, which is kept with its first carrier."""
         for _, p, layer, _ in self._carried():
+            first = layer.projection.layers[0]
+            if first.carrier not in self.state:
+                raise ValueError(
+                    f"params: the carrier of {layer.weight_name} is here, and that of {first.weight_name}, which keeps the "
+                    "basis they share, is not; pass both, unfreeze it, or call project_backward with share='none'"
+                )
             if layer.number == 0:
                 layer.projection.bind(self.selector, self.state[p], self)
         self._plan()
@@ -68,7 +84,7 @@ class CarriedSteps:
         """Tell each projection what is due at the next gradient."""
         for order, p, layer, group in self._carried():
             if layer.number == 0:
-                layer.projection.plan = self._plan_of(self.state[p], group, order)
+                layer.projection.expect(self._plan_of(self.state[p], group, order))
 
     def _plan_of(self, state: State, group: Mapping[str, Any], order: int) -> Plan:
         period = self.selector.period(group["update_proj_gap"], state)
@@ -101,7 +117,7 @@ class CarriedSteps:
         for _, p, layer, own_group in self._carried():
             if layer.projection is not projection:
                 continue
-            rule, own = self._rule(own_group), self.state[p]
+            rule, own = self._rule(own_group), distributed.local_state(self.state[p])
             if "displacement" in own:
                 own["displacement"].zero_()
             if self.transfer != "keep":
@@ -112,35 +128,30 @@ class CarriedSteps:
 
     def _choose_together(self, G: Tensor, state: State, key: Key, order: int, projection: CarriedProjection) -> Tensor | None:
         """``_refresh``, with the same outcome on every rank: what depends on a gradient is chosen by one and sent to all."""
-        rank, count = distributed.world()
-        if count == 1 or projection.plan != "form":
+        ranks = distributed.ranks_of(next(p for _, p, layer, _ in self._carried() if layer is projection.layers[0]))
+        if ranks.count == 1 or projection.plan != "form":
             return self._refresh(G, state, key)
         if projection.select_from == "mean":
-            distributed.mean_(G)
-        owner, before = order % count, state["refresh_step"]
-        change = self._refresh(G, state, key) if rank == owner else None
+            ranks.mean_(G)
+        owner, before = order % ranks.count, state["refresh_step"]
+        change = self._refresh(G, state, key) if ranks.index == owner else None
         r = projection.layers[0].carrier.shape[1]
         sent = torch.zeros(r, r, dtype=G.dtype, device=G.device) if change is None else change.to(G.dtype).contiguous()
         keys = [*self.selector.init(G[:1], r), "refresh_step", "skipped_refreshes"]
-        distributed.share_(state, keys, [sent], owner)
+        ranks.share_(state, keys, [sent], owner)
         return sent if state["refresh_step"] != before else None
 
-    def _update_carried(
-        self, p: Tensor, R: Tensor, layer: CarriedLayer, group: Mapping[str, Any], rule: Rule, key: Key
-    ) -> None:
-        own = self.state[p]
-        moments = self._unpacked(own, rule, group, p)
-        U, factor = rule.update_(proximal.pull(R, own, group), moments)
+    def _update_carried(self, work: Work, layer: CarriedLayer) -> None:
+        group, rule = work.group, work.rule
+        own = distributed.local_state(self.state[work.p])
+        moments = self._unpacked(own, rule, group, work.grad)
+        U, factor = rule.update_(proximal.pull(work.grad, own, group), moments, distributed.rows_of(work.p))
         proximal.move_(U, factor, own, group)
         if moments is not own:
             quantization.store_(own, moments, rule.moments)
         step = U.mul_(group["lr"] * group["scale"] * factor)
         random = group["bf16_stochastic_round"] and layer.weight.dtype == torch.bfloat16
-        generator = linalg.keyed_generator("round", *key, device=p.device) if random else None
+        generator = None
+        if random:
+            generator = linalg.keyed_generator("round", *work.key, *distributed.place_of(work.p), device=step.device)
         layer.projection.apply_(layer, step, 1 - group["lr"] * group["weight_decay"], generator)
-
-    @staticmethod
-    def _unpacked(state: State, rule: Rule, group: Mapping[str, Any], p: Tensor) -> State:
-        if group["state_dtype"] != "int8":
-            return state
-        return quantization.unpack(state, rule.moments, torch.promote_types(p.dtype, torch.float32))

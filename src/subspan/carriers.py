@@ -13,10 +13,17 @@ class CarriedProjection(Protocol):
 
     layers: list[Any]
     plan: Plan
+    merge: str
     select_from: str
 
     def bind(self, selector: Any, state: dict[str, Any], driver: Any) -> None:
         """Make ``driver`` the optimizer that chooses the basis."""
+
+    def expect(self, plan: Plan) -> None:
+        """A step is over: this is what the next pass does."""
+
+    def fold(self) -> None:
+        """Put the displacement of the carriers into the weights."""
 
     def apply_(self, layer: Any, step: Tensor, keep: float | Tensor, generator: Any) -> None:
         """``W <- keep * W - step Qᵀ`` for the weight of one of the layers."""

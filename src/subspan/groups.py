@@ -74,7 +74,9 @@ def param_groups(
         raise ValueError("model: no trainable parameter; give a model, or the named_parameters() of one, that is not frozen")
     carriers = {name: p.shape[1] for name, p in named if layer_of(p) is not None}
     others = [(name, p) for name, p in named if name not in carriers]
-    projected = _projected_names(model, others, targets, exclude, bool(carriers)) if rank is not None else set()
+    # A target may name layers whose gradient is made in the backward pass; there is nothing left to do about those.
+    made = {layer.weight_name for _, p in named if (layer := layer_of(p)) is not None}
+    projected = _projected_names(model, others, targets, exclude, made) if rank is not None else set()
     filters = _convolutions(model)
 
     for pattern, settings in (overrides or {}).items():
@@ -90,7 +92,8 @@ def param_groups(
         flatten = kind == 0 and p.ndim == 3 and id(p) in filters
         pattern, settings = next(((row.pattern, s) for row, s in rows if row.search(name)), ("", {}))
         used.add(pattern)
-        decay = kind < 2 if decayed is None else name in decayed
+        layer = layer_of(p)
+        decay = kind < 2 if decayed is None else name in decayed or (layer is not None and layer.weight_name in decayed)
         place = (kind, own_rank or 0, flatten, not decay, pattern)
         if place not in groups:
             group: dict[str, Any] = {"params": [], "rank": own_rank}
@@ -172,7 +175,7 @@ def _projected_names(
     named: list[tuple[str, Tensor]],
     targets: str | Sequence[str],
     exclude: Sequence[str],
-    may_be_none: bool = False,
+    made: Collection[str] = (),
 ) -> set[str]:
     matrices = [name for name, p in named if p.ndim > 1]
     if targets == "all-linear":
@@ -186,7 +189,7 @@ def _projected_names(
             matrices = [name for name, p in named if id(p) in linear]
         kept = [_compiled(pattern, "exclude") for pattern in exclude]
         found = {name for name in matrices if not any(pattern.search(name) for pattern in kept)}
-        if not found and not may_be_none:
+        if not found and not made:
             why = "no weight of an nn.Linear is left" if any(p.ndim > 1 for _, p in named) else "there is no matrix"
             raise ValueError(
                 f"targets='all-linear': {why} to project among {len(named)} parameters; {_names_like('', named)}. "
@@ -200,13 +203,13 @@ def _projected_names(
     for pattern in patterns:
         if isinstance(targets, str):
             whole = _compiled(pattern, "targets")
-            hits = {n for n in matrices if whole.fullmatch(n) or whole.fullmatch(n.removesuffix(".weight"))}
+            hits = {n for n in (*matrices, *made) if whole.fullmatch(n) or whole.fullmatch(n.removesuffix(".weight"))}
         else:
-            hits = {n for n in matrices if pattern in n}
+            hits = {n for n in (*matrices, *made) if pattern in n}
         if not hits:
             how = "; an expression must match a whole name" if isinstance(targets, str) else ""
             raise ValueError(f"targets: {pattern!r} matches no matrix; {_names_like(pattern, named)}{how}")
-        found |= hits
+        found |= hits.difference(made)
     return found
 
 

@@ -4,6 +4,8 @@ Shapes: gradient ``G (..., m, n)`` with the side to compress last, basis ``Q (..
 """
 
 import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,11 +21,59 @@ def spectral_dtype(device: torch.device) -> torch.dtype:
     return torch.float64 if device.type == "cpu" else torch.float32
 
 
-def right_singular(G: Tensor, method: str = "gram") -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Gram:
+    """``GᵀG (n, n)``, for a gradient ``G`` whose rows are on several ranks: all that its right singular vectors depend on."""
+
+    matrix: Tensor
+    """``GᵀG``, in ``spectral_dtype``."""
+    row: Tensor
+    """``(1, n)``: any row of the kind of ``G``."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of one row."""
+        return self.row.shape
+
+    @property
+    def ndim(self) -> int:
+        """Two."""
+        return self.row.ndim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of ``G``."""
+        return self.row.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of ``G``."""
+        return self.row.device
+
+
+def gram(G: Tensor) -> Tensor:
+    """``GᵀG``, in ``spectral_dtype``."""
+    G = G.to(spectral_dtype(G.device))
+    return G.mT @ G
+
+
+def column_norms(G: Tensor | Gram) -> Tensor:
+    """``||G_i|| (..., n)``, in fp64."""
+    if isinstance(G, Gram):
+        return G.matrix.diagonal().double().clamp_min(0).sqrt()
+    return torch.linalg.vector_norm(G, dim=-2, dtype=torch.float64)
+
+
+def largest(G: Tensor | Gram) -> float:
+    """Zero if ``G`` is, not finite if it is not, else of the size of its entries. Waits for the device."""
+    return float(column_norms(G).amax() if isinstance(G, Gram) else torch.linalg.vector_norm(G, ord=torch.inf))
+
+
+def right_singular(G: Tensor | Gram, method: str = "gram") -> tuple[Tensor, Tensor]:
     """Singular values and right singular vectors of ``G (..., m, n)``.
 
     Args:
-        G: finite, not entirely zero.
+        G: finite, not entirely zero; or its Gram matrix.
         method: ``"gram"`` (``eigh`` of the smaller of ``GᵀG`` and ``GGᵀ``; several times cheaper) or ``"svd"``.
 
     Returns:
@@ -33,10 +83,14 @@ def right_singular(G: Tensor, method: str = "gram") -> tuple[Tensor, Tensor]:
     Raises:
         LinAlgError: if neither method gives a finite answer.
     """
-    G = G.to(spectral_dtype(G.device))
-    for factorise in (_svd, _gram) if method == "svd" else (_gram, _svd):
+    ways: Sequence[Callable[[Tensor], tuple[Tensor, Tensor]]]
+    if isinstance(G, Gram):
+        A, ways = G.matrix, (_eigh, _svd_of_gram)
+    else:
+        A, ways = G.to(spectral_dtype(G.device)), (_svd, _gram) if method == "svd" else (_gram, _svd)
+    for factorise in ways:
         try:
-            sigma, V = factorise(G)
+            sigma, V = factorise(A)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # LinAlgError is one; cuSOLVER's own failures are others
@@ -57,12 +111,20 @@ def _gram(G: Tensor) -> tuple[Tensor, Tensor]:
     largest = torch.linalg.vector_norm(G, ord=torch.inf, dim=(-2, -1), keepdim=True)
     G = G / largest.clamp_min(torch.finfo(G.dtype).tiny)
     m, n = G.shape[-2:]
-    values, vectors = torch.linalg.eigh(G.mT @ G if n <= m else G @ G.mT)
-    # eigh sorts ascending; rounding makes zero eigenvalues slightly negative.
-    sigma = values.flip(-1).clamp_min(0).sqrt() * largest.squeeze(-1)
-    vectors = vectors.flip(-1)
+    sigma, vectors = _eigh(G.mT @ G if n <= m else G @ G.mT)
     # V = Gᵀ U / sigma: the QR does the division, and stays orthonormal where sigma is (nearly) zero.
-    return sigma, vectors if n <= m else orthonormalise(G.mT @ vectors)
+    return sigma * largest.squeeze(-1), vectors if n <= m else orthonormalise(G.mT @ vectors)
+
+
+def _eigh(S: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(S)
+    # eigh sorts ascending; rounding makes zero eigenvalues slightly negative.
+    return values.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
+
+
+def _svd_of_gram(S: Tensor) -> tuple[Tensor, Tensor]:
+    squares, V = _svd(S)
+    return squares.sqrt(), V
 
 
 def orthonormalise(A: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What a method holds, in bytes, as expressions that can be read and evaluated.
 
 Sizes: a projected matrix is ``m x n`` with ``m >= n`` (under ``proj_type="std"``) at rank ``r``; any other matrix ``a x b``; a
-vector ``k``. ``q(k)`` is a moment of ``k`` entries in 8 bits. Weights of fp32 or less.
+vector ``k``. ``q(a, b)`` is a moment of ``a x b`` entries in 8 bits. Weights of fp32 or less.
 """
 
 import re
@@ -21,7 +21,7 @@ VARIABLES = {
     "a": "rows of a matrix that is not projected",
     "b": "its columns",
     "k": "length of a vector",
-    "q(k)": "bytes of a moment of k entries in 8 bits: 4*k if k < 4096, else k + 4*ceil(k/256)",
+    "q(a, b)": "bytes of a moment of a x b entries in 8 bits: 4*a*b if a*b < 4096, else a*b + 4*a*ceil(b/256)",
 }
 
 
@@ -72,12 +72,12 @@ def _bytes(formula: Mapping[str, str], shape: tuple[int, ...], rank: int | None)
 
 
 def _value(expression: str, **sizes: int) -> int:
-    names: dict[str, int | Callable[[int], int]] = {**sizes, "q": _quantised}
+    names: dict[str, int | Callable[[int, int], int]] = {**sizes, "q": _quantised}
     return int(eval(expression, {"__builtins__": {}}, names))  # written by the parts, never read from outside
 
 
-def _quantised(k: int) -> int:
-    return 4 * k if k < 4096 else k + 4 * -(-k // 256)
+def _quantised(a: int, b: int) -> int:
+    return 4 * a * b if a * b < 4096 else a * b + 4 * a * -(-b // 256)
 
 
 def _sum(terms: Iterable[str], state_dtype: str) -> str:
@@ -85,7 +85,8 @@ def _sum(terms: Iterable[str], state_dtype: str) -> str:
     factors: dict[str, int] = {}
     for term in terms:
         if moment := re.fullmatch(r"M\((.*)\)", term):
-            term = f"q({moment[1]})" if state_dtype == "int8" else f"4*{moment[1]}"
+            packed = state_dtype == "int8" and "*" in moment[1]  # vectors are not
+            term = f"q({moment[1].replace('*', ', ')})" if packed else f"4*{moment[1]}"
         number, _, rest = term.partition("*") if term[0].isdigit() else ("1", "", term)
         factors[rest] = factors.get(rest, 0) + int(number)
     ordered = sorted(factors.items(), key=lambda item: item[0] == "")  # the constant last

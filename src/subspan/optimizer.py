@@ -8,6 +8,7 @@ combine             D = scale * U Qᵀ + residual(G, R, U)
 apply               W <- (1 - lr * wd) W - lr * D
 """
 
+import copy
 import difflib
 import logging
 import typing
@@ -18,16 +19,15 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from subspan import logs, quantization, summary
+from subspan import distributed, logs, quantization, summary
 from subspan import proximal as prox
 from subspan.carried import CarriedSteps
 from subspan.carriers import layer_of
 from subspan.groups import EXCLUDED, FLATTENED, check_settings, param_groups
-from subspan.linalg import LinAlgError, keyed_generator
+from subspan.in_backward import Clip, Place, StepInBackward, check
 from subspan.loading import check_checkpoint, saved_ids
 from subspan.parts import Key, Residual, Rule, Selector, Transfer
-from subspan.rounding import add_rounded_
-from subspan.schedule import offset_of, refresh_due
+from subspan.projected import ProjectedSteps, Work
 from subspan.shapes import Layout, layout_of
 from subspan.state import State, StateDtype, copy_state_
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 
-class SubspaceOptimizer(CarriedSteps, torch.optim.Optimizer):
+class SubspaceOptimizer(ProjectedSteps, CarriedSteps, torch.optim.Optimizer):
     """An optimizer made of a selector, a rule, a residual and a transfer.
 
     Matrices of groups with a ``rank`` are trained inside a subspace; everything else (``rank=None``, vectors, and matrices
@@ -75,6 +75,8 @@ class SubspaceOptimizer(CarriedSteps, torch.optim.Optimizer):
     Raises:
         ValueError: an argument out of range, a target that matches nothing, a ``rank`` for a group without a matrix.
     """
+
+    _in_backward: StepInBackward | None = None
 
     def __init__(
         self,
@@ -172,27 +174,43 @@ class SubspaceOptimizer(CarriedSteps, torch.optim.Optimizer):
                 raise ValueError(_no_matrix(own_rank))
             for p in group["params"]:
                 self._check_carried(p)
+                self._check_spread(p, group)
                 self.state[p] = self._allocate(p, group)
+            if "stagger" in vars(self):  # else the constructor binds, when all groups are there
+                self._bind()
         except ValueError:
-            self.param_groups.pop()
+            for p in self.param_groups.pop()["params"]:
+                self.state.pop(p, None)
             raise
 
     def _allocate(self, p: Tensor, group: Mapping[str, Any]) -> State:
-        layout, rule, rank = _layout(p, group), self._rule(group), group["rank"]
+        here = distributed.local(p)
+        state = self._state_of(p, here, group)
+        length = None
+        if distributed.is_spread(p):
+            length = p.shape[0] if p.ndim else None
+            longer = self._state_of(p, torch.empty((len(here) + 1, *here.shape[1:]), dtype=p.dtype, device="meta"), group)
+            grown = {key for key, value in state.items() if isinstance(value, Tensor) and value.shape != longer[key].shape}
+        if group["state_dtype"] == "int8":
+            state = quantization.pack(state, self._rule(group).moments, length)
+        return distributed.spread_state(p, state, grown) if distributed.is_spread(p) else state
+
+    def _state_of(self, p: Tensor, here: Tensor, group: Mapping[str, Any]) -> State:
+        """The state of ``p`` for those of its rows that are ``here``."""
+        layout, rule, rank = _layout(p, group, here), self._rule(group), group["rank"]
         # Integers of the host, not tensors: the schedule must not wait for a device.
         refreshes = {"refresh_step": -1, "skipped_refreshes": 0}  # the clock at the last one; -1 before the first
         if (layer := layer_of(p)) is not None:
-            state = {**rule.init(p, tuple(p.shape), -2), **prox.init(p, tuple(p.shape), group)}
+            state = {**rule.init(here, tuple(here.shape), -2), **prox.init(here, tuple(here.shape), group)}
             if layer.number == 0:  # it keeps the basis that its projection shares
                 state |= {**self.selector.init(layer.weight, p.shape[1]), **refreshes}
-        elif layout.side is None:
-            state = rule.init(p, layout.shape, layout.rows)
-        else:
-            G = layout.enter(p)
-            shape = (*G.shape[:-1], rank)
-            parts = (rule.init(p, shape, layout.rows), self.selector.init(G, rank), self.residual.init(G))
-            state = {key: value for part in (*parts, prox.init(p, shape, group), refreshes) for key, value in part.items()}
-        return quantization.pack(state, rule.moments) if group["state_dtype"] == "int8" else state
+            return state
+        if layout.side is None:
+            return rule.init(here, layout.shape, layout.rows)
+        G = layout.enter(here)
+        shape = (*G.shape[:-1], rank)
+        parts = (rule.init(here, shape, layout.rows), self.selector.init(G, rank), self.residual.init(G))
+        return {key: value for part in (*parts, prox.init(here, shape, group), refreshes) for key, value in part.items()}
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         """The rule with the settings of ``group``, where schedulers change them; raises if one is out of range."""
@@ -212,85 +230,70 @@ class SubspaceOptimizer(CarriedSteps, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        order = 0  # among projected matrices, for staggering
-        for number, group in enumerate(self.param_groups):
-            rule = self._rule(group)
-            for name, p in zip(_names(number, group), group["params"], strict=True):
-                layout = _layout(p, group)
-                if p.grad is None:
-                    pass
-                elif (layer := layer_of(p)) is not None:
-                    self._update_carried(p, p.grad, layer, group, rule, Key(self.seed, name, group["clock"]))
-                else:
-                    self._update(p, p.grad, layout, group, rule, Key(self.seed, name, group["clock"]), order)
-                order += layout.side is not None
+        if self._in_backward is not None:
+            self._in_backward.finish()
+        # Those that have stepped in the backward pass have no gradient any more.
+        self._take(
+            [
+                self._work(place, distributed.local_gradient(place.p, place.name))
+                for place in self._places()
+                if place.p.grad is not None
+            ]
+        )
+        for group in self.param_groups:
             group["clock"] += 1
         self._plan()
         return loss
 
-    def _update(self, p: Tensor, grad: Tensor, layout: Layout, group: dict[str, Any], rule: Rule, key: Key, order: int) -> None:
-        if grad.layout != torch.strided:
-            raise ValueError(
-                f"gradient of {key.name!r}: layout {grad.layout} is not supported; use dense gradients (sparse=False)"
-            )
-        state = self.state[p]
-        moments = self._unpacked(state, rule, group, p)
-        G = layout.enter(grad)
-        if layout.side is None:
-            D, factor = rule.update_(G, moments)
-        else:
-            G = self.residual.receive(G, state)
-            self._move_basis(G, state, moments, group, rule, key, order)
-            R = self.selector.project(G, state)
-            U, factor = rule.update_(prox.pull(R, state, group), moments)
-            prox.move_(U, factor, state, group)
-            D = self.residual.combine(G, R, U, group["scale"], lambda A: self.selector.project_back(A, state), state)
-        if moments is not state:
-            quantization.store_(state, moments, rule.moments)
-        D = layout.leave(D, p.shape).mul_(group["lr"] * factor)
-        if group["bf16_stochastic_round"] and p.dtype == torch.bfloat16:
-            generator = keyed_generator("round", *key, device=p.device)
-            add_rounded_(p, D.neg_(), 1 - group["lr"] * group["weight_decay"], generator)
-            return
-        if group["weight_decay"] != 0:
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.sub_(D)
+    def _take(self, works: list[Work]) -> None:
+        """Step on these parameters."""
+        changes = self._choose_spread(works)
+        for work in works:
+            if (layer := layer_of(work.p)) is not None:
+                self._update_carried(work, layer)
+            else:
+                self._update(work, changes)
 
-    def _move_basis(
-        self, G: Tensor, state: State, moments: State, group: dict[str, Any], rule: Rule, key: Key, order: int
-    ) -> None:
-        """Refresh the basis if that is due, or let it follow the gradient if it does; carry the moments along."""
-        period = self.selector.period(group["update_proj_gap"], state)
-        offset = offset_of(order, group["update_proj_gap"]) if self.stagger else 0
-        due = refresh_due(state["refresh_step"], group["clock"], period, offset)
-        if not due and not self.selector.tracks:
-            return
-        momentum = rule.first_moment(moments)
-        watched = momentum if self.residual.keeps_momentum else None
-        before = None if watched is None else self.selector.project_back(watched.value, state)
-        change = self._refresh(G, state, key) if due else self.selector.track_(G, state, momentum)
-        if change is None:
-            return
-        if self.transfer != "keep":
-            rule.transfer_(moments, change, self.transfer)
-        if watched is not None and before is not None:  # its value has been changed in place
-            lost = before.sub_(self.selector.project_back(watched.value, state))
-            self.residual.lose_(lost.mul_(watched.weight), state)
+    def _places(self) -> Iterator[Place]:
+        """Every parameter in order."""
+        order = 0  # among projected matrices, for staggering
+        for number, group in enumerate(self.param_groups):
+            for name, p in zip(_names(number, group), group["params"], strict=True):
+                layout = _layout(p, group)
+                yield Place(p, name, number, group, layout, order)
+                order += layout.side is not None
 
-    def _refresh(self, G: Tensor, state: State, key: Key) -> Tensor | None:
-        # The only place that waits for the device. A zero or non-finite gradient tells nothing of a subspace (contract R4).
-        largest = float(torch.linalg.vector_norm(G, ord=torch.inf))
-        if 0 < largest < float("inf"):
-            try:
-                change = self.selector.refresh_(G, state, key)
-                state["refresh_step"] = key.step
-                if "displacement" in state:
-                    state["displacement"].zero_()
-                return change
-            except LinAlgError as error:
-                logger.warning("refresh of %s at step %d keeps the old basis: %s", key.name, key.step, error)
-        state["skipped_refreshes"] += 1
-        return None
+    def _work(self, place: Place, G: Tensor) -> Work:
+        key = Key(self.seed, place.name, place.group["clock"])
+        return Work(place.p, G, place.layout, place.group, self._rule(place.group), key, place.order)
+
+    def enable_step_in_backward(
+        self, model: nn.Module, accumulate: int = 1, clip: Clip = "none", max_norm: float = 1.0
+    ) -> StepInBackward:
+        """Step on each parameter in the backward pass, as soon as its gradient is there, and free it: one is held at a time.
+
+        Call it once the model is where and as it is to be trained (after ``fully_shard``). ``step()``, schedulers, hooks and
+        ``state_dict`` are used as before; save after a step. Until ``step()`` is called nobody else can read a gradient:
+        ``clip_grad_norm_`` is refused. See ``in_backward.py``.
+
+        Args:
+            model: holds this optimizer's parameters.
+            accumulate: micro-batches (backward passes) of a step; their gradients are added up.
+            clip: ``"none"``; ``"per_param"``, the norm of each parameter's gradient to ``max_norm``; ``"lagged_global"``, all
+                gradients by what the global norm of the last step would ask for. The norm is that of ``R`` between refreshes.
+            max_norm: > 0.
+
+        Returns:
+            The hooks; ``remove()`` ends it.
+
+        Raises:
+            ValueError: an argument out of range, or the model's gradients are averaged by DistributedDataParallel.
+        """
+        check(self, model, accumulate, clip, max_norm)
+        if self._in_backward is not None:
+            self._in_backward.remove()
+        self._in_backward = StepInBackward(self, accumulate, clip, max_norm)
+        return self._in_backward
 
     # --- saving and restoring -----------------------------------------------------------------------------------------
 
@@ -318,9 +321,11 @@ class SubspaceOptimizer(CarriedSteps, torch.optim.Optimizer):
             return {**given, "state": {}, "param_groups": [{**ours, **theirs} for ours, theirs in groups]}
 
         def put_state(_: torch.optim.Optimizer) -> None:
+            for row in self._carried():
+                row[2].projection.fold()  # before its basis is overwritten
             self.state.update(own)
             for number, state in zip(saved_ids(saved), own.values(), strict=True):
-                copy_state_(state, saved["state"][number])
+                copy_state_(state, distributed.placed_as(state, saved["state"][number]))
             self._bind()
 
         # Around torch's method, inside of the hooks that others have registered.
@@ -350,6 +355,21 @@ class SubspaceOptimizer(CarriedSteps, torch.optim.Optimizer):
         parts = ("selector", "rule", "residual", "transfer", "stagger", "seed")
         return {**super().__getstate__(), **{part: getattr(self, part) for part in parts}}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "selector" in state:  # a copy, not torch's load_state_dict
+            self._bind()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SubspaceOptimizer":
+        if any(id(p) not in memo for _, p, _, _ in self._carried()):
+            raise ValueError(
+                "deepcopy: this optimizer steps on backward-side layers of a model; copy both at once, the model first: "
+                "copy.deepcopy((model, optimizer))"
+            )
+        memo[id(self)] = new = type(self).__new__(type(self))
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
+
     # --- looking at it ------------------------------------------------------------------------------------------------
 
     def _parameters(self) -> Iterator[Tensor]:
@@ -371,8 +391,13 @@ def _no_matrix(rank: int) -> str:
     return f"rank={rank}: there is no matrix among the parameters to project. {FLATTENED}"
 
 
-def _layout(p: Tensor, group: Mapping[str, Any]) -> Layout:
-    return layout_of(p.shape, group["rank"], group["proj_type"], group["flatten"])
+def _layout(p: Tensor, group: Mapping[str, Any], here: Tensor | None = None) -> Layout:
+    """How the rows of ``p`` that are here are seen. If they are some of all, the columns are compressed."""
+    layout = layout_of(p.shape, group["rank"], group["proj_type"], group["flatten"])
+    if not distributed.is_spread(p) or p.ndim == 0:
+        return layout
+    here = distributed.local(p) if here is None else here
+    return Layout((len(here), *layout.shape[1:]), layout.side and "right")
 
 
 def _names(number: int, group: Mapping[str, Any]) -> list[str]:

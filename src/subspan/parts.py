@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeGuard
 
 from torch import Tensor
 
+from subspan.linalg import Gram
+from subspan.rows import ALL_HERE, Rows
 from subspan.state import State
 
 Transfer = Literal["keep", "rotate", "moments", "reset"]
@@ -78,6 +80,10 @@ class Selector(Protocol):
         """False if neither ``refresh_`` nor ``track_`` reads more of ``G`` than its shape."""
 
     @property
+    def takes_gram(self) -> bool:
+        """Whether ``refresh_`` also takes the Gram matrix of ``G``: all there is where rows are on several ranks."""
+
+    @property
     def orthonormal(self) -> bool:
         """Whether ``QᵀQ = I``, so that ``Q Qᵀ`` is a projection."""
 
@@ -94,7 +100,7 @@ class Selector(Protocol):
     def period(self, gap: int, state: State) -> int | None:
         """Steps between refreshes, given the group's ``update_proj_gap``; ``None`` for no other after the first."""
 
-    def refresh_(self, G: Tensor, state: State, key: Key) -> Tensor:
+    def refresh_(self, G: Tensor | Gram, state: State, key: Key) -> Tensor:
         """Choose a new basis and store it in ``state``; returns the change ``Q_oldᵀ Q_new (r, r)``. It may wait for the device.
 
         ``G`` is finite and not entirely zero. Law: the result depends on ``G``, ``state`` and ``key`` alone. If it raises,
@@ -142,8 +148,10 @@ class Rule(Protocol):
     def first_moment(self, state: State) -> Momentum | None:
         """The first moment; ``None`` if there is none, or none that is a sum of gradients."""
 
-    def update_(self, R: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    def update_(self, R: Tensor, state: State, rows: Rows = ALL_HERE) -> tuple[Tensor, Tensor]:
         """The direction ``U`` and the 0-d fp64 step-size factor that corrects it (bias correction, or one), on the CPU.
+
+        ``R`` and the moments may be some of the rows of a matrix, or entries of a vector; ``rows`` adds up over all.
 
         Law: ``U`` is a fresh tensor, which the caller may overwrite. No branch on a tensor's value.
         """
@@ -176,5 +184,18 @@ class Residual(Protocol):
     def needs_gradient(self) -> bool:
         """Whether it reads more of the gradient than ``R``."""
 
-    def combine(self, G: Tensor, R: Tensor, U: Tensor, scale: float, back: Callable[[Tensor], Tensor], state: State) -> Tensor:
+    @property
+    def takes_rows(self) -> bool:
+        """Whether ``combine`` and the others serve where only some of the rows are here."""
+
+    def combine(
+        self,
+        G: Tensor,
+        R: Tensor,
+        U: Tensor,
+        scale: float,
+        back: Callable[[Tensor], Tensor],
+        state: State,
+        rows: Rows = ALL_HERE,
+    ) -> Tensor:
         """``scale * back(U) + residual``, a fresh full-size tensor. ``back`` is the selector's ``project_back``."""

@@ -1,15 +1,18 @@
 """Moments in 8 bits: blockwise dynamic quantisation (Dettmers et al. 2022, arXiv 2110.02861), by bitsandbytes' functions.
 
-A moment of ``k >= 4096`` entries becomes ``k`` codes, in its own shape, and the largest magnitude of each 256 of them, in
-order: ``exp_avg.codes`` (uint8) and ``exp_avg.absmax`` (fp32), plain tensors. Smaller moments stay fp32.
+A moment of ``k >= 4096`` entries becomes ``k`` codes, in its own shape, and the largest magnitude of each 256 of them within
+a row: ``exp_avg.codes`` (uint8, ``(..., m, r)``) and ``exp_avg.absmax`` (fp32, ``(..., m, ceil(r / 256))``), plain tensors.
+Smaller moments, and vectors, stay fp32.
 
-Deviations from bitsandbytes' optimizers: none in what is stored; the update is computed from the exact new moment before it is
-quantised, as there.
+Deviations from bitsandbytes' optimizers: a block ends with its row, where theirs runs on into the next, so that rows can be
+spread over ranks, and saved, in any division (rows of 256, 512, ... entries are the same). The update is computed from the
+exact new moment before it is quantised, as there.
 """
 
 import functools
 import importlib.util
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,11 +31,15 @@ def check_available() -> None:
         raise ValueError("state_dtype='int8': bitsandbytes is not installed; pip install 'subspan[8bit]', or keep 'float32'")
 
 
-def pack(state: State, moments: Mapping[str, bool]) -> State:
-    """``state`` with its ``moments`` (name: signed) in 8 bits."""
+def pack(state: State, moments: Mapping[str, bool], length: int | None = None) -> State:
+    """``state`` with its ``moments`` (name: signed) in 8 bits.
+
+    Args:
+        length: of the first dimension of the moments, if only some of it is here.
+    """
     packed: State = {}
     for name, value in state.items():
-        if name in moments and value.numel() >= SMALLEST:
+        if name in moments and value.ndim > 1 and math.prod(((length or value.shape[0]), *value.shape[1:])) >= SMALLEST:
             packed[f"{name}.codes"], packed[f"{name}.absmax"] = _encode(value, moments[name])
         else:
             packed[name] = value
@@ -60,15 +67,28 @@ def _packed(state: State, moments: Mapping[str, bool]) -> list[str]:
 
 
 def _encode(A: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    codes, rest = _bitsandbytes().quantize_blockwise(A.float(), code=_map(signed, A.device), blocksize=BLOCK)
-    return codes, rest.absmax
+    width = A.shape[-1]
+    block = _block(width)
+    padded = torch.nn.functional.pad(A.float(), (0, -width % block)).contiguous()
+    codes, rest = _bitsandbytes().quantize_blockwise(padded, code=_map(signed, A.device), blocksize=block)
+    return codes.view(padded.shape)[..., :width].contiguous(), rest.absmax.view(*A.shape[:-1], -1)
 
 
 def _decode(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
+    width = codes.shape[-1]
+    block = _block(width)
     decoded: Tensor = _bitsandbytes().dequantize_blockwise(
-        codes, absmax=absmax, code=_map(signed, codes.device), blocksize=BLOCK
+        torch.nn.functional.pad(codes, (0, -width % block)).contiguous(),
+        absmax=absmax.flatten(),
+        code=_map(signed, codes.device),
+        blocksize=block,
     )
-    return decoded
+    return decoded[..., :width].contiguous()
+
+
+def _block(width: int) -> int:
+    """Entries of a block in rows of ``width``: 256, or the whole row; bitsandbytes has powers of two from 64 on."""
+    return min(BLOCK, max(64, 1 << (width - 1).bit_length()))
 
 
 @functools.cache

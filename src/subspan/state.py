@@ -49,10 +49,12 @@ def copy_state_(own: State, saved: Mapping[str, Any]) -> None:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of every tensor that ``optimizer``, ours or any of torch's, holds as state."""
+    """Bytes of every tensor that ``optimizer``, ours or any of torch's, holds as state on this rank."""
     return sum(tensor_bytes(state) for state in optimizer.state.values())
 
 
 def tensor_bytes(state: Mapping[str, Any]) -> int:
-    """Bytes of the tensors in one parameter's state."""
-    return sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))
+    """Bytes of the tensors in one parameter's state; of a DTensor, of the part that is here."""
+    tensors = [value for value in state.values() if isinstance(value, Tensor)]
+    here: list[Tensor] = [value.to_local() if hasattr(value, "to_local") else value for value in tensors]
+    return sum(value.numel() * value.element_size() for value in here)

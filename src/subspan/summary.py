@@ -6,12 +6,13 @@ from typing import Any
 from torch import Tensor
 
 from subspan.carriers import layer_of
+from subspan.distributed import local
 from subspan.shapes import layout_of
 from subspan.state import State, tensor_bytes
 
 
 def table(groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, State]) -> str:
-    """Group, count, size, rank, bytes of state held, and the bytes torch's AdamW would hold."""
+    """Group, count, size, rank, bytes of state held here, and the bytes torch's AdamW would hold here."""
     rows: dict[tuple[str, str], list[int]] = {}
     for number, group in enumerate(groups):
         for p in group["params"]:
@@ -30,7 +31,7 @@ def table(groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, State]) ->
             else:  # a rank that reaches the shorter side compresses nothing
                 kind, rank = "full-rank matrices", "full" if group["rank"] is None else f"full (< {group['rank'] + 1})"
             row = rows.setdefault((f"{number}: {kind}", rank), [0, 0, 0, 0])
-            adamw = 2 * held.numel() * held.element_size() + 4
+            adamw = 2 * local(held).numel() * held.element_size() + 4
             for column, value in enumerate((1, held.numel(), tensor_bytes(state[p]), adamw)):
                 row[column] += value
     total = [sum(column) for column in zip(*rows.values(), strict=True)] or [0, 0, 0, 0]

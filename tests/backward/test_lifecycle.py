@@ -86,9 +86,11 @@ def test_saved_models_are_plain(llama: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("merge", ["step", "refresh"])
 @pytest.mark.parametrize("saved_at", [4, 7])
 def test_resume_is_exact(llama: Any, name: str, merge: str, saved_at: int) -> None:
-    """From state dicts through files, with weights_only, a run has the bits of the one that went on after saving."""
+    """From state dicts through files, with weights_only, a run has the bits of the one that went on after saving.
+
+    What is saved is merged, so with ``merge="refresh"`` the resumed run adds up its steps in another order."""
     settings = {"name": name, "merge": merge, "eta": 10.0, "stagger": None}
-    model = llama()
+    model = llama().double()
     optimizer, _ = backward_side(model, **settings)
     data = list(batches(12))
     train(model, optimizer, data[:saved_at])
@@ -97,13 +99,17 @@ def test_resume_is_exact(llama: Any, name: str, merge: str, saved_at: int) -> No
     train(model, optimizer, data[saved_at:])
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    again = llama()
+    again = llama().double()
     resumed, _ = backward_side(again, **settings)
     again.load_state_dict(saved["model"])
     resumed.load_state_dict(saved["optimizer"])
     train(again, resumed, data[saved_at:])
-    for path, p in model.named_parameters():
-        assert torch.equal(again.get_parameter(path), p), path
+    for path, p in model.state_dict().items():
+        ours = again.state_dict()[path]
+        if merge == "step":
+            assert torch.equal(ours, p), path
+        else:  # transformers computes norms and losses in fp32
+            torch.testing.assert_close(ours, p, rtol=1e-4, atol=1e-5, msg=lambda text, path=path: f"{path}: {text}")
 
 
 @pytest.mark.parametrize("merge", ["step", "refresh"])

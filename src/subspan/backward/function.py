@@ -36,16 +36,16 @@ class Taken(NamedTuple):
     """Where to leave ``G``; ``None`` in an ordinary step."""
 
 
-def gather(carriers: list[Tensor], box: Box | None, choose: Choose) -> tuple[Tensor, ...]:
-    """One ticket for each carrier."""
-    tickets: tuple[Tensor, ...] = _Gather.apply(box, choose, *carriers)
+def gather(carriers: list[Tensor], numbers: list[int], box: Box | None, choose: Choose) -> tuple[Tensor, ...]:
+    """One ticket for each carrier; ``numbers`` are those of their layers."""
+    tickets: tuple[Tensor, ...] = _Gather.apply(numbers, box, choose, *carriers)
     return tickets
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, box: Box | None, choose: Choose, *carriers: Tensor) -> tuple[Tensor, ...]:
-        ctx.box, ctx.choose = box, choose
+    def forward(ctx: Any, numbers: list[int], box: Box | None, choose: Choose, *carriers: Tensor) -> tuple[Tensor, ...]:
+        ctx.numbers, ctx.box, ctx.choose = numbers, box, choose
         ctx.set_materialize_grads(False)
         return tuple(carrier.view_as(carrier) for carrier in carriers)
 
@@ -53,10 +53,10 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.box is None:
-            return None, None, *grads
+            return None, None, None, *grads
         R = ctx.choose(ctx.box)
         ctx.box.clear()
-        return None, None, *(R.get(number) for number in range(len(grads)))
+        return None, None, None, *(R.get(number) for number in ctx.numbers)
 
 
 def linear(

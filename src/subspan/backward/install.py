@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from subspan.backward.layer import BackwardLinear
 from subspan.backward.projection import Projection
 from subspan.backward.sharing import Share, groups_of
+from subspan.distributed import is_spread
 from subspan.groups import EXCLUDED, select_linear
 from subspan.parts import Key, Selector
 
 logger = logging.getLogger(__name__)
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
+_WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
 
 
 class Handle:
@@ -51,6 +52,7 @@ class Handle:
         """
         if selector.needs_gradient:
             raise ValueError(f"selector={selector!r}: chooses from a gradient; give one that draws, such as selectors.Random()")
+        self._check_whole("enter")
         for projection in self.projections:
             projection.fold()
             first = projection.layers[0]
@@ -65,6 +67,13 @@ class Handle:
         """Never: the bases of ``enter`` change when it is called again."""
         raise AssertionError("subspaces entered by hand are not refreshed")
 
+    def _check_whole(self, what: str) -> None:
+        if any(is_spread(layer.carrier) for layer in self.layers):
+            raise ValueError(
+                f"{what}(): fully_shard holds these layers' weights; save the model's state_dict, which is that of the plain "
+                "model, and load it into one"
+            )
+
     def merge(self) -> None:
         """Put displacements into the weights, which are then those of the plain model. The layers stay as they are."""
         for projection in self.projections:
@@ -72,6 +81,7 @@ class Handle:
 
     def remove(self) -> None:
         """Merge, and make every layer an ``nn.Linear`` again, with a weight that takes gradients. The optimizer is void."""
+        self._check_whole("remove")
         self.merge()
         for layer in list(self.layers):
             layer.leave()
@@ -102,7 +112,8 @@ def project_backward(
             is run once on its ``dummy_inputs`` (transformers' models have them); inputs of the model, as a dict, to run it on;
             lists of names, such as ``[["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]``; or ``"none"``.
         merge: ``"step"``, each step changes the weight; or ``"refresh"``, steps add up in the carrier, in fp32, and the weight
-            changes with the basis, or when it is saved (for weights in bf16, which lose small steps).
+            changes with the basis (for weights in bf16, which lose small steps). Saving merges a copy. What reads
+            ``layer.weight`` by itself, such as an average of the model, sees the steps after ``Handle.merge`` alone.
         select_from: with several data-parallel ranks, whose gradient chooses a basis: ``"owner"``, that of one rank (another
             for each basis) on its own part of the batch; or ``"mean"``, all-reduced over the ranks. Either way one
             rank chooses and sends the basis to the others; random bases need neither.

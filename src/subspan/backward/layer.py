@@ -31,7 +31,11 @@ class BackwardLinear(nn.Linear):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         self.weight.requires_grad_(False)
         self.carrier = nn.Parameter(torch.zeros(self.out_features, projection.rank, dtype=dtype, device=self.weight.device))
-        mark(self.carrier, self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "carrier":  # fully_shard puts another in its place
+            mark(value, self)
 
     def leave(self) -> None:
         """Become an ``nn.Linear`` again; the displacement is in the weight by then."""
@@ -43,9 +47,7 @@ class BackwardLinear(nn.Linear):
         if torch.is_grad_enabled() and self.carrier.requires_grad:
             return self._train(x)
         y = super().forward(x)
-        if self.projection.displaced:
-            y = y + nn.functional.linear(self.projection.down(x), self.carrier.to(x.dtype)).to(y.dtype)
-        return y
+        return y + self.projection.moved(x, self).to(y.dtype) if self.projection.displaced else y
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # the basis may change on the way, and what is saved depends on it
     def _train(self, x: Tensor) -> Tensor:
@@ -59,17 +61,35 @@ class BackwardLinear(nn.Linear):
     # --- as a plain linear layer --------------------------------------------------------------------------------------
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.projection.fold()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[f"{prefix}carrier"]
+        if self.projection.displaced:  # merged in what is saved alone: saving must not change the run
+            weight = self.weight.detach()
+            destination[f"{prefix}weight"] = (weight + self.projection.displacement(self)).to(weight.dtype)
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *others: Any
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *others)
+        errors = len(error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         missing_keys[:] = [key for key in missing_keys if key != f"{prefix}carrier"]
-        with torch.no_grad():
-            self.carrier.zero_()
+        if f"{prefix}weight" in state_dict and len(error_msgs) == errors:  # the displacement was of the old weight
+            with torch.no_grad():
+                self.carrier.zero_()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self.carrier.dtype in (torch.bfloat16, torch.float16):  # steps add up in it, in fp32, whatever the weight is
+            self.carrier.data = self.carrier.data.float()
+        mark(self.carrier, self)  # of a DTensor another parameter is made
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         self.projection.fold()  # a copy has no basis to read a displacement in

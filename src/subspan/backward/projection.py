@@ -8,6 +8,7 @@ from torch import Tensor
 
 from subspan.backward.function import Box, Taken, gather
 from subspan.carriers import Plan
+from subspan.distributed import is_spread, local
 from subspan.parts import Selector
 from subspan.rounding import add_rounded_
 from subspan.state import State
@@ -34,6 +35,8 @@ class Projection:
     Attributes:
         layers: that share the basis, in the order of the model.
         plan: what the next pass does with the basis; the optimizer says so after each of its steps.
+        formed: whether a gradient has chosen the basis since then. Until the next step every pass saves ``x`` as that one
+            did, so that a forward pass that is repeated for its activations (checkpointing) saves what it saved before.
         displaced: whether carriers may hold a displacement that the weights lack.
         selector, state: the optimizer's own; the state lives there, with that of the first carrier.
     """
@@ -42,15 +45,22 @@ class Projection:
         self.rank, self.merge, self.select_from = rank, merge, select_from
         self.layers: list[BackwardLinear] = []
         self.plan: Plan = "keep"
-        self.displaced = False
+        self.formed = self.displaced = False
         self.selector: Selector | None = None
         self.state: State = {}
         self._driver: weakref.ref[Any] | None = None
         self._pass: _Pass | None = None
+        self._rounding: dict[int, torch.Generator] = {}
 
     def bind(self, selector: Selector, state: State, driver: Driver) -> None:
         """Make ``driver`` the optimizer that this basis belongs to."""
+        self.fold()  # a displacement is in the old one
         self.selector, self.state, self._driver = selector, state, weakref.ref(driver)
+
+    def expect(self, plan: Plan) -> None:
+        """A step is over: this is what the next pass does."""
+        self.plan, self.formed = plan, False
+        self._pass = None  # layers that had no part in it must not keep the input alive
 
     @property
     def driver(self) -> Driver:
@@ -66,7 +76,7 @@ class Projection:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy belongs to no optimizer: what is the optimizer's stays with it.
-        return self.__dict__ | {"selector": None, "state": {}, "_driver": None, "_pass": None}
+        return self.__dict__ | {"selector": None, "state": {}, "_driver": None, "_pass": None, "_rounding": {}}
 
     # --- the forward pass ---------------------------------------------------------------------------------------------
 
@@ -82,30 +92,45 @@ class Projection:
 
     def _begin(self, x: Tensor, dtype: torch.dtype) -> "_Pass":
         driver = self.driver
+        if any(is_spread(layer.carrier) for layer in self.layers):
+            raise RuntimeError(
+                f"{self.layers[0].weight_name}: shares a basis with layers that fully_shard has put into other groups; shard "
+                "the module that holds them all, or call project_backward with share='none'"
+            )
         if self.plan != "keep":
             self.fold()
         if self.plan == "draw":
             driver.refresh_projection(self, None)
         entered = x.to(dtype)
-        box: Box | None = {} if self.plan == "form" else None
+        box: Box | None = {} if self.plan == "form" or self.formed else None
         kept = self.down(entered) if box is None else entered.detach()
-        return _Pass(x, entered, kept, box, gather([layer.carrier for layer in self.layers], box, self._choose))
+        taking = [layer for layer in self.layers if layer.carrier.requires_grad]
+        tickets = gather([layer.carrier for layer in taking], [layer.number for layer in taking], box, self._choose)
+        return _Pass(x, entered, kept, box, {layer.number: ticket for layer, ticket in zip(taking, tickets, strict=True)})
 
     def _choose(self, box: Box) -> dict[int, Tensor]:
         """From each layer's gradient to its ``R``; the basis is chosen first if that has not been done."""
         numbers = sorted(box)
         if self.plan == "form":
             self.driver.refresh_projection(self, torch.cat([box[number] for number in numbers]))
+            self.formed = self.plan != "form"
         return {number: self.down(box.pop(number)).to(self.layers[number].carrier.dtype) for number in numbers}
 
     # --- the basis ----------------------------------------------------------------------------------------------------
 
     def down(self, A: Tensor) -> Tensor:
-        """``A Q (..., r)`` in the dtype of ``A``."""
-        assert self.selector is not None
+        """``A Q (..., r)`` in the dtype of ``A``, and no part of a graph."""
         with torch.no_grad():
-            rows = A.detach().reshape(-1, A.shape[-1])  # of more dimensions it would be a stack of matrices
-            return self.selector.project(rows, self.state).to(A.dtype).reshape(*A.shape[:-1], self.rank)
+            return self._down(A.detach())
+
+    def _down(self, A: Tensor) -> Tensor:
+        assert self.selector is not None
+        rows = A.reshape(-1, A.shape[-1])  # of more dimensions it would be a stack of matrices
+        return self.selector.project(rows, self.state).to(A.dtype).reshape(*A.shape[:-1], self.rank)
+
+    def moved(self, x: Tensor, layer: "BackwardLinear") -> Tensor:
+        """``(x Q) Bᵀ``: what the displacement of a layer adds to its output."""
+        return torch.nn.functional.linear(self._down(x), layer.carrier.detach().to(x.dtype))
 
     def back(self, A: Tensor) -> Tensor:
         """``A Qᵀ (..., in)``, in at least fp32."""
@@ -116,19 +141,30 @@ class Projection:
     def apply_(self, layer: "BackwardLinear", step: Tensor, keep: float | Tensor, generator: torch.Generator | None) -> None:
         """``W <- keep * W - step Qᵀ``, at once or, with ``merge="refresh"``, in the carrier until the basis changes."""
         assert self.selector is not None
+        if is_spread(layer.carrier) != is_spread(layer.weight):
+            raise RuntimeError(
+                f"{layer.weight_name}: its whole weight is here, and the step is of a shard; let fully_shard reshard after "
+                "the backward pass, which is its default"
+            )
+        weight, carrier = local(layer.weight), local(layer.carrier)
         decays = not isinstance(keep, float) or keep != 1
         if self.merge == "refresh":
+            if generator is not None:
+                self._rounding[layer.number] = generator
             if decays:
-                layer.weight.mul_(keep)
-                layer.carrier.mul_(keep)
-            layer.carrier.sub_(step)
+                if generator is not None:
+                    add_rounded_(weight, torch.zeros_like(weight, dtype=torch.float32), keep, generator)
+                else:
+                    weight.mul_(keep)
+                carrier.mul_(keep)
+            carrier.sub_(step)
             self.displaced = True
         elif generator is not None:
-            add_rounded_(layer.weight, self.back(-step), keep, generator)
+            add_rounded_(weight, self.back(-step), keep, generator)
         else:
             if decays:
-                layer.weight.mul_(keep)
-            self.selector.subtract_(layer.weight, step, self.state)
+                weight.mul_(keep)
+            self.selector.subtract_(weight, step, self.state)
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -136,18 +172,27 @@ class Projection:
         if not self.displaced:
             return
         for layer in self.layers:
-            layer.weight.add_(self.back(layer.carrier))
+            if (generator := self._rounding.get(layer.number)) is not None:
+                add_rounded_(layer.weight, self.displacement(layer), 1.0, generator)
+            else:
+                layer.weight.add_(self.displacement(layer))
             layer.carrier.zero_()
         self.displaced = False
+
+    @torch.no_grad()
+    def displacement(self, layer: "BackwardLinear") -> Tensor:
+        """``B Qᵀ (out, in)``."""
+        with torch.autocast(layer.carrier.device.type, enabled=False):
+            return self.back(layer.carrier)
 
 
 class _Pass:
     """One forward pass: an input, and the layers that have yet to take it."""
 
-    def __init__(self, x: Tensor, entered: Tensor, kept: Tensor, box: Box | None, tickets: tuple[Tensor, ...]) -> None:
+    def __init__(self, x: Tensor, entered: Tensor, kept: Tensor, box: Box | None, tickets: dict[int, Tensor]) -> None:
         self._x, self._version = weakref.ref(x), x._version
         self.entered, self._kept, self._box = entered, kept, box
-        self.waiting = dict(enumerate(tickets))
+        self.waiting = tickets
 
     def serves(self, number: int, x: Tensor, dtype: torch.dtype) -> bool:
         """Whether ``x`` is the input of this pass, unchanged, and layer ``number`` has not had it."""

@@ -11,6 +11,7 @@ class Plain:
     keeps_momentum = False
     needs_orthonormal = False
     needs_gradient = False
+    takes_rows = True
 
     def init(self, G: Tensor) -> State:
         return {}

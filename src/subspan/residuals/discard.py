@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from subspan.residuals._plain import Plain
+from subspan.rows import ALL_HERE, Rows
 from subspan.state import State
 
 
@@ -13,5 +14,14 @@ from subspan.state import State
 class Discard(Plain):
     """No residual."""
 
-    def combine(self, G: Tensor, R: Tensor, U: Tensor, scale: float, back: Callable[[Tensor], Tensor], state: State) -> Tensor:
+    def combine(
+        self,
+        G: Tensor,
+        R: Tensor,
+        U: Tensor,
+        scale: float,
+        back: Callable[[Tensor], Tensor],
+        state: State,
+        rows: Rows = ALL_HERE,
+    ) -> Tensor:
         return back(U * scale)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from subspan.residuals._plain import Plain
+from subspan.rows import ALL_HERE, Rows
 from subspan.state import State, allocate
 
 
@@ -28,6 +29,7 @@ class ErrorFeedback(Plain):
     keeps_momentum = True
     needs_orthonormal = True
     needs_gradient = True
+    takes_rows = False  # a rank whose rows are finite would not know that the step is void
 
     def init(self, G: Tensor) -> State:
         return {"error": allocate(G, G.shape)}
@@ -43,7 +45,16 @@ class ErrorFeedback(Plain):
     def lose_(self, momentum: Tensor, state: State) -> None:
         state["error"].add_(_void_if_not_finite_(momentum))
 
-    def combine(self, G: Tensor, R: Tensor, U: Tensor, scale: float, back: Callable[[Tensor], Tensor], state: State) -> Tensor:
+    def combine(
+        self,
+        G: Tensor,
+        R: Tensor,
+        U: Tensor,
+        scale: float,
+        back: Callable[[Tensor], Tensor],
+        state: State,
+        rows: Rows = ALL_HERE,
+    ) -> Tensor:
         state["error"].add_(_void_if_not_finite_(back(-R).add_(G)))
         return back(U * scale)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from subspan.parts import is_number
 from subspan.residuals._plain import Plain
+from subspan.rows import ALL_HERE, Rows
 from subspan.state import State, allocate
 
 _TINY = 1e-8  # guards both divisions; the value of the authors' code
@@ -55,12 +56,22 @@ class Fira(Plain):
     def memory(self, m: str, n: str) -> dict[str, str]:
         return {} if self.limiter is None else {"residual_norm": "4"}
 
-    def combine(self, G: Tensor, R: Tensor, U: Tensor, scale: float, back: Callable[[Tensor], Tensor], state: State) -> Tensor:
+    def combine(
+        self,
+        G: Tensor,
+        R: Tensor,
+        U: Tensor,
+        scale: float,
+        back: Callable[[Tensor], Tensor],
+        state: State,
+        rows: Rows = ALL_HERE,
+    ) -> Tensor:
         a = 1.0 if self.mode == "orthogonal" else scale
         phi = _row_norms(U) / (_row_norms(R) + _TINY)
         if self.limiter is not None:
             T = back(-a * R).add_(G).mul_(phi)
-            factor = self._limit_(torch.linalg.vector_norm(T, dim=(-2, -1)), state["residual_norm"])
+            norm = rows.total(torch.linalg.vector_norm(T, dim=(-2, -1)).square()).sqrt()
+            factor = self._limit_(norm, state["residual_norm"])
             phi = phi * factor[..., None, None]
             del T  # so that only one full-size tensor lives at a time
         return back(scale * U - a * phi * R).addcmul_(G, phi)

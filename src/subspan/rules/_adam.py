@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from subspan.parts import Momentum, Transfer, check_betas, is_number
+from subspan.rows import ALL_HERE, Rows
 from subspan.state import State, allocate
 
 
@@ -62,7 +63,7 @@ class Adam(ABC):
         c1 = correction(beta1, state["step"]).clamp_min(1e-30)
         return Momentum(state["exp_avg"], state["exp_avg"] / c1, beta1 / (1 - beta1))
 
-    def update_(self, R: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    def update_(self, R: Tensor, state: State, rows: Rows = ALL_HERE) -> tuple[Tensor, Tensor]:
         beta1, beta2 = self.betas
         step = state["step"].add_(1)
         M = state["exp_avg"].mul_(beta1).add_(R, alpha=1 - beta1)  # not lerp_: R may be of lower precision

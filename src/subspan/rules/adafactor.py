@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from subspan.parts import Momentum, Transfer, is_number
+from subspan.rows import ALL_HERE, Rows
 from subspan.state import State, allocate
 
 _HELD = {"step", "exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"}
@@ -87,20 +88,23 @@ class Adafactor:
     def first_moment(self, state: State) -> Momentum | None:
         return None  # it averages updates, not gradients
 
-    def update_(self, R: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    def update_(self, R: Tensor, state: State, rows: Rows = ALL_HERE) -> tuple[Tensor, Tensor]:
         b = 1 - state["step"].add_(1).double() ** -self.decay
         if "exp_avg_sq" in state:
             V = state["exp_avg_sq"]
             V.mul_(b).add_((R.to(V.dtype).square() + self.eps) * (1 - b))
             U = R * V.rsqrt()
-            rms = torch.linalg.vector_norm(U) / max(1, U.numel()) ** 0.5
+            square, size = torch.linalg.vector_norm(U).square(), rows.count(U.shape[0]) if U.ndim else 1
         else:
             row, col = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
-            row.mul_(b).add_((_mean_square(R, -1, row.dtype) + self.eps) * (1 - b))
-            col.mul_(b).add_((_mean_square(R, -2, col.dtype) + self.eps) * (1 - b))
-            scale = (row / row.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1)
+            m, r = rows.count(R.shape[-2]), R.shape[-1]
+            row.mul_(b).add_((_sum_square(R, -1, row.dtype) / r + self.eps) * (1 - b))
+            sums = rows.total(torch.cat([_sum_square(R, -2, col.dtype), row.sum(-1, keepdim=True)], -1))
+            col.mul_(b).add_((sums[..., :-1] / m + self.eps) * (1 - b))
+            scale = (row / (sums[..., -1:] / m)).rsqrt().unsqueeze(-1)
             U = (R * scale).mul_(col.rsqrt().unsqueeze(-2))
-            rms = torch.linalg.vector_norm(U, dim=(-2, -1), keepdim=True) / (U.shape[-2] * U.shape[-1]) ** 0.5
+            square, size = torch.linalg.vector_norm(U, dim=(-2, -1), keepdim=True).square(), m * r
+        rms = (rows.total(square) / max(1, size)).sqrt()
         U = U.div_((rms / self.clip).clamp_min(1))
         if self.beta1:
             if "exp_avg" not in state:
@@ -111,5 +115,5 @@ class Adafactor:
         return U, torch.ones((), dtype=torch.float64)
 
 
-def _mean_square(R: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    return torch.linalg.vector_norm(R, dim=dim, dtype=dtype).square() / R.shape[dim]
+def _sum_square(R: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    return torch.linalg.vector_norm(R, dim=dim, dtype=dtype).square()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from subspan.parts import Momentum, Transfer, check_betas
+from subspan.rows import ALL_HERE, Rows
 from subspan.rules._adam import correction
 from subspan.state import State, allocate
 
@@ -54,7 +55,7 @@ class Lion:
             state["exp_avg"], state["exp_avg"] / correction(beta2, state["step"]).clamp_min(1e-30), beta2 / (1 - beta2)
         )
 
-    def update_(self, R: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    def update_(self, R: Tensor, state: State, rows: Rows = ALL_HERE) -> tuple[Tensor, Tensor]:
         beta1, beta2 = self.betas
         state["step"].add_(1)
         M = state["exp_avg"]

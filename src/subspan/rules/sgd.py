@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from subspan.parts import Momentum, Transfer, is_number
+from subspan.rows import ALL_HERE, Rows
 from subspan.state import State, allocate
 
 
@@ -57,7 +58,7 @@ class _MomentumSGD(ABC):
         weight = (1 - self.decay ** state["step"].double()).clamp_min(1e-30) * self.gain / (1 - self.decay)
         return Momentum(state["exp_avg"], state["exp_avg"] / weight, self.decay / self.gain)
 
-    def update_(self, R: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    def update_(self, R: Tensor, state: State, rows: Rows = ALL_HERE) -> tuple[Tensor, Tensor]:
         state["step"].add_(1)
         if not self.decay:
             U = R.to(torch.promote_types(R.dtype, torch.float32), copy=True).mul_(self.gain)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from subspan import linalg
+from subspan.linalg import Gram
 from subspan.parts import Key, Momentum
 from subspan.state import State, allocate
 
@@ -16,6 +17,10 @@ class Scheduled(ABC):
     @property
     def needs_gradient(self) -> bool:
         return True
+
+    @property
+    def takes_gram(self) -> bool:
+        return False
 
     @property
     def orthonormal(self) -> bool:
@@ -49,13 +54,15 @@ class MatrixSelector(Scheduled):
         return {"basis": f"4*{n}*{r}"}
 
     @abstractmethod
-    def choose(self, G: Tensor, old: Tensor, key: Key) -> Tensor:
+    def choose(self, G: Tensor | Gram, old: Tensor, key: Key) -> Tensor:
         """A new basis in the shape of ``old``, which is all zero before the first refresh."""
 
-    def refresh_(self, G: Tensor, state: State, key: Key) -> Tensor:
+    def refresh_(self, G: Tensor | Gram, state: State, key: Key) -> Tensor:
         old = state["basis"].clone()
         new = self.choose(G, old, key).to(old.dtype)
-        if G.ndim > 2 and self.needs_gradient:  # an expert that saw no token keeps what it has, if it has anything
+        if (
+            not isinstance(G, Gram) and G.ndim > 2 and self.needs_gradient
+        ):  # an expert that saw no token keeps what it has, if it has anything
             idle = (G == 0).flatten(-2).all(-1) & (old != 0).flatten(-2).any(-1)
             new = torch.where(idle[..., None, None], old, new)
         state["basis"].copy_(new)
@@ -84,7 +91,7 @@ class TrackingSelector(MatrixSelector):
     def period(self, gap: int, state: State) -> int | None:
         return None
 
-    def choose(self, G: Tensor, old: Tensor, key: Key) -> Tensor:
+    def choose(self, G: Tensor | Gram, old: Tensor, key: Key) -> Tensor:
         return leading(G, old)
 
 
@@ -93,7 +100,7 @@ def check_method(method: str) -> None:
         raise ValueError(f"method={method!r}: expected 'gram' (eigh of the Gram matrix) or 'svd' (the slow reference)")
 
 
-def leading(G: Tensor, old: Tensor, method: str = "gram") -> Tensor:
+def leading(G: Tensor | Gram, old: Tensor, method: str = "gram") -> Tensor:
     """The leading right singular vectors of ``G``, as many as ``old`` has columns, and with their signs."""
     _, V = linalg.right_singular(G, method)
     return linalg.fix_signs(V[..., : old.shape[-1]], old)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from subspan import linalg
+from subspan.linalg import Gram
 from subspan.parts import Key, is_number
 from subspan.selectors._matrix import Scheduled
 from subspan.state import State
@@ -58,6 +59,10 @@ class Coordinates(Scheduled):
         return self.sample != "uniform"
 
     @property
+    def takes_gram(self) -> bool:
+        return True
+
+    @property
     def orthonormal(self) -> bool:
         return not self.scaled
 
@@ -72,9 +77,9 @@ class Coordinates(Scheduled):
     def memory(self, n: str, r: str) -> dict[str, str]:
         return {"indices": f"8*{r}"} | ({"weights": f"4*{r}"} if self.scaled else {})
 
-    def refresh_(self, G: Tensor, state: State, key: Key) -> Tensor:
+    def refresh_(self, G: Tensor | Gram, state: State, key: Key) -> Tensor:
         old = {name: state[name].clone() for name in ("indices", "weights") if name in state}
-        norms = torch.linalg.vector_norm(G, dim=-2, dtype=torch.float64).cpu()
+        norms = linalg.column_norms(G).cpu()
         index, weights = self._choose(norms, old["indices"].shape[-1], key)
         idle = (norms == 0).all(-1, keepdim=True).to(G.device) if self.needs_gradient else torch.tensor(False)
         state["indices"].copy_(torch.where(idle, old["indices"], index.to(G.device)))

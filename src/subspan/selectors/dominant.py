@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from subspan.linalg import Gram
 from subspan.parts import Key
 from subspan.selectors._matrix import MatrixSelector, check_method, leading
 
@@ -28,5 +29,9 @@ class Dominant(MatrixSelector):
     def __post_init__(self) -> None:
         check_method(self.method)
 
-    def choose(self, G: Tensor, old: Tensor, key: Key) -> Tensor:
+    @property
+    def takes_gram(self) -> bool:
+        return self.method == "gram"
+
+    def choose(self, G: Tensor | Gram, old: Tensor, key: Key) -> Tensor:
         return leading(G, old, self.method)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from subspan import linalg
+from subspan.linalg import Gram
 from subspan.parts import Key
 from subspan.selectors._matrix import Scheduled
 from subspan.state import State
@@ -37,7 +38,7 @@ class Gaussian(Scheduled):
     def memory(self, n: str, r: str) -> dict[str, str]:
         return {}
 
-    def refresh_(self, G: Tensor, state: State, key: Key) -> Tensor:
+    def refresh_(self, G: Tensor | Gram, state: State, key: Key) -> Tensor:
         old = self._basis(state, G)
         state["basis_seed"] = linalg.keyed_seed("gaussian", *key)
         return old.mT @ self._basis(state, G)
@@ -48,7 +49,7 @@ class Gaussian(Scheduled):
     def project_back(self, R: Tensor, state: State) -> Tensor:
         return R @ self._basis(state, R).mT
 
-    def _basis(self, state: State, like: Tensor) -> Tensor:
+    def _basis(self, state: State, like: Tensor | Gram) -> Tensor:
         """``Q`` with the stack, device and precision (fp32 at least) of ``like``."""
         shape = (*like.shape[:-2], state["basis_rows"], state["basis_rank"])
         dtype = torch.promote_types(like.dtype, torch.float32)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from subspan import linalg
+from subspan.linalg import Gram
 from subspan.parts import Key, is_number
 from subspan.selectors._matrix import MatrixSelector, check_method, columns
 
@@ -61,7 +62,11 @@ class Importance(MatrixSelector):
         uniform = torch.full_like(log_w, math.log(self.floor / sigma.shape[-1]))
         return uniform if self.floor == 1 else torch.logaddexp(log_w + math.log1p(-self.floor), uniform)
 
-    def choose(self, G: Tensor, old: Tensor, key: Key) -> Tensor:
+    @property
+    def takes_gram(self) -> bool:
+        return self.method == "gram"
+
+    def choose(self, G: Tensor | Gram, old: Tensor, key: Key) -> Tensor:
         sigma, V = linalg.right_singular(G, self.method)
         index = linalg.sample_without_replacement(
             self.log_weights(sigma), old.shape[-1], linalg.keyed_generator("importance", *key)

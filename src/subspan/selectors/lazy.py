@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from subspan.linalg import Gram
 from subspan.parts import Key, Momentum, Selector, check_selector, is_number
 from subspan.state import State
 
@@ -55,6 +56,10 @@ class Lazy:
         return self.selector.needs_gradient
 
     @property
+    def takes_gram(self) -> bool:
+        return self.selector.takes_gram
+
+    @property
     def orthonormal(self) -> bool:
         return True
 
@@ -72,7 +77,7 @@ class Lazy:
         inner = self.selector.period(gap, state)
         return None if inner is None else inner * state["stretch"]
 
-    def refresh_(self, G: Tensor, state: State, key: Key) -> Tensor:
+    def refresh_(self, G: Tensor | Gram, state: State, key: Key) -> Tensor:
         change = self.selector.refresh_(G, state, key)
         overlap = float(change.square().sum((-2, -1)).mean()) / change.shape[-1]
         state["stretch"] = min(2 * state["stretch"], self.longest) if overlap >= self.threshold else 1

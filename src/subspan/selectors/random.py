@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from subspan import linalg
+from subspan.linalg import Gram
 from subspan.parts import Key
 from subspan.selectors._matrix import MatrixSelector
 
@@ -30,7 +31,7 @@ class Random(MatrixSelector):
     def needs_gradient(self) -> bool:
         return False
 
-    def choose(self, G: Tensor, old: Tensor, key: Key) -> Tensor:
+    def choose(self, G: Tensor | Gram, old: Tensor, key: Key) -> Tensor:
         Q = linalg.haar(old, linalg.keyed_generator("random", *key))
         return Q * (Q.shape[-2] / Q.shape[-1]) ** 0.5 if self.scaled else Q
 

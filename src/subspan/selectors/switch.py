@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subspan.linalg import Gram
 from subspan.parts import Key, Momentum, Selector, check_selector, holds, is_number
 from subspan.state import State
 
@@ -48,6 +49,10 @@ class Switch:
         return self.first.needs_gradient or self.second.needs_gradient
 
     @property
+    def takes_gram(self) -> bool:
+        return all(not part.needs_gradient or part.takes_gram for part in (self.first, self.second))
+
+    @property
     def orthonormal(self) -> bool:
         return self.first.orthonormal and self.second.orthonormal
 
@@ -71,11 +76,12 @@ class Switch:
     def track_(self, G: Tensor, state: State, momentum: Momentum | None) -> Tensor | None:
         return self._active(state).track_(G, state, momentum)
 
-    def refresh_(self, G: Tensor, state: State, key: Key) -> Tensor:
+    def refresh_(self, G: Tensor | Gram, state: State, key: Key) -> Tensor:
         if state["switched"] or key.step < self._step():
             return self._active(state).refresh_(G, state, key)
         # Across the switch: the old basis as rows, Q_oldᵀ (r, n), projected by the new one.
-        rank = self.first.project(G[..., :1, :], state).shape[-1]
+        row = G.row if isinstance(G, Gram) else G[..., :1, :]
+        rank = self.first.project(row, state).shape[-1]
         identity = torch.eye(rank, device=G.device, dtype=torch.promote_types(G.dtype, torch.float32))
         rows = self.first.project_back(identity.expand(*G.shape[:-2], rank, rank), state)
         self.second.refresh_(G, state, key)

@@ -2,11 +2,12 @@
 
 checkpoints/step-000100/  config.json, model.safetensors, tokenizer files      loads with from_pretrained
                           optimizer.pt, training.pt                            tensors and primitives only
+                          checksums.json                                       a hash of each file, see integrity.py
 """
 
-import pickle
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from subspan.training.errors import InputError, first_line
-from subspan.training.files import remove_directory, replace_directory
+from subspan.training.files import no_space, remove_directory, replace_directory
+from subspan.training.integrity import seal
 
 _NAME = re.compile(r"step-(\d{6,})")
 _OTHER = "remove it, or continue an older one with --resume PATH"
@@ -26,31 +28,60 @@ _OTHER = "remove it, or continue an older one with --resume PATH"
 def save(
     folder: Path, step: int, keep: int, model: nn.Module, tokenizer: PreTrainedTokenizerBase, parts: dict[str, dict[str, Any]]
 ) -> None:
-    """Write the checkpoint of ``step``, then drop all but the ``keep`` newest. ``parts`` become files, one by name."""
-    scratch = folder / "unfinished"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    model.save_pretrained(scratch, max_shard_size="10TB")  # type: ignore[operator]  # transformers' method; one file
-    tokenizer.save_pretrained(scratch)
-    for name, part in parts.items():
-        torch.save(part, scratch / f"{name}.pt")
-    replace_directory(scratch, folder / f"step-{step:06d}")
-    for old in list_checkpoints(folder)[:-keep]:
+    """Write the checkpoint of ``step``, then drop all but the ``keep`` newest. ``parts`` become files, one by name.
+
+    Raises:
+        InputError: it cannot be written, for want of space say. The checkpoints before it stand.
+    """
+    scratch, place = folder / "unfinished", folder / f"step-{step:06d}"
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        model.save_pretrained(scratch, max_shard_size="10TB")  # type: ignore[operator]  # transformers' method; one file
+        tokenizer.save_pretrained(scratch)
+        for name, part in parts.items():
+            torch.save(part, scratch / f"{name}.pt")
+        seal(scratch)
+        replace_directory(scratch, place)
+    except Exception as error:  # of a full disk, torch, safetensors and tokenizers raise errors of three kinds
+        shutil.rmtree(scratch, ignore_errors=True)
+        before = [sum(file.stat().st_size for file in path.iterdir()) for path in list_checkpoints(folder)[-1:]]
+        tensors = sum(t.numel() * t.element_size() for t in _tensors([model.state_dict(), parts]))
+        raise no_space(f"checkpoint {place}", folder, error, max([tensors, *before])) from error
+    # Later ones are of a run that was continued further back, perhaps because they are damaged: they do not count.
+    for old in [path for path in list_checkpoints(folder) if step_of(path) <= step][:-keep]:
         remove_directory(old)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that the name of a checkpoint says."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def load_part(checkpoint: Path, name: str) -> dict[str, Any]:
     """One of the ``parts`` given to ``save``."""
     try:
-        part: dict[str, Any] = torch.load(checkpoint / f"{name}.pt", map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        part = torch.load(checkpoint / f"{name}.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # of a damaged file, torch's reader raises errors of a dozen kinds
         raise InputError(f"checkpoint {checkpoint}: {name}.pt cannot be read ({type(error).__name__}); {_OTHER}") from error
+    if not isinstance(part, dict):
+        raise InputError(f"checkpoint {checkpoint}: {name}.pt holds a {type(part).__name__}, expected a dict; {_OTHER}")
     return part
 
 

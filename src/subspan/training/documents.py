@@ -30,11 +30,15 @@ class Documents:
 
     def identity(self) -> list[tuple[str, int, int]]:
         """Changes whenever a file does: path, bytes, time of change."""
-        return [
-            (f"{kind}:{path.resolve()}", path.stat().st_size, path.stat().st_mtime_ns)
-            for kind, files in (("train", self.files), ("validation", self.validation_files))
-            for path in files
-        ]
+        found = []
+        for kind, files in (("train", self.files), ("validation", self.validation_files)):
+            for path in files:
+                try:
+                    stat = path.stat()
+                except OSError as error:
+                    raise _unreadable(path, error) from error
+                found.append((f"{kind}:{path.resolve()}", stat.st_size, stat.st_mtime_ns))
+        return found
 
     def split(self) -> Iterator[tuple[Split, str]]:
         """Every document with its half.
@@ -73,6 +77,8 @@ def find_documents(data: str, validation_data: str | None = None) -> Documents:
 def _files(pattern: str, argument: str) -> tuple[Path, ...]:
     if pattern == "embedded":
         return (CORPUS,)
+    if not pattern.strip():  # the path of nothing is the working directory
+        raise InputError(f"{argument}={pattern!r}: expected 'embedded', 'c4', 'slimpajama', or a file, folder or glob")
     path = Path(pattern).expanduser()
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p))
@@ -105,6 +111,12 @@ def _read(files: tuple[Path, ...]) -> Iterator[tuple[str, Split | None]]:
                 yield from _documents_of(file, path)
         except (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
             raise InputError(f"data file {path} cannot be read: {error}; expected UTF-8 text") from error
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(f"data file {path} cannot be read: {error.strerror or error}; put it back, or give other --data")
 
 
 def _documents_of(file: io.TextIOBase, path: Path) -> Iterator[tuple[str, Split | None]]:
@@ -119,14 +131,18 @@ def _documents_of(file: io.TextIOBase, path: Path) -> Iterator[tuple[str, Split 
         try:
             row = json.loads(line)
             text, half = row["text"], row.get("split")
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f'{path}, line {number}: {error!r}; expected one JSON object a line with a "text"') from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # numbers and nesting have limits
+            raise InputError(
+                f'data file {path}, line {number}: {error!r}; expected one JSON object a line with a "text"'
+            ) from error
         if not isinstance(text, str):
-            raise InputError(f'{path}, line {number}: "text" is {type(text).__name__}, expected a string')
+            raise InputError(f'data file {path}, line {number}: "text" is {type(text).__name__}, expected a string')
         if half not in (None, "train", "validation"):
-            raise InputError(f'{path}, line {number}: "split" is {half!r}, expected "train" or "validation", or none')
+            raise InputError(f'data file {path}, line {number}: "split" is {half!r}, expected "train" or "validation", or none')
         if not _encodable(text):
-            raise InputError(f'{path}, line {number}: "text" holds half a surrogate pair, which UTF-8 cannot; mend the file')
+            raise InputError(
+                f'data file {path}, line {number}: "text" holds half a surrogate pair, which UTF-8 cannot; mend the file'
+            )
         if text.strip():
             yield text, half
 

@@ -1,16 +1,58 @@
 """Writing so that a reader, or a kill, never finds half of a file or a directory under its name."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
 
+from subspan.training.errors import InputError, first_line
+
 
 def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by a file of ``text``, at once."""
+    """Replace ``path`` by a file of ``text``, at once.
+
+    Raises:
+        InputError: it cannot be written, for want of space say. What was there before stands.
+    """
     scratch = path.with_name(f".{path.name}.unfinished")
-    scratch.write_text(text)
-    sync(scratch)
-    scratch.replace(path)
+    try:
+        scratch.write_text(text)
+        sync(scratch)
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise no_space(str(path), path.parent, error, len(text.encode())) from error
+
+
+def no_space(what: str, folder: Path, error: BaseException, needed: int) -> InputError:
+    """The error for a file that cannot be written, which is nearly always for want of space.
+
+    Args:
+        what: what cannot be written, with its path.
+        folder: where it lies, or would.
+        needed: bytes it takes.
+    """
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    try:
+        free = shutil.disk_usage(existing).free
+        have = f"{readable(free)} are free under {existing}"
+    except OSError as trouble:
+        free, have = needed, f"{existing} says nothing of its space ({trouble.strerror})"
+    # Not every writer says that the disk was full: torch's speaks of positions in its file.
+    full = free < needed or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    cause = "no space is left" if full else (getattr(error, "strerror", None) or first_line(error))
+    return InputError(
+        f"{what} cannot be written: {cause}; it needs about {readable(needed)}, {have}; "
+        "make room or mend it, then continue with --resume auto"
+    )
+
+
+def readable(number: int) -> str:
+    """Bytes for a person: ``3.1 MB``."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if number >= size:
+            return f"{number / size:,.1f} {unit}"
+    return f"{number} bytes"
 
 
 def replace_directory(new: Path, path: Path) -> None:
@@ -19,7 +61,12 @@ def replace_directory(new: Path, path: Path) -> None:
         sync(file)
     sync(new)
     old = _set_aside(path) if path.exists() else None
-    new.rename(path)
+    try:
+        new.rename(path)
+    except OSError:
+        if old:
+            old.rename(path)
+        raise
     sync(path.parent)
     if old:
         shutil.rmtree(old)

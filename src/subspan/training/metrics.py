@@ -1,7 +1,10 @@
 """Metrics of a run: ``metrics.jsonl`` always, TensorBoard if asked."""
 
+import contextlib
 import json
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -9,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspan.training.files import write_text
+from subspan.training.errors import InputError
+from subspan.training.files import no_space, write_text
+from subspan.training.progress import say
 
 
 class Metrics:
@@ -18,13 +23,28 @@ class Metrics:
     Args:
         folder: the run's directory.
         step: where the run starts. Rows beyond it, written before an interruption, are dropped: they will come again.
+
+    Rows that cannot be read are left out, with a line on stderr that counts them; the file as it was stays beside the new one.
+
+    Raises:
+        InputError: the file cannot be written, for want of space say; likewise ``write`` and leaving the context.
     """
 
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
         self.path = folder / "metrics.jsonl"
-        rows = [row for row in read_metrics(folder) if row["step"] <= step]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  # open as long as the run
+        rows, broken = _read(self.path)
+        if broken:
+            as_it_was = self.path.with_name("metrics.damaged.jsonl")
+            say(f"{self.path}: {broken} lines cannot be read and are left out; the file as it was is {as_it_was.name}")
+            try:
+                shutil.copyfile(self.path, as_it_was)
+            except OSError as error:
+                raise no_space(str(as_it_was), folder, error, self.path.stat().st_size) from error
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+        try:
+            self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  # open as long as the run
+        except OSError as error:
+            raise no_space(str(self.path), folder, error, 1) from error
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -32,19 +52,31 @@ class Metrics:
             self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def write(self, row: dict[str, float]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        if self._board:
-            for name, value in row.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, row["step"])
+        line = json.dumps(row) + "\n"
+        with self._named(len(line)):
+            self._file.write(line)
+            if self._board:
+                for name, value in row.items():
+                    if name != "step":
+                        self._board.add_scalar(name, value, row["step"])
 
     def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
-        if self._board:
-            self._board.close()
+        with contextlib.suppress(InputError) if error else contextlib.nullcontext():  # the first error is the one to show
+            with self._named(1):
+                self._file.close()
+            if self._board:
+                with self._named(1):
+                    self._board.close()
+
+    @contextlib.contextmanager
+    def _named(self, needed: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise no_space(str(self.path), self.path.parent, error, needed) from error
 
 
 class Meter:
@@ -78,9 +110,27 @@ class Meter:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run. A last line cut short by a kill is left out."""
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The rows of a run. A last line cut short by a kill is left out, and so is what else cannot be read."""
+    return _read(folder / "metrics.jsonl")[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, float]], int]:
+    """The rows of ``path``, and how many lines are broken: not counting a last one that a kill cut short."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return [], 0
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; mend its permissions, or move it away") from error
+    rows, broken = [], 0
+    for line in lines:
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            row = json.loads(line)
+            row["step"] + 0
+        except (ValueError, KeyError, TypeError, RecursionError):
+            broken += 1
+            continue
+        rows.append(row)
+    return rows, broken

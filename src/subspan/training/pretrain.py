@@ -331,7 +331,7 @@ def _build_optimizer(config: ResolvedConfig, model: nn.Module) -> torch.optim.Op
         lr_full=config.optim.lr_full,
         seed=config.seed,
         total_steps=config.steps,
-        targets="all-linear" if config.backward_side else config.optim.targets,
+        targets=config.optim.targets,
     )
 
 

@@ -19,6 +19,8 @@ from subspan.training.presets import Preset
 from subspan.training.streams import STREAMS
 
 T = TypeVar("T")
+_MOST_THREADS = 1024  # far beyond, OpenMP ends the process
+_MOST_TOKENS = 2**28  # a batch is read whole: 4 GiB of token ids, and a hundred times what anyone trains with
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,13 @@ def _check(config: ResolvedConfig) -> None:
     for name, value in at_least_one.items():
         if value is not None and value < 1:
             raise InputError(f"{name}={value}: expected a whole number >= 1")
+    if config.threads is not None and config.threads > _MOST_THREADS:
+        raise InputError(f"threads={config.threads}: expected at most {_MOST_THREADS:,}; null leaves it to torch")
+    if config.batch_size * config.sequence_length > _MOST_TOKENS:
+        raise InputError(
+            f"batch_size={config.batch_size}: with sequence_length={config.sequence_length} a step would read "
+            f"{config.batch_size * config.sequence_length:,} tokens; expected at most {_MOST_TOKENS:,}"
+        )
     if config.batch_size % config.micro_batch_size:
         raise InputError(f"micro_batch_size={config.micro_batch_size}: expected a divisor of batch_size={config.batch_size}")
     for name, number in {"lr": config.lr, "weight_decay": config.weight_decay}.items():

@@ -11,6 +11,8 @@ import yaml
 from subspan.training.checkpoint import list_checkpoints, load_part
 from subspan.training.config import PretrainConfig
 from subspan.training.errors import InputError
+from subspan.training.integrity import RECORD, damage, is_sealed
+from subspan.training.progress import say
 
 _FREE = ("out", "resume", "device", "threads", "micro_batch_size", "gradient_checkpointing", "checkpoint", "evaluation",
          "log_every", "tensorboard", "parallel")  # fmt: skip
@@ -20,11 +22,15 @@ _FREE = ("out", "resume", "device", "threads", "micro_batch_size", "gradient_che
 def locate(config: PretrainConfig, settings: dict[str, Any]) -> tuple[Path, Path | None]:
     """The directory for a run and the checkpoint to continue, or ``None`` to start. Writes nothing.
 
+    Of a run, the newest checkpoint whose files are as they were written is continued; a line on stderr says what was passed
+    over, and why. A damaged checkpoint that is named itself is refused.
+
     Args:
         settings: the resolved settings of this run, as a checkpoint stores them.
 
     Raises:
-        InputError: the directory holds another run, or one that ``resume`` does not name; or it cannot be written.
+        InputError: the directory holds another run, or one that ``resume`` does not name; or it cannot be written; or no
+            checkpoint of the run is sound.
     """
     if config.resume not in (None, "auto"):
         return _explicit(config, Path(config.resume), settings)
@@ -36,9 +42,7 @@ def locate(config: PretrainConfig, settings: dict[str, Any]) -> tuple[Path, Path
         return out, None
     if config.resume is None:
         raise InputError(f"out={config.out!r}: holds a run already; continue it with --resume auto, or give another --out")
-    newest = _newest(out)
-    _check_same_run(newest or out, settings)
-    return out, newest
+    return out, _newest_sound(out, settings)
 
 
 def claim(out: Path, settings: dict[str, Any], numbered: bool) -> Path:
@@ -63,12 +67,14 @@ def claim(out: Path, settings: dict[str, Any], numbered: bool) -> Path:
 
 def _explicit(config: PretrainConfig, given: Path, settings: dict[str, Any]) -> tuple[Path, Path]:
     path = given.resolve()
-    checkpoint = (_newest(path) or path) if (path / "checkpoints").is_dir() else path
-    if not (checkpoint / "training.pt").exists():
+    newest = _newest_sound(path, settings) if list_checkpoints(path / "checkpoints") else None
+    checkpoint = newest or path
+    if not any((checkpoint / name).exists() for name in ("training.pt", RECORD)):
         raise InputError(
             f"resume={config.resume!r}: no checkpoint there; expected 'auto', a run, or its checkpoints/step-NNNNNN"
         )
-    _check_same_run(checkpoint, settings)
+    if not newest:
+        _check_sound(checkpoint, settings)
     own = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else None
     if own and (config.out is None or Path(config.out).resolve() == own):
         return own, checkpoint
@@ -92,9 +98,9 @@ def _numbered(config: PretrainConfig, settings: dict[str, Any]) -> tuple[Path, P
         taken.append(out)
     if config.resume == "auto":
         for old in reversed(taken):
-            newest = _newest(old)
-            if _holds_run(old) and not _differences(newest or old, settings):
-                return old, newest
+            known = old if (old / "config.yaml").exists() else next(iter(list_checkpoints(old / "checkpoints")), old)
+            if _holds_run(old) and not _differences(known, settings):
+                return old, _newest_sound(old, settings)
     return out, None
 
 
@@ -117,19 +123,73 @@ def _check_same_run(place: Path, settings: dict[str, Any]) -> None:
 
 
 def _differences(place: Path, settings: dict[str, Any]) -> list[str]:
-    if (place / "training.pt").exists():
-        saved = load_part(place, "training")["settings"]
-    else:
-        try:
-            saved = dict(yaml.safe_load((place / "config.yaml").read_text()))
-        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-            raise InputError(f"{place / 'config.yaml'} cannot be read; start anew with another --out") from error
+    saved = load_part(place, "training").get("settings") if (place / "training.pt").exists() else _config_of(place)
+    if not isinstance(saved, dict):
+        raise InputError(f"{place} says nothing of its settings; start anew with another --out")
     keys = [key for key in {**saved, **settings} if key not in _FREE]
     return [f"{key} was {saved.get(key)}, is {settings.get(key)}" for key in keys if saved.get(key) != settings.get(key)]
 
 
-def _newest(out: Path) -> Path | None:
-    return next(iter(reversed(list_checkpoints(out / "checkpoints"))), None)
+def _config_of(run: Path) -> Any:
+    try:
+        return yaml.safe_load((run / "config.yaml").read_text())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"{run / 'config.yaml'} cannot be read; start anew with another --out") from error
+
+
+def _newest_sound(out: Path, settings: dict[str, Any]) -> Path | None:
+    """The newest checkpoint of the run ``out`` that can be used; ``None`` if it has saved none.
+
+    Raises:
+        InputError: the run has other settings, or none of its checkpoints is sound.
+    """
+    passed: list[str] = []
+    for checkpoint in reversed(list_checkpoints(out / "checkpoints")):
+        reason = _reason(checkpoint)
+        if reason is None:
+            _check_same_run(checkpoint, settings)
+            if passed:
+                say(f"damaged and passed over, left as they are: {'; '.join(passed)}. {checkpoint.name} is sound")
+            return checkpoint
+        passed.append(f"{checkpoint} ({reason})")
+    if not passed or (out / "config.yaml").exists():
+        _check_same_run(out, settings)
+    if passed:
+        raise InputError(
+            f"run {out}: no checkpoint of it is sound: {'; '.join(passed)}; nothing was changed; "
+            "put back a copy of one, or start anew with another --out"
+        )
+    return None
+
+
+def _check_sound(checkpoint: Path, settings: dict[str, Any]) -> None:
+    """Raise unless ``checkpoint`` was made with these settings and its files are as they were written."""
+    reason = _reason(checkpoint)
+    run = checkpoint.parent.parent
+    if reason is None or (run / "config.yaml").exists():
+        _check_same_run(checkpoint if reason is None else run, settings)
+    if reason:
+        raise InputError(
+            f"checkpoint {checkpoint}: {reason}; it is left as it is; continue the newest sound one of the run with "
+            "--resume auto, or give the path of another"
+        )
+
+
+def _reason(checkpoint: Path) -> str | None:
+    """Why ``checkpoint`` cannot be used; ``None`` if it can."""
+    if is_sealed(checkpoint):
+        return damage(checkpoint)
+    # Of a version that wrote no checksums: whether it can be read at all.
+    missing = [name for name in ("training.pt", "optimizer.pt", "model.safetensors") if not (checkpoint / name).exists()]
+    if missing:
+        return f"{missing[0]} is missing"
+    try:
+        for name in ("training", "optimizer"):
+            load_part(checkpoint, name)
+    except InputError as error:
+        return str(error).partition(": ")[2]
+    say(f"checkpoint {checkpoint}: {RECORD} is missing, so damage to it would not be seen; the next one saved has it")
+    return None
 
 
 def _holds_run(out: Path) -> bool:

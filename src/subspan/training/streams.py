@@ -59,9 +59,17 @@ class TokenStream:
         return self._validation
 
     def state_dict(self) -> dict[str, Any]:
-        return {"stream": self._train.state_dict(), "left": list(self._left)}
+        return {"stream": self._train.state_dict(), "left": list(self._left), "files": _sizes(self.data, "train")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        before, now = state.get("files"), _sizes(self.data, "train")  # a cursor into other files points anywhere
+        if before is not None and before != now:
+            name = next(name for name in sorted({**before, **now}) if before.get(name) != now.get(name))
+            sizes = [f"{files[name]:,} bytes" if name in files else "absent" for files in (before, now)]
+            raise InputError(
+                f"data {self.data!r}: {name} has changed since the checkpoint ({sizes[0]}, now {sizes[1]}); "
+                "put it back, or start anew with another --out"
+            )
         self._train.load_state_dict(state["stream"])
         self._left, self._documents = list(state["left"]), None
 
@@ -85,7 +93,9 @@ class TokenStream:
         if text is None:  # the next epoch; said outright, or a restored stream would start again where it was restored
             self._train.load_state_dict(copy.deepcopy(self._beginning))
             self._documents = _texts(self._train, self.data)
-            text = next(self._documents)
+            text = next(self._documents, None)
+            if text is None:
+                raise InputError(f"data {self.data!r}: its train half holds no text; give other files")
         return text
 
     def _encode(self, text: str) -> list[int]:
@@ -118,7 +128,10 @@ class TokenStream:
 def _texts(dataset: Any, data: str) -> Iterator[str]:
     try:
         for row in dataset:
-            yield row["text"]
+            text = row["text"]
+            if not isinstance(text, str):
+                raise TypeError(f'"text" is {type(text).__name__}, expected a string')
+            yield text
     except Exception as error:  # readers of files and of the hub raise errors of a dozen kinds
         known = STREAMS[data.partition(":")[0]].hub[0]
         cause = f"{type(error).__name__}: {first_line(error)}"
@@ -133,7 +146,7 @@ def _load(data: str, half: str) -> Any:
     try:
         if not path:
             return datasets.load_dataset(*known.hub, split=half, streaming=True)
-        files = sorted(str(file) for file in Path(path).expanduser().glob(known.files[half]))
+        files = [str(file) for file in _files(path, known.files[half])]
         if not files:
             raise InputError(f"data {data!r}: no {known.files[half]} under {path}; expected a copy of {known.hub[0]}'s files")
         return datasets.load_dataset("json", data_files={half: files}, split=half, streaming=True)
@@ -143,3 +156,13 @@ def _load(data: str, half: str) -> Any:
         raise InputError(
             f"data {data!r} cannot be opened: {first_line(error)}; without a network give a local copy as {name}:PATH"
         ) from error
+
+
+def _files(path: str, pattern: str) -> list[Path]:
+    return sorted(Path(path).expanduser().glob(pattern), key=str)
+
+
+def _sizes(data: str, half: str) -> dict[str, int]:
+    """The files of a local copy by name, with their bytes; none for the hub."""
+    name, _, path = data.partition(":")
+    return {file.name: file.stat().st_size for file in _files(path, STREAMS[name].files[half])} if path else {}

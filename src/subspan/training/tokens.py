@@ -1,4 +1,4 @@
-"""Tokenised documents in a memory map, read as shuffled windows with an exact cursor."""
+"""Tokenised documents in a file, read as shuffled windows with an exact cursor."""
 
 import hashlib
 import json
@@ -18,9 +18,12 @@ from transformers import PreTrainedTokenizerBase
 from subspan.training.batches import Batch
 from subspan.training.documents import Documents, Split
 from subspan.training.errors import InputError
+from subspan.training.files import no_space, remove_directory
+from subspan.training.progress import say
 from subspan.training.tokenizer import fingerprint
 
-_FORMAT = 2  # part of the cache's key: raise it when the files change
+_HALVES: tuple[Split, ...] = ("train", "validation")
+_FORMAT = 3  # part of the cache's key: raise it when the files change
 
 
 class TokenWindows:
@@ -32,10 +35,12 @@ class TokenWindows:
 
     def __init__(self, folder: Path, sequence_length: int, seed: int, validation_tokens: int) -> None:
         self.length, self.seed, self.validation_tokens = sequence_length, seed, validation_tokens
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = _meta(folder)
+        if meta is None:
+            raise _damaged(folder)
         self.documents: dict[str, int] = meta["documents"]
         self.digest: str = meta["digest"]
-        self.halves = {half: _open_map(folder / f"{half}.bin", meta["dtype"]) for half in ("train", "validation")}
+        self.halves = {half: TokenFile(folder / f"{half}.bin", meta["dtype"], meta["largest"]) for half in _HALVES}
         for half, tokens in self.halves.items():
             if not self.documents[half]:
                 raise InputError(
@@ -103,27 +108,88 @@ def tokenise(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Path:
     key = json.dumps([_FORMAT, documents.identity(), fingerprint(tokenizer)])
     cache = Path(os.environ.get("SUBSPAN_CACHE", "~/.cache/subspan")).expanduser()
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
-    if (folder / "meta.json").exists():
+    if _meta(folder) is not None:
         return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=cache, prefix="unfinished-"))
+    scratch = None
     try:
+        cache.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=cache, prefix="unfinished-"))
         _write(scratch, documents, tokenizer)
+        if json.dumps([_FORMAT, documents.identity(), fingerprint(tokenizer)]) != key:
+            raise InputError("data: its files changed while they were read; start again when nothing writes to them any more")
+        if folder.exists() and _meta(folder) is None:
+            say(f"{folder}: the cache of tokens there is damaged; made anew")
+            remove_directory(folder)
         # Renamed when complete: a reader sees all of it or nothing. Where another process was first, its folder stands.
         if not folder.exists():
             scratch.rename(folder)
-    except OSError:
-        if not (folder / "meta.json").exists():
-            raise
+    except OSError as error:
+        if _meta(folder) is None:
+            needed = sum(size for _, size, _ in documents.identity()) * 2  # a token takes two bytes and more than a letter
+            raise no_space(f"the cache of tokens {folder} (SUBSPAN_CACHE)", cache, error, needed) from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+class TokenFile:
+    """The tokens of a half, read when they are asked for.
+
+    Not a memory map: a file that someone shortens under a map ends the process by a signal (SIGBUS), without a word.
+    """
+
+    def __init__(self, path: Path, dtype: str, largest: int) -> None:
+        self.path, self.dtype, self.largest = path, np.dtype(dtype), largest
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # open as long as the run; outlives its name
+            self._length = path.stat().st_size // self.dtype.itemsize
+        except OSError as error:
+            raise _damaged(path, error.strerror) from error
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, part: slice) -> Any:
+        start, stop, _ = part.indices(self._length)
+        wanted = (stop - start) * self.dtype.itemsize
+        content = b""
+        try:
+            self._file.seek(start * self.dtype.itemsize)
+            while len(content) < wanted and (more := self._file.read(wanted - len(content))):
+                content += more
+        except OSError as error:
+            raise _damaged(self.path, error.strerror) from error
+        if len(content) < wanted:
+            raise _damaged(self.path, f"ends at token {start + len(content) // self.dtype.itemsize:,} of {self._length:,}")
+        tokens = np.frombuffer(content, self.dtype)
+        if len(tokens) and int(tokens.max()) > self.largest:  # the model has no row for it
+            raise _damaged(self.path, f"holds token {int(tokens.max()):,}, was written with none above {self.largest:,}")
+        return tokens
+
+
+def _damaged(path: Path, reason: str | None = None) -> InputError:
+    return InputError(
+        f"the cache of tokens {path} is damaged{f': {reason}' if reason else ''}; "
+        "start again with --resume auto, and what can be seen to be damaged is made anew; else remove its folder first"
+    )
+
+
+def _meta(folder: Path) -> dict[str, Any] | None:
+    """What ``meta.json`` says of a complete cache; ``None`` if there is none, or it is not as it was written."""
+    try:
+        meta = json.loads((folder / "meta.json").read_bytes())
+        sizes = {half: (folder / f"{half}.bin").stat().st_size for half in _HALVES}
+        whole = sizes == meta["bytes"] and {"documents", "digest", "dtype", "largest"} <= meta.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return meta if whole else None
 
 
 def _write(folder: Path, documents: Documents, tokenizer: PreTrainedTokenizerBase) -> None:
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-    counts = {"train": 0, "validation": 0}
-    digest = hashlib.sha256()
+    counts, sizes = dict.fromkeys(_HALVES, 0), dict.fromkeys(_HALVES, 0)
+    digest, largest = hashlib.sha256(), 0
     with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
         files = {"train": train, "validation": validation}
         for some in _chunks(documents.split()):
@@ -133,14 +199,18 @@ def _write(folder: Path, documents: Documents, tokenizer: PreTrainedTokenizerBas
                 files[half].write(content)
                 digest.update(half.encode() + content)
                 counts[half] += 1
-    (folder / "meta.json").write_text(json.dumps({"dtype": dtype.name, "documents": counts, "digest": digest.hexdigest()}))
+                sizes[half] += len(content)
+                largest = max(largest, *ids, tokenizer.eos_token_id)
+    meta = {
+        "dtype": dtype.name,
+        "largest": largest,
+        "documents": counts,
+        "bytes": sizes,
+        "digest": digest.hexdigest(),
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def _chunks(documents: Iterator[tuple[Split, str]]) -> Iterator[list[tuple[Split, str]]]:
     while some := list(islice(documents, 64)):
         yield some
-
-
-def _open_map(path: Path, dtype: str) -> Any:
-    # An empty file cannot be mapped.
-    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype=dtype)

@@ -1,0 +1,70 @@
+"""One rank of a fully_shard run: trains the small model by each of the methods named, and writes what came of it.
+
+Arguments: a JSON object with "names" {label: [recipe, settings]}, "mesh" (sizes), "out" (path), and "backward" and
+"in_backward" (settings of project_backward and of enable_step_in_backward, or null).
+"""
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from distributed.small import RANK, batches, build, loss_of
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
+
+import subspan
+
+
+def train(recipe, settings, mesh, backward, in_backward):
+    model = build()
+    if backward is not None:
+        subspan.project_backward(model, rank=RANK, **backward)
+    for block in model:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.to("cpu")  # makes other parameters of those that fully_shard has made
+    optimizer = subspan.create(recipe, model, **{"lr": 1e-2, "rank": RANK, "update_proj_gap": 7, **settings})
+    parts = 1
+    if in_backward is not None:
+        optimizer.enable_step_in_backward(model, **in_backward)
+        parts = in_backward.get("accumulate", 1)
+    sent, refreshes, losses = [], [], []
+    for x, y in batches():
+        x, y = x.chunk(dist.get_world_size())[dist.get_rank()], y.chunk(dist.get_world_size())[dist.get_rank()]
+        for part in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            loss = loss_of(model, *part) / parts
+            with CommDebugMode() as backward_sent:
+                loss.backward()
+        before = [state.get("refresh_step") for state in optimizer.state.values()]
+        with CommDebugMode() as comm:
+            optimizer.step()
+        refreshes.append(before != [state.get("refresh_step") for state in optimizer.state.values()])
+        sent.append([{str(op): count for op, count in mode.get_comm_counts().items()} for mode in (comm, backward_sent)])
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    states = {}
+    named = [pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"], strict=True)]
+    for name, p in named:
+        for key, value in optimizer.state[p].items():
+            if isinstance(value, torch.Tensor):
+                states[f"{name}.{key}"] = value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+    weights = {key: value.full_tensor().clone() for key, value in model.state_dict().items()}
+    return {"weights": weights, "states": states}, {"sent": sent, "refreshes": refreshes, "losses": losses}
+
+
+def main(asked):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", tuple(asked["mesh"]), mesh_dim_names=("copies", "shards")[-len(asked["mesh"]) :])
+    for label, (recipe, settings) in asked["names"].items():
+        tensors, report = train(recipe, settings, mesh, asked["backward"], asked["in_backward"])
+        torch.save(tensors, f"{asked['out']}.{label}.{dist.get_rank()}.pt")
+        with open(f"{asked['out']}.{label}.{dist.get_rank()}.json", "w") as file:
+            json.dump(report, file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

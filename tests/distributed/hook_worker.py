@@ -1,0 +1,42 @@
+"""One rank of a data-parallel run with the low-rank hook. Arguments: recipe, settings as JSON, output path."""
+
+import gc
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from distributed.small import RANK, batches, build, loss_of
+from torch.nn.parallel import DistributedDataParallel
+
+import subspan
+
+
+def train(model, recipe, settings):
+    optimizer = subspan.create(recipe, model, **{"lr": 1e-2, "rank": RANK, "update_proj_gap": 7, **settings})
+    wrapped = DistributedDataParallel(model)
+    sending = subspan.comm.register(wrapped, optimizer)
+    sent = []
+    for x, y in batches():
+        sending.reset()
+        loss_of(wrapped, *(part.chunk(dist.get_world_size())[dist.get_rank()] for part in (x, y))).backward()
+        before = [state.get("refresh_step") for state in optimizer.state.values()]
+        optimizer.step()
+        optimizer.zero_grad()
+        refreshed = before != [state.get("refresh_step") for state in optimizer.state.values()]
+        sent.append((refreshed, sending.bytes, sending.dense_bytes))
+    return sent
+
+
+def main(recipe, settings, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    model = build()
+    sent = train(model, recipe, json.loads(settings))
+    torch.save({"weights": dict(model.state_dict()), "sent": sent}, f"{path}.{dist.get_rank()}.pt")
+    gc.collect()  # DDP must be gone before the group is
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
