@@ -21,7 +21,7 @@ def launch(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], list[dict[s
     path = tmp_path / "-".join(arguments)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*command, *arguments, str(path)], capture_output=True, text=True, env=environment, timeout=240)
+    done = subprocess.run([*command, *arguments, str(path)], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     weights = [torch.load(f"{path}.{rank}.pt", weights_only=True) for rank in (0, 1)]
     return json.loads(Path(f"{path}.json").read_text()), weights

@@ -32,7 +32,7 @@ def launch(ranks: int, *runs: list[str], what: str = "nothing", step: int = 0) -
     """Let the worker do the runs, one after the other, on ``ranks`` processes."""
     arguments = [word for run in runs for word in ("then", *run)][1:]
     command = torchrun(ranks, str(WORKER), what, str(step), *arguments)
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=200)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=600)
 
 
 def weights(out: Path, step: int) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp-backward-side": ("ddp", {"optimizer": "sara_adamw", "backward_side": "true"}),
     "ddp-padded": ("ddp", {"optimizer": "adamw", "packing": "false", "data": "short"}),
     "fsdp": ("fsdp", {"optimizer": "adamw", "micro_batch_size": 1}),
+    "fsdp-sara": ("fsdp", {"optimizer": "sara_adamw", "optim.proj_type": "right"}),
+    "fsdp-backward": ("fsdp", {"optimizer": "golore_adamw", "backward_side": "true"}),
     "fsdp-padded": ("fsdp", {"optimizer": "adamw", "packing": "false", "data": "short"}),
 }
 
@@ -117,25 +120,54 @@ def test_a_checkpoint_goes_on_with_any_number_of_ranks(ranks: int, corpus: Path,
     assert second == pytest.approx(first, rel=1e-5 if ranks == 3 else 0.1)  # other ranks, other dropout
 
 
+SHARDED = [{"optimizer": "adamw"}, {"optimizer": "sara_adamw", "optim.proj_type": "right"}]
+
+
 @distributed
-def test_a_sharded_run_goes_on(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", SHARDED, ids=["adamw", "sara"])
+def test_a_sharded_run_goes_on(corpus: Path, tmp_path: Path, more: dict[str, Any]) -> None:
     """On as many ranks, bit for bit; in one process, which leaves a plain checkpoint, that no sharded run can continue."""
-    pytest.importorskip("subspan.training.sharded")
-    run, again = (settings(corpus, tmp_path / name, optimizer="adamw") for name in ("run", "again"))
+    run, again = (settings(corpus, tmp_path / name, **more) for name in ("run", "again"))
     resume = f"--resume={tmp_path}/run/checkpoints/step-000004"
     done = launch(2, [*run, "--parallel=fsdp"], [*again, "--parallel=fsdp", resume])
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "run" / "checkpoints" / "unfinished").exists()
     for name in ("run", "again"):
-        assert main([*settings(corpus, tmp_path / name, optimizer="adamw"), "--resume=auto"]) == 0
+        assert main([*settings(corpus, tmp_path / name, **more), "--resume=auto"]) == 0
     assert same(weights(tmp_path / "run", 12), weights(tmp_path / "again", 12))
-    one = settings(corpus, tmp_path / "one", optimizer="adamw")
+    one = settings(corpus, tmp_path / "one", **more)
     assert main([*one, "--parallel=none", f"--resume={tmp_path}/run/checkpoints/step-000008"]) == 0
     first, second = (read_metrics(tmp_path / name)[-1]["val_loss"] for name in ("run", "one"))
     assert second == pytest.approx(first, rel=1e-5)
     done = launch(2, [*run, "--parallel=fsdp", "--resume=auto"])
     assert done.returncode != 0
     assert "holds the whole model in one file; continue it with --parallel ddp or in one process" in done.stderr
+
+
+@distributed
+@pytest.mark.parametrize("name", ["training.pt", "model-00001-of-00002.safetensors", "index.json"])
+def test_a_damaged_shard_is_passed_over(
+    tmp_path: Path, name: str, two_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever file of the newest checkpoint is damaged, the run goes on from the one before."""
+    shutil.copytree(two_shards, tmp_path / "run")
+    damaged = tmp_path / "run" / "checkpoints" / "step-000012" / name
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    assert main([*settings(two_shards.parent / "corpus.jsonl", tmp_path / "run", optimizer="adamw"), "--resume=auto"]) == 0
+    said = capsys.readouterr().err
+    assert f"step-000012 ({name}" in said
+    assert "step-000008 is sound" in said
+
+
+@pytest.fixture(scope="module")
+def two_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks under FSDP."""
+    folder = tmp_path_factory.mktemp("shards")
+    done = launch(2, [*settings(documents(folder / "corpus.jsonl"), folder / "run", optimizer="adamw"), "--parallel=fsdp"])
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
 
 
 @distributed

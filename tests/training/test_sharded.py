@@ -37,7 +37,7 @@ def launch(count: int, scenario: str, folder: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [*command, sharded_worker.__file__, scenario, str(folder)], capture_output=True, text=True, env=environment, timeout=240
+        [*command, sharded_worker.__file__, scenario, str(folder)], capture_output=True, text=True, env=environment, timeout=600
     )
     assert done.returncode == 0, done.stderr[-4000:]
 

@@ -11,9 +11,10 @@ from pathlib import Path
 RECORD = "checksums.json"
 
 
-def seal(folder: Path) -> None:
-    """Write the record of ``folder``: last, when all of its files are there."""
-    files = {path.relative_to(folder).as_posix(): _entry(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+def seal(folder: Path, but: str | None = None) -> None:
+    """Write the record of ``folder``: last, when all of its files are there. Names like ``but`` have a record of their own."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not (but and path.match(but))]
+    files = {path.relative_to(folder).as_posix(): _entry(path) for path in paths}
     (folder / RECORD).write_text(json.dumps({"hash": "blake2b", "files": files}, indent=1) + "\n")
 
 

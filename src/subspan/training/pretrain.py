@@ -21,6 +21,7 @@ from subspan.training.documents import find_documents
 from subspan.training.errors import InputError
 from subspan.training.evaluation import evaluate, token_losses
 from subspan.training.files import write_text
+from subspan.training.integrity import seal
 from subspan.training.metrics import Meter, Metrics
 from subspan.training.model import build_model
 from subspan.training.parallel import ALONE, Ranks
@@ -279,6 +280,7 @@ class Pretraining:
             self.model.config.save_pretrained(scratch)  # type: ignore[union-attr, operator]  # transformers' method
             self.tokenizer.save_pretrained(scratch)
             torch.save(training, scratch / "training.pt")
+            seal(scratch, but="*.safetensors")
         publish(scratch, step=self.step, keep=keep)
 
     def _load(self, folder: Path) -> None:

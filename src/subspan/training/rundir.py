@@ -178,7 +178,7 @@ def _check_sound(checkpoint: Path, settings: dict[str, Any]) -> None:
 def _reason(checkpoint: Path) -> str | None:
     """Why ``checkpoint`` cannot be used; ``None`` if it can."""
     if is_sealed(checkpoint):
-        return damage(checkpoint)
+        return damage(checkpoint) or _damage_of_shards(checkpoint)
     # Of a version that wrote no checksums: whether it can be read at all.
     missing = [name for name in ("training.pt", "optimizer.pt", "model.safetensors") if not (checkpoint / name).exists()]
     if missing:
@@ -190,6 +190,14 @@ def _reason(checkpoint: Path) -> str | None:
         return str(error).partition(": ")[2]
     say(f"checkpoint {checkpoint}: {RECORD} is missing, so damage to it would not be seen; the next one saved has it")
     return None
+
+
+def _damage_of_shards(checkpoint: Path) -> str | None:
+    if not (checkpoint / "index.json").exists():
+        return None
+    from subspan.training import sharded  # seconds long: it knows DTensors
+
+    return sharded.damage(checkpoint)
 
 
 def _holds_run(out: Path) -> bool:
