@@ -49,7 +49,7 @@ def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_commands(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     seen = []
-    monkeypatch.setattr(Pretraining, "__init__", lambda self, config: seen.append(resolve(config)))
+    monkeypatch.setattr(Pretraining, "__init__", lambda self, config, ranks: seen.append(resolve(config)))
     monkeypatch.setattr(Pretraining, "run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(arguments) == 130
     assert seen

@@ -161,7 +161,7 @@ def test_the_config_of_a_run_repeats_it(corpus: Path, tmp_path: Path, capsys: py
 def test_run_files(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is read without error and names a run that can be resolved."""
     seen = []
-    monkeypatch.setattr(Pretraining, "__init__", lambda self, config: seen.append(resolve(config)))
+    monkeypatch.setattr(Pretraining, "__init__", lambda self, config, ranks: seen.append(resolve(config)))
     monkeypatch.setattr(Pretraining, "run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(["pretrain", f"--config={path}"]) == 130
     assert seen[0].model in path.stem or path.stem.startswith(seen[0].model)
@@ -206,7 +206,7 @@ def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_flags_with_hyphens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hyphens stand for underscores, and --backward-side alone is true."""
     seen = []
-    monkeypatch.setattr("subspan.training.pretrain.Pretraining.__init__", lambda self, config: seen.append(config))
+    monkeypatch.setattr("subspan.training.pretrain.Pretraining.__init__", lambda self, config, ranks: seen.append(config))
     monkeypatch.setattr("subspan.training.pretrain.Pretraining.run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     for flags in (["--backward-side", "--micro-batch-size", "4"], ["--micro-batch-size=4", "--backward-side"]):
         assert main(["pretrain", *flags]) == 130
