@@ -8,7 +8,6 @@ import dataclasses
 import os
 import signal
 import sys
-import types
 from itertools import groupby
 from typing import Any
 
@@ -72,19 +71,6 @@ def count_what_is_sent() -> None:
     Pretraining.run = wrapped  # type: ignore[method-assign]
 
 
-def stand_in_for_missing_modules() -> None:
-    """Where there are no sharded checkpoints yet, a sharded run saves nothing."""
-    try:
-        import subspan.training.sharded  # noqa: F401
-    except ImportError:
-        sharded: Any = types.ModuleType("subspan.training.sharded")
-        sharded.save_sharded = lambda folder, model, optimizer: None
-        publish: Any = types.ModuleType("subspan.training.publish")
-        publish.open_scratch = lambda folder: folder.mkdir(exist_ok=True) or folder
-        publish.publish = lambda scratch, step, keep: None
-        sys.modules |= {"subspan.training.sharded": sharded, "subspan.training.publish": publish}
-
-
 def run_one_after_the_other(commands: list[list[str]]) -> int:
     """In one process group, since a process can join only once."""
     count_what_is_sent()
@@ -96,7 +82,6 @@ def run_one_after_the_other(commands: list[list[str]]) -> int:
 
 
 if __name__ == "__main__":
-    stand_in_for_missing_modules()
     arrange(sys.argv[1], int(sys.argv[2]))
     commands = [list(words) for then, words in groupby(sys.argv[3:], lambda word: word == "then") if not then]
     raise SystemExit(main(commands[0]) if len(commands) == 1 else run_one_after_the_other(commands))

@@ -19,6 +19,7 @@ from subspan.training.metrics import read_metrics
 from subspan.training.model import build_model
 from subspan.training.parallel import ALONE, Ranks, blocks_of, join
 from subspan.training.pretrain import Pretraining
+from subspan.training.resolve import resolve
 from subspan.training.streams import TokenStream
 from subspan.training.tokenizer import load_tokenizer
 
@@ -242,6 +243,12 @@ def test_without_torchrun_there_is_one_rank(mode: Any, small: Make, monkeypatch:
     ranks = join(mode, "cpu")
     assert (ranks.rank, ranks.size, ranks.first, ranks.sharded) == (0, 1, True, False)
     assert Pretraining(small(parallel=mode), ranks).run().steps == 12
+
+
+def test_a_sharded_run_says_which_side_it_compresses(small: Make) -> None:
+    """One that goes on in one process compresses the same."""
+    assert resolve(small(parallel="fsdp")).optim.proj_type == "right"
+    assert resolve(small(parallel="ddp")).optim.proj_type == "std"
 
 
 def test_parts_of_a_batch_are_all_of_it() -> None:

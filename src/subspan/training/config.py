@@ -15,7 +15,7 @@ class OptimConfig:
     rule: dict[str, Any] | None = None
     """Settings of the recipe's rule, such as {momentum: 0.95}."""
     proj_type: str = "std"
-    """Side to compress: std (the shorter), reverse_std (the longer), right, left."""
+    """Side to compress: std (the shorter; with parallel fsdp right), reverse_std (the longer), right, left."""
     transfer: Literal["keep", "rotate", "moments", "reset"] | None = None
     """What becomes of the moments at a refresh; null is the recipe's own."""
     selector: dict[str, Any] | None = None
