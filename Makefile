@@ -1,4 +1,4 @@
-# The two commands: `make train` and `make check`. Both make .venv and install what they need.
+# The commands: `make train`, `make check` and `make distributed`. They make .venv and install what they need.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,17 +8,21 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # A waiting OpenMP thread that spins makes a machine with other work on it ten times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train check format clean
+.PHONY: train check distributed format clean
 
 train: $(VENV)/.train
 	$(BIN)/subspan pretrain --config configs/llama-tiny-sara.yaml
+
+# Tests that start several processes: some ten minutes on two cores.
+distributed: $(VENV)/.dev
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "distributed and not slow"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup -m "not slow"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup -m "not slow and not distributed"
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format

@@ -9,7 +9,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from distributed.small import RANK, batches, build, loss_of
+from distributed.small import RANK, SMALLEST, batches, build, loss_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
@@ -56,6 +56,7 @@ def train(recipe, settings, mesh, backward, in_backward):
 
 def main(asked):
     torch.set_num_threads(1)
+    subspan.quantization.SMALLEST = SMALLEST
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", tuple(asked["mesh"]), mesh_dim_names=("copies", "shards")[-len(asked["mesh"]) :])
     for label, (recipe, settings) in asked["names"].items():

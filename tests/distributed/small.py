@@ -3,10 +3,8 @@
 import torch
 from torch import nn
 
-from subspan import quantization
-
 STEPS, RANK = 30, 6
-quantization.SMALLEST = 64  # its moments are small, and are to be kept in 8 bits where that is asked
+SMALLEST = 64  # for quantization.SMALLEST: the moments are small, and are to be kept in 8 bits where that is asked
 
 
 class Halves(nn.Module):

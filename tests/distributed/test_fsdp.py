@@ -7,13 +7,19 @@ from typing import Any
 import pytest
 import torch
 from distributed.launch import launch
-from distributed.small import RANK, batches, build, loss_of
+from distributed.small import RANK, SMALLEST, batches, build, loss_of
 from torch import Tensor
 
 import subspan
 
 WORKER = Path(__file__).with_name("fsdp_worker.py")
 pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(autouse=True)
+def _small_moments_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("subspan.quantization.SMALLEST", SMALLEST)
+
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "sara": ("sara_adamw", {}),

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,8 +93,8 @@ def test_the_command_says_so_in_one_line(
 ) -> None:
     made = Pretraining.__init__
 
-    def init(self: Pretraining, config: PretrainConfig) -> None:
-        made(self, config)
+    def init(self: Pretraining, config: PretrainConfig, *ranks: Any) -> None:
+        made(self, config, *ranks)
         filling(self, 3, disk, 30_000)
 
     monkeypatch.setattr(Pretraining, "__init__", init)

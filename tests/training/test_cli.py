@@ -196,8 +196,8 @@ def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         "state_dtype": "int8",
     }
     assert rows["sara_adamw_8bit"]["state_formula"] == {
-        "projected": "2*q(m*r) + 4*n*r + 4", "matrix": "2*q(a*b) + 4", "vector": "2*q(k) + 4",
-        "carrier": "2*q(rows*r) + 4", "basis": "4*columns*r",
+        "projected": "2*q(m, r) + 4*n*r + 4", "matrix": "2*q(a, b) + 4", "vector": "8*k + 4",
+        "carrier": "2*q(rows, r) + 4", "basis": "4*columns*r",
     }  # fmt: skip
     assert main(["list", "models", "--json"]) == 0
     assert {"name": "llama-nano", "hidden": 64}.items() <= json.loads(capsys.readouterr().out)[0].items()

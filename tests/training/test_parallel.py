@@ -156,7 +156,8 @@ def test_a_damaged_shard_is_passed_over(
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    assert main([*settings(two_shards.parent / "corpus.jsonl", tmp_path / "run", optimizer="adamw"), "--resume=auto"]) == 0
+    arguments = settings(two_shards.parent / "corpus.jsonl", tmp_path / "run", **SHARDED[1])
+    assert main([*arguments, "--resume=auto"]) == 0
     said = capsys.readouterr().err
     assert f"step-000012 ({name}" in said
     assert "step-000008 is sound" in said
@@ -166,7 +167,7 @@ def test_a_damaged_shard_is_passed_over(
 def two_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks under FSDP."""
     folder = tmp_path_factory.mktemp("shards")
-    done = launch(2, [*settings(documents(folder / "corpus.jsonl"), folder / "run", optimizer="adamw"), "--parallel=fsdp"])
+    done = launch(2, [*settings(documents(folder / "corpus.jsonl"), folder / "run", **SHARDED[1]), "--parallel=fsdp"])
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
