@@ -1,9 +1,21 @@
 """One thread: the matrices here are small, and results must not depend on the machine."""
 
+import logging
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _log_level() -> Iterator[None]:
+    """The command quiets the library's log; the next test of the process must not find it so."""
+    own = logging.getLogger("subspan")
+    own.setLevel(logging.NOTSET)
+    yield
+    own.setLevel(logging.NOTSET)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -293,7 +293,6 @@ def test_a_later_group_keeps_the_time_of_the_run():
 def test_the_table_is_shown_once_and_can_be_silenced(capsys, caplog, monkeypatch):
     """On stderr where nobody has set up logging; to the log, by its rules, where somebody has (contract R16)."""
     root, own = logging.getLogger(), logging.getLogger("subspan")
-    own.setLevel(logging.NOTSET)  # the command, run by another test of this process, quiets it
     monkeypatch.setattr(root, "handlers", [])
     subspan.SubspaceAdamW([parameter((48, 20))], rank=4)
     assert capsys.readouterr().err.count("bytes held") == 1

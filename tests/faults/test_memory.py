@@ -77,6 +77,7 @@ def test_memory_is_flat(name: str, tiny: Make, tmp_path: Path, monkeypatch: pyte
     assert grown < ALLOWED, f"{grown:.1f} MB more after 2,000 steps than after 200"
 
 
+@pytest.mark.slow  # the allocator of a process that has run other tests has room to hide a small leak
 def test_a_leak_would_be_seen(tiny: Make, tmp_path: Path) -> None:
     """The measure itself. As many tensors are kept as one a step would be in the long run."""
     run, kept = Pretraining(config("sara", tiny, 200, tmp_path)), []

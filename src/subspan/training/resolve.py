@@ -86,7 +86,9 @@ def resolve(config: PretrainConfig) -> ResolvedConfig:
             transfer=_first(config.optim.transfer, method.transfer) if projects else config.optim.transfer,
             **_rule_settings(config.optim, method.rule),
             # Where rows are spread over ranks, columns are compressed: written down for who goes on in one process.
-            proj_type="right" if config.parallel == "fsdp" and config.optim.proj_type == "std" else config.optim.proj_type,
+            proj_type="right"
+            if projects and config.parallel == "fsdp" and config.optim.proj_type == "std"
+            else config.optim.proj_type,
             state_dtype=_first(config.optim.state_dtype, method.state_dtype),
         ),
         "model": _absolute(config.model) if preset is None else config.model,
