@@ -1,0 +1,3 @@
+from subspan.cli.main import main
+
+raise SystemExit(main())

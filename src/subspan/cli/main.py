@@ -1,0 +1,28 @@
+"""``subspan COMMAND``: each command is a module of this package."""
+
+import sys
+from collections.abc import Sequence
+from typing import cast
+
+from subspan import __version__
+from subspan.cli import bench, listing, pretrain
+from subspan.cli.parsing import Command, Parser, fail, spelled
+
+COMMANDS = {"pretrain": pretrain, "bench": bench, "list": listing}
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="subspan", description="Train large language models inside moving subspaces.", version=__version__)
+    commands = parser.add_subcommands(required=True, dest="command")
+    for name, command in COMMANDS.items():
+        command.add_to(commands, name)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    try:
+        given = _parser().parse_args(spelled(sys.argv[1:] if argv is None else argv))
+    except (TypeError, ValueError) as error:  # a config file that is no text
+        fail(f"the settings cannot be read: {error}")
+    return cast(Command, COMMANDS[given.command]).run(given[given.command])
