@@ -1,0 +1,46 @@
+"""``subspan study``: run a grid of runs, and compare them."""
+
+from pathlib import Path
+from typing import Any
+
+from subspan.cli.parsing import Namespace, Parser, fail
+
+_ABOUT = {"run": "Run what is missing of a study.", "table": "Compare the rows of a study over its seeds."}
+
+
+def add_to(commands: Any, name: str) -> None:
+    study = Parser(description="Run many runs and compare them with paired statistics.")
+    commands.add_subcommand(name, study, help="run many runs and compare them")
+    kinds = study.add_subcommands(required=True, dest="what")
+    for what, about in _ABOUT.items():
+        parser = Parser(description=about)
+        parser.add_argument("file", type=str, help="a study file, such as studies/table1_nano.yaml")
+        if what == "run":
+            parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+            parser.add_argument("--runs", type=str, default="runs/studies", help="where the runs' directories go")
+        else:
+            parser.add_argument("--metric", choices=["val_loss", "val_ppl"], default="val_loss", help="what is compared")
+            form = parser.add_mutually_exclusive_group()
+            form.add_argument("--json", action="store_true", help="print JSON")
+            form.add_argument("--latex", action="store_true", help="print a LaTeX table")
+        kinds.add_subcommand(what, parser, help=about[0].lower() + about[1:-1])
+
+
+def run(settings: Namespace) -> int:
+    from subspan.study.spec import load_study
+
+    what = settings.what
+    chosen = settings[what]
+    try:
+        study = load_study(Path(chosen.file))
+        if what == "run":
+            from subspan.study.runner import Runner
+
+            return Runner(study, Path(chosen.runs), chosen.jobs).run()
+        from subspan.study import table
+
+        found = table.compare(study, chosen.metric)
+    except ValueError as error:
+        fail(str(error))
+    print(table.as_json(found) if chosen.json else table.as_latex(found) if chosen.latex else table.as_text(found))
+    return 0

@@ -1,0 +1,73 @@
+"""The record of a study: one line of JSON for each finished run, appended as it finishes."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from subspan.training.errors import InputError
+from subspan.training.progress import say
+
+Record = dict[str, Any]
+"""``key`` and ``status`` (``finished`` or ``diverged``), ``row``, ``seed``, ``lr``, and what was measured."""
+
+
+def read_records(path: Path) -> dict[str, Record]:
+    """Records by key; none if there is no file. A last line without its end, which a kill has cut, does not count.
+
+    Raises:
+        InputError: a line is no record; names file and line.
+    """
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    records = {}
+    for number, line in enumerate(lines, 1):
+        if not line.endswith("\n"):
+            continue
+        try:
+            record = json.loads(line)
+            records[record["key"]] = record
+            good = record["status"] == "diverged" or record["val_loss"] + 0 == record["val_loss"]
+        except (ValueError, TypeError, KeyError):
+            good = False
+        if not good:
+            raise InputError(f"{path}:{number}: is no record of a run; mend or remove that line, the others are kept")
+    return records
+
+
+def read_all(folder: Path, first: Path) -> dict[str, Record]:
+    """The records of every study in ``folder``, those of ``first`` before others: a run of another study counts here too."""
+    records: dict[str, Record] = {}
+    for path in sorted(folder.glob("*.jsonl"), key=lambda path: path == first):
+        if path == first or _is_study(path):
+            records |= read_records(path)
+    return records
+
+
+def _is_study(path: Path) -> bool:
+    """Whether the file holds records; other results are kept beside them."""
+    with open(path) as file:
+        try:
+            return "key" in json.loads(file.readline())
+        except (ValueError, TypeError):
+            return False
+
+
+def append_records(path: Path, records: Iterable[Record]) -> None:
+    """Append, so that a kill leaves whole lines and at most one cut one, which the next append removes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        file.seek(0)
+        content = file.read()
+        if content and not content.endswith(b"\n"):
+            say(f"{path}: the last line was cut short and is removed")
+            file.truncate(content.rfind(b"\n") + 1)
+        for record in records:
+            file.write((json.dumps(record) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())

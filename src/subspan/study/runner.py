@@ -1,0 +1,236 @@
+"""Runs the cells of a study, several at a time, each in a process and a directory of its own."""
+
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import subspan
+from subspan.study.plan import cells_of, total
+from subspan.study.records import Record, append_records, read_all, read_records
+from subspan.study.spec import Cell, Study
+from subspan.training.config import CheckpointConfig
+from subspan.training.errors import InputError
+from subspan.training.metrics import read_metrics
+from subspan.training.progress import say
+from subspan.training.signals import RunInterruptedError, collect_signals
+
+_DIVERGED = 1
+_MODULES = ["subspan.training.pretrain"]  # seconds to import: once, in the process that the runs are forked from
+
+
+@dataclass
+class _Running:
+    cell: Cell
+    process: BaseProcess
+    folder: Path
+
+
+class Runner:
+    """What ``subspan study run`` does.
+
+    Args:
+        study: what to run.
+        runs: where the directories of runs go, ``runs/STUDY/ROW/lr-X-seed-S``.
+        jobs: how many run at a time, with one thread each unless ``base`` sets ``threads``.
+    """
+
+    def __init__(self, study: Study, runs: Path, jobs: int) -> None:
+        if jobs < 1:
+            raise InputError(f"jobs={jobs}: expected a whole number >= 1")
+        self.study, self.runs, self.jobs = study, runs / study.name, jobs
+        self.records = read_all(study.results.parent, study.results)
+        self.failed: dict[str, Path] = {}
+        self._stamp = _stamp()
+
+    def run(self) -> int:
+        """Run what is missing.
+
+        Returns:
+            0; 1 if a run failed otherwise than by diverging; 128 + the signal if one came: the same command goes on.
+        """
+        study = self.study
+        self._adopt()
+        running: list[_Running] = []
+        context = get_context("forkserver")
+        context.set_forkserver_preload(_MODULES)
+        with _Bar(study) as bar, collect_signals() as received:
+            while True:
+                known = {cell.key: cell for cell in cells_of(study, self.records)}
+                under_way = {entry.cell.key for entry in running}
+                for key, cell in known.items():
+                    if received or len(running) >= self.jobs:
+                        break
+                    if key not in self.records and key not in self.failed and key not in under_way:
+                        running.append(self._start(context, cell))
+                bar.update(len(known.keys() & self.records), total(study, self.records), [entry.cell for entry in running])
+                if not running:
+                    break
+                if received:
+                    for entry in running:
+                        entry.process.terminate()
+                    for entry in running:
+                        entry.process.join()
+                        self._collect(entry)
+                    say("stopped; runs under way are saved, and the same command goes on with them")
+                    return 128 + received[0]
+                ended = wait([entry.process.sentinel for entry in running], timeout=1.0)
+                for entry in [entry for entry in running if entry.process.sentinel in ended]:
+                    entry.process.join()
+                    running.remove(entry)
+                    self._collect(entry)
+        for key, log in self.failed.items():
+            say(f"error: run {key} failed; its last words are in {log}")
+        return 1 if self.failed else 0
+
+    def _adopt(self) -> None:
+        """Write down here what other studies, or runs that finished after a kill of this command, have already found."""
+        own = read_records(self.study.results)
+        keys = [cell.key for cell in cells_of(self.study, self.records)]
+        found = [self.records[key] for key in keys if key in self.records and key not in own]
+        if found:
+            append_records(self.study.results, found)
+
+    def _start(self, context: Any, cell: Cell) -> _Running:
+        row = re.sub(r"[^\w.=,-]+", "_", cell.row)
+        folder = (self.runs / row / f"lr-{cell.config.lr:.4g}-seed-{cell.config.seed}").absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint = cell.config.checkpoint
+        config = replace(
+            cell.config,
+            out=str(folder / "run"),
+            resume="auto",
+            threads=cell.config.threads or 1,
+            checkpoint=CheckpointConfig(every=500, keep=1) if checkpoint == CheckpointConfig() else checkpoint,
+        )
+        process = context.Process(target=_run, args=(config, str(folder / "log.txt")))
+        process.start()
+        return _Running(cell, process, folder)
+
+    def _collect(self, entry: _Running) -> None:
+        """The record of a run that has ended, if it ended as runs end."""
+        code, run = entry.process.exitcode, entry.folder / "run"
+        if code == 0:
+            record = self._record(entry.cell, "finished", json.loads((run / "summary.json").read_text()), run)
+        elif code == _DIVERGED:
+            record = self._record(entry.cell, "diverged", {}, run)
+        else:
+            if code not in (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT):
+                self.failed[entry.cell.key] = entry.folder / "log.txt"
+            return
+        append_records(self.study.results, [record])
+        self.records[entry.cell.key] = record
+
+    def _record(self, cell: Cell, status: str, summary: Mapping[str, Any], run: Path) -> Record:
+        measured = {name: summary.get(name) for name in ("steps", "tokens", "val_loss", "val_ppl", "state_bytes", "seconds")}
+        curve = [[row["step"], round(row["val_loss"], 5)] for row in read_metrics(run) if "val_loss" in row]
+        return {
+            "key": cell.key,
+            "status": status,
+            "study": self.study.name,
+            "row": cell.row,
+            "optimizer": cell.config.optimizer,
+            "seed": cell.config.seed,
+            "lr": cell.config.lr,
+            **measured,
+            "curve": curve,
+            **self._stamp,
+        }
+
+
+def _run(config: Any, log: str) -> None:
+    """A run, in its own process."""
+    with open(log, "a", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import logging
+
+    from subspan.training.pretrain import Pretraining, RunDivergedError
+
+    logging.getLogger("subspan").setLevel(logging.WARNING)
+    try:
+        Pretraining(config).run()
+    except RunInterruptedError as error:
+        say(str(error))
+        sys.exit(128 + error.signum)
+    except RunDivergedError as error:
+        say(str(error))
+        sys.exit(_DIVERGED)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        sys.exit(70)
+
+
+def _stamp() -> dict[str, str]:
+    """What made a record: the code's version and commit, Python's, torch's, the kind of machine."""
+    import torch
+
+    source = Path(subspan.__file__).parent
+    described = subprocess.run(
+        ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "subspan": subspan.__version__,
+        "commit": described.stdout.strip() or "unknown",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+    }
+
+
+class _Bar:
+    """Runs that are done, what runs, time: a bar on a terminal, a line for each change elsewhere."""
+
+    def __init__(self, study: Study) -> None:
+        self._study, self._last, self._began, self._first = study, "", time.monotonic(), -1
+        self._bar = None
+        if sys.stderr.isatty():
+            columns = (TextColumn(study.name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+            self._bar = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))
+            self._task = self._bar.add_task("", note="")
+
+    def __enter__(self) -> "_Bar":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, done: int, whole: int, cells: list[Cell]) -> None:
+        """``done`` of ``whole`` runs; ``cells`` are under way."""
+        if self._first < 0:
+            self._first = done
+        names = "; ".join(f"{cell.row} lr {cell.config.lr:.4g} seed {cell.config.seed}" for cell in cells)
+        if self._bar:
+            self._bar.update(self._task, completed=done, total=whole, note=f"{self._left(done, whole)} {names}")
+        elif (line := f"{self._study.name}: {done}/{whole} runs; now {names or 'none'}") != self._last:
+            say(line + self._left(done, whole))
+            self._last = line
+
+    def _left(self, done: int, whole: int) -> str:
+        new = done - self._first
+        if new <= 0 or done >= whole:
+            return ""
+        minutes = (time.monotonic() - self._began) / new * (whole - done) / 60
+        return f"; some {minutes:.0f} min left"

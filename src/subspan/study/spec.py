@@ -1,0 +1,220 @@
+"""The study file: what is compared, on which seeds, and how each learning rate is chosen.
+
+::
+
+    about: one line
+    base: {model: llama-nano, steps: 1000}     # settings of `subspan pretrain`, of every run
+    seeds: [0, 1, 2, 3, 4]
+    sweep: {seed: 100, factors: [0.5, 1, 2, 4], extend: 2}
+    reference: full                            # gaps are to this row
+    rows:
+      full: {optimizer: adamw}
+      galore: {optimizer: galore_adamw}
+      sara: {optimizer: sara_adamw, versus: galore}   # the pair that is tested; without it the reference
+      rank: {optimizer: sara_adamw, grid: {rank: [4, 8]}}   # two rows, `rank[rank=4]` and `rank[rank=8]`
+
+``factors`` multiply the method's own learning rate (or ``lr`` of the row). The best of them on the sweep's seed, which is no
+seed of the study, is the row's; where it is at an end of the range, the range grows by up to ``extend`` more. Without
+``sweep`` a row keeps its own.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+import yaml
+
+from subspan.names import near_names
+from subspan.training.config import PretrainConfig
+from subspan.training.errors import InputError, first_line
+from subspan.training.resolve import resolve
+
+_KEYS = ("about", "base", "seeds", "sweep", "reference", "rows")
+_NOT_COMPUTED = ("out", "resume", "device", "threads", "micro_batch_size", "gradient_checkpointing", "checkpoint", "log_every",
+                 "tensorboard", "parallel")  # fmt: skip
+"""Settings that do not change what a run computes, but for rounding."""
+_AS_GIVEN = ("model", "data", "validation_data", "tokenizer", "precision")
+"""Settings whose resolved value depends on the machine."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """How a learning rate is chosen."""
+
+    seed: int
+    factors: tuple[float, ...]
+    extend: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method with its settings."""
+
+    name: str
+    config: PretrainConfig
+    versus: str | None
+    lr: float
+    """Before any factor of the sweep."""
+
+    def cell(self, lr: float, seed: int) -> "Cell":
+        """The run of this row at a learning rate and a seed."""
+        return Cell(self.name, replace(self.config, lr=lr, seed=seed))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    row: str
+    config: PretrainConfig
+
+    @property
+    def key(self) -> str:
+        """The same for runs that compute the same, in this study or another; of settings, seed and learning rate."""
+        settings = asdict(resolve(self.config)) | {name: getattr(self.config, name) for name in _AS_GIVEN}
+        settings["evaluation"] = {"tokens": settings["evaluation"]["tokens"]}
+        kept = {name: value for name, value in settings.items() if name not in _NOT_COMPUTED}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file, checked."""
+
+    name: str
+    about: str
+    rows: tuple[Row, ...]
+    seeds: tuple[int, ...]
+    sweep: Sweep | None
+    reference: str
+    results: Path
+    """Its record, ``results/NAME.jsonl`` beside the folder of the file."""
+
+
+def load_study(path: Path) -> Study:
+    """Read and check a study file.
+
+    Raises:
+        InputError: it cannot be read, or a key or value in it is wrong; names the file and the key.
+    """
+
+    def wrong(message: str) -> NoReturn:
+        raise InputError(f"{path}: {message}")
+
+    try:
+        found = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(
+            f"{path}: {error.strerror}; give the path of a study file, such as studies/table1_nano.yaml"
+        ) from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        wrong(f"expected keys {', '.join(_KEYS)}")
+    for key in found:
+        if key not in _KEYS:
+            wrong(f"{key!r}: no key of a study; {near_names(str(key), _KEYS)}")
+    rows, base = found.get("rows"), found.get("base") or {}
+    if not isinstance(rows, dict) or not rows:
+        wrong("rows: expected a mapping of names to settings")
+    if not isinstance(base, dict):
+        wrong(f"base={base!r}: expected settings of subspan pretrain")
+    for name in ("seed", "lr"):
+        if name in base:
+            wrong(f"base.{name}: belongs to " + ("seeds" if name == "seed" else "a row, or to the sweep"))
+    expanded = tuple(row for name, given in rows.items() for row in _rows(path, str(name), given, base, rows))
+    names = [row.name for row in expanded]
+    reference = found.get("reference", names[0])
+    if reference not in names:
+        wrong(f"reference={reference!r}: no row of this name; {near_names(str(reference), names)}")
+    for row in expanded:
+        if row.versus is not None and row.versus not in names:
+            wrong(f"rows.{row.name}.versus={row.versus!r}: no row of this name; {near_names(row.versus, names)}")
+    seeds = found.get("seeds")
+    if not isinstance(seeds, list) or not seeds or not all(_whole(seed) for seed in seeds) or len(set(seeds)) < len(seeds):
+        wrong(f"seeds={seeds!r}: expected a list of different whole numbers >= 0")
+    sweep = _sweep(path, found["sweep"], seeds) if found.get("sweep") is not None else None
+    folder = path.resolve().parent.parent / "results"
+    return Study(
+        path.stem, str(found.get("about", "")), expanded, tuple(seeds), sweep, reference, folder / f"{path.stem}.jsonl"
+    )
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _sweep(path: Path, given: Any, seeds: list[int]) -> Sweep:
+    known = ("seed", "factors", "extend")
+    if not isinstance(given, dict) or not {"seed", "factors"} <= given.keys() <= set(known):
+        raise InputError(f"{path}: sweep={given!r}: expected seed, factors and, if wanted, extend")
+    seed, factors, extend = given["seed"], given["factors"], given.get("extend", 0)
+    if not _whole(seed) or seed in seeds:
+        raise InputError(f"{path}: sweep.seed={seed!r}: expected a whole number >= 0 that is none of seeds={seeds}")
+    good = isinstance(factors, list) and all(isinstance(f, int | float) and 0 < f < float("inf") for f in factors)
+    if not good or len(factors) < 2 or sorted(set(factors)) != factors:
+        raise InputError(f"{path}: sweep.factors={factors!r}: expected two or more rising numbers > 0")
+    if not _whole(extend):
+        raise InputError(f"{path}: sweep.extend={extend!r}: expected a whole number >= 0")
+    return Sweep(seed, tuple(map(float, factors)), extend)
+
+
+def _rows(path: Path, name: str, given: Any, base: Mapping[str, Any], others: Mapping[str, Any]) -> Iterator[Row]:
+    where = f"{path}: rows.{name}"
+    if not isinstance(given, dict):
+        raise InputError(f"{where}={given!r}: expected settings of subspan pretrain, such as {{optimizer: sara_adamw}}")
+    own = dict(given)
+    versus, grid = own.pop("versus", None), own.pop("grid", {})
+    if "seed" in own:
+        raise InputError(f"{where}.seed: belongs to seeds")
+    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+        raise InputError(f"{where}.grid={grid!r}: expected a list of values for each setting")
+    for point in itertools.product(*grid.values()):
+        settings, label = _merged(base, own), ""
+        for key, value in zip(grid, point, strict=True):
+            settings = _merged(settings, _nested(key, value))
+        if grid:
+            label = "[" + ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in zip(grid, point, strict=True)) + "]"
+        config = _config(f"{where}{label}", settings)
+        try:
+            lr = resolve(config).lr
+        except ValueError as error:
+            raise InputError(f"{where}{label}: {error}") from error
+        # Against the same point of the other row's grid, where it has one.
+        has_grid = isinstance(others.get(versus), dict) and "grid" in others[versus]
+        yield Row(name + label, config, f"{versus}{label}" if has_grid else versus, lr)
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    first, _, rest = key.partition(".")
+    return {first: _nested(rest, value) if rest else value}
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` on top of ``base``, sections merged."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
+    return merged
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """The types of ``PretrainConfig``, checked as the command line checks them."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise InputError(" ".join(message.split()))
+
+
+def _config(where: str, settings: Mapping[str, Any]) -> PretrainConfig:
+    parser = _Parser()
+    parser.add_class_arguments(PretrainConfig)
+    try:
+        return PretrainConfig(**vars(parser.instantiate_classes(parser.parse_object(dict(settings)))))
+    except (InputError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: {first_line(error)}; see subspan pretrain --help") from error
