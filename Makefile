@@ -39,7 +39,7 @@ $(VENV)/.torch: constraints.txt
 
 $(VENV)/.train: $(VENV)/.torch pyproject.toml
 	@echo "installing subspan"
-	@$(PIP) --editable '.[train]'
+	@$(PIP) --editable '.[study]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml

@@ -37,10 +37,10 @@ def run(settings: Namespace) -> int:
             from subspan.study.runner import Runner
 
             return Runner(study, Path(chosen.runs), chosen.jobs).run()
-        from subspan.study import table
+        from subspan.study.table import as_json, as_latex, as_text, compare
 
-        found = table.compare(study, chosen.metric)
+        found = compare(study, chosen.metric)
     except ValueError as error:
         fail(str(error))
-    print(table.as_json(found) if chosen.json else table.as_latex(found) if chosen.latex else table.as_text(found))
+    print(as_json(found) if chosen.json else as_latex(found) if chosen.latex else as_text(found))
     return 0

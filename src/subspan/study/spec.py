@@ -215,6 +215,6 @@ def _config(where: str, settings: Mapping[str, Any]) -> PretrainConfig:
     parser = _Parser()
     parser.add_class_arguments(PretrainConfig)
     try:
-        return PretrainConfig(**vars(parser.instantiate_classes(parser.parse_object(dict(settings)))))
+        return PretrainConfig(**vars(parser.instantiate(parser.parse_object(dict(settings)))))
     except (InputError, TypeError, ValueError) as error:
         raise InputError(f"{where}: {first_line(error)}; see subspan pretrain --help") from error

@@ -1,0 +1,174 @@
+"""The rows of a study compared over its seeds.
+
+    gap            mean over seeds of row - reference
+    gap_reduction  (versus - row) / (versus - reference): the share of the gap of the row it is paired with that a row closes
+    difference     mean over seeds of row - versus, with its interval, paired t-test, Wilcoxon, and p adjusted by Holm over the
+                   pairs of the table
+
+Runs that are missing or diverged are counted and shown; a diverged run takes part in no mean, and a row with one says so.
+"""
+
+import json
+import statistics as stdlib
+from collections.abc import Mapping
+from typing import Any
+
+from subspan.study.plan import choose_lr
+from subspan.study.records import Record, read_all
+from subspan.study.spec import Row, Study
+from subspan.study.statistics import compare_pairs, holm, interval
+
+Table = dict[str, Any]
+
+
+def compare(study: Study, metric: str = "val_loss") -> Table:
+    """The table, as JSON has it.
+
+    Args:
+        metric: ``val_loss`` or ``val_ppl``.
+    """
+    records = read_all(study.results.parent, study.results)
+    values = {row.name: _values(study, row, records, metric) for row in study.rows}
+    reference = values[study.reference]
+    rows = [_row(study, row, records, values, reference) for row in study.rows]
+    tested = [row for row in rows if row["p_value"] is not None]
+    for row, adjusted in zip(tested, holm([row["p_value"] for row in tested]), strict=True):
+        row["p_holm"] = adjusted
+    return {
+        "study": study.name,
+        "about": study.about,
+        "metric": metric,
+        "seeds": list(study.seeds),
+        "reference": study.reference,
+        "pairs": len(tested),
+        "rows": rows,
+    }
+
+
+def _values(study: Study, row: Row, records: Mapping[str, Record], metric: str) -> dict[int, float]:
+    """By seed, of the runs that finished."""
+    return {
+        seed: record[metric]
+        for seed in study.seeds
+        if (record := _record(study, row, records, seed)) and record["status"] == "finished"
+    }
+
+
+def _record(study: Study, row: Row, records: Mapping[str, Record], seed: int) -> Record | None:
+    lr = choose_lr(study, row, records).lr
+    return None if lr is None else records.get(row.cell(lr, seed).key)
+
+
+def _row(
+    study: Study,
+    row: Row,
+    records: Mapping[str, Record],
+    values: Mapping[str, Mapping[int, float]],
+    reference: Mapping[int, float],
+) -> dict[str, Any]:
+    own = values[row.name]
+    choice = choose_lr(study, row, records)
+    runs = [record for seed in study.seeds if (record := _record(study, row, records, seed))]
+    versus = row.versus if row.versus is not None else study.reference if row.name != study.reference else None
+    other = values[versus] if versus else {}
+    shared = [seed for seed in own if seed in other]
+    pair = compare_pairs([own[seed] for seed in shared], [other[seed] for seed in shared]) if shared else None
+    low, high = interval(list(own.values()))
+    return {
+        "name": row.name,
+        "optimizer": row.config.optimizer,
+        "lr": choice.lr,
+        "lr_at_edge": choice.at_edge,
+        "n": len(own),
+        "missing": len(study.seeds) - len(runs),
+        "diverged": sum(record["status"] == "diverged" for record in runs),
+        "mean": stdlib.mean(own.values()) if own else None,
+        "std": stdlib.stdev(own.values()) if len(own) > 1 else None,
+        "low": low,
+        "high": high,
+        "gap": _mean_difference(own, reference),
+        "versus": versus,
+        "gap_reduction": _reduction(own, other, reference) if versus != study.reference else None,
+        "difference": pair.difference if pair else None,
+        "difference_low": pair.low if pair else None,
+        "difference_high": pair.high if pair else None,
+        "p_value": pair.p_value if pair else None,
+        "p_wilcoxon": pair.p_wilcoxon if pair else None,
+        "p_holm": None,
+        "state_bytes": runs[0]["state_bytes"] if runs else None,
+        "seconds": stdlib.median(record["seconds"] for record in runs if record["seconds"]) if own else None,
+    }
+
+
+def _mean_difference(a: Mapping[int, float], b: Mapping[int, float]) -> float | None:
+    shared = a.keys() & b.keys()
+    return stdlib.mean(a[seed] - b[seed] for seed in shared) if shared else None
+
+
+def _reduction(own: Mapping[int, float], other: Mapping[int, float], reference: Mapping[int, float]) -> float | None:
+    """``None`` where the other row has no gap to close."""
+    shared = own.keys() & other.keys() & reference.keys()
+    gap = sum(other[seed] - reference[seed] for seed in shared)
+    return sum(other[seed] - own[seed] for seed in shared) / gap if gap > 0 else None
+
+
+def as_json(table: Table) -> str:
+    """One document."""
+    return json.dumps(table, indent=1)
+
+
+_COLUMNS = ("name", "lr", "n", "mean (std)", "gap", "closes", "versus", "difference [95 %]", "p", "p Holm", "state")
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    def number(value: float | None, form: str = ".4f") -> str:
+        return "" if value is None else format(value, form)
+
+    n = str(row["n"])
+    if row["missing"] or row["diverged"]:
+        lost = [f"{row[what]} {what}" for what in ("missing", "diverged") if row[what]]
+        n += f" ({', '.join(lost)})"
+    reach = "" if row["difference_low"] is None else f" [{row['difference_low']:+.4f}, {row['difference_high']:+.4f}]"
+    return [
+        row["name"],
+        number(row["lr"], ".3g") + ("*" if row["lr_at_edge"] else ""),
+        n,
+        number(row["mean"]) + ("" if row["std"] is None else f" ({row['std']:.4f})"),
+        number(row["gap"], "+.4f"),
+        number(row["gap_reduction"], ".0%"),
+        row["versus"] or "",
+        number(row["difference"], "+.4f") + reach,
+        number(row["p_value"], ".2g"),
+        number(row["p_holm"], ".2g"),
+        number(row["state_bytes"], ",d"),
+    ]
+
+
+def as_text(table: Table) -> str:
+    """For a terminal."""
+    lines = [list(_COLUMNS), *map(_cells, table["rows"])]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]
+    body = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    edge = any(row["lr_at_edge"] for row in table["rows"])
+    notes = ["* the best learning rate is at an end of those tried"] if edge else []
+    return "\n".join([f"{table['study']}: {table['metric']}, gaps to {table['reference']}", *body, *notes])
+
+
+def as_latex(table: Table) -> str:
+    """A ``tabular``."""
+
+    def escaped(cell: str) -> str:
+        return cell.replace("_", r"\_").replace("%", r"\%")
+
+    lines = [" & ".join(map(escaped, cells)) + r" \\" for cells in (_COLUMNS, *map(_cells, table["rows"]))]
+    return "\n".join(
+        [
+            r"\begin{tabular}{" + "l" * len(_COLUMNS) + "}",
+            r"\hline",
+            lines[0],
+            r"\hline",
+            *lines[1:],
+            r"\hline",
+            r"\end{tabular}",
+        ]
+    )

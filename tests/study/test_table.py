@@ -1,0 +1,83 @@
+"""The table: gaps, reductions, tests, and rows that are not whole."""
+
+import json
+from pathlib import Path
+
+import pytest
+from study.common import make, record
+
+from subspan.cli import main
+from subspan.study.records import append_records
+from subspan.study.spec import Study
+from subspan.study.table import as_latex, as_text, compare
+
+ROWS = {
+    "full": {"optimizer": "adamw"},
+    "galore": {"optimizer": "galore_adamw"},
+    "sara": {"optimizer": "sara_adamw", "versus": "galore"},
+}
+LOSSES = {"full": [1.0, 1.1, 1.2], "galore": [2.0, 2.2, 2.1], "sara": [1.7, 2.0, 1.9]}
+
+
+def filled(folder: Path, losses: dict[str, list[float | None]]) -> Study:
+    study = make(folder, rows=ROWS, seeds=[0, 1, 2])
+    for row in study.rows:
+        cells = [row.cell(row.lr, seed) for seed in range(len(losses[row.name]))]
+        append_records(study.results, [record(cell, loss) for cell, loss in zip(cells, losses[row.name], strict=True)])
+    return study
+
+
+def test_gaps_and_their_reduction_by_hand(tmp_path: Path) -> None:
+    table = compare(filled(tmp_path, dict(LOSSES)))
+    full, galore, sara = table["rows"]
+    assert [row["n"] for row in table["rows"]] == [3, 3, 3]
+    assert (full["gap"], full["versus"], full["p_value"]) == (0.0, None, None)
+    assert galore["gap"] == pytest.approx(1.0)
+    assert galore["versus"] == "full"
+    assert galore["gap_reduction"] is None
+    assert sara["difference"] == pytest.approx(-0.7 / 3)
+    assert sara["gap_reduction"] == pytest.approx(0.7 / 3)
+    assert table["pairs"] == 2
+    # Holm over the two tests: the smaller p twice, the larger at least that.
+    small, large = sorted([galore, sara], key=lambda row: row["p_value"])
+    assert small["p_holm"] == pytest.approx(2 * small["p_value"])
+    assert large["p_holm"] == pytest.approx(max(large["p_value"], small["p_holm"]))
+
+
+def test_what_is_missing_or_diverged_is_shown(tmp_path: Path) -> None:
+    study = filled(tmp_path, {"full": [1.0, 1.1, 1.2], "galore": [2.0, None, 2.1], "sara": [1.7]})
+    _, galore, sara = compare(study)["rows"]
+    assert (galore["n"], galore["diverged"], galore["missing"]) == (2, 1, 0)
+    assert galore["mean"] == pytest.approx(2.05)
+    assert galore["gap"] == pytest.approx(((2.0 - 1.0) + (2.1 - 1.2)) / 2)  # of the seeds that both have
+    assert (sara["n"], sara["missing"]) == (1, 2)
+    assert sara["p_value"] is None
+    text = as_text(compare(study))
+    assert "2 (1 diverged)" in text
+    assert "1 (2 missing)" in text
+
+
+def test_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = filled(tmp_path, dict(LOSSES))
+    path = tmp_path / "studies" / "small.yaml"
+    assert main(["study", "table", str(path), "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert {"name", "n", "mean", "std", "gap", "gap_reduction", "p_value"} <= table["rows"][0].keys()
+    assert main(["study", "table", str(path), "--latex"]) == 0
+    latex = capsys.readouterr().out
+    assert latex.count(r"\\") == 4
+    assert main(["study", "table", str(path), "--metric", "val_ppl"]) == 0
+    assert "val_ppl" in capsys.readouterr().out
+    assert as_latex(compare(study)) == latex.rstrip("\n")
+
+
+def test_a_broken_record_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = filled(tmp_path, dict(LOSSES))
+    with open(study.results, "a") as file:
+        file.write("oops\n")
+    with pytest.raises(SystemExit) as caught:
+        main(["study", "table", str(tmp_path / "studies" / "small.yaml")])
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert f"{study.results}:10: is no record" in err
+    assert err.count("\n") == 1
