@@ -23,6 +23,17 @@ def uneven(shape, seed=0):
     return [G * (1 + 0.8 * (-1) ** (t // 3)) for t, G in enumerate(gradients(shape, STEPS, seed))]
 
 
+def test_scaled_is_unscaled_with_the_residual_times_scale():
+    """At scale 1 they are one; else scaled moves as unscaled at scale 1 with ``scale`` times the learning rate."""
+    moved = {}
+    for scale, scaled, lr in ((0.25, True, LR), (1.0, False, LR / 4), (0.25, False, LR)):
+        p = parameter(SHAPES["tall"])
+        optimizer = SubspaceAdamW([p], lr, RANK, residual=Fira(scaled=scaled), update_proj_gap=GAP, scale=scale)
+        moved[scale, scaled] = feed(optimizer, p, uneven(SHAPES["tall"]))
+    torch.testing.assert_close(moved[0.25, True], moved[1.0, False], rtol=0, atol=1e-12)
+    assert not torch.allclose(moved[0.25, True], moved[0.25, False], atol=1e-3)
+
+
 class SlowFira:
     """Equations 5 to 8 and Algorithm 1 of the paper, row by row, for one weight whose columns are compressed."""
 

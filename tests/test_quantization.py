@@ -6,7 +6,9 @@ import torch
 from bitsandbytes.functional import create_dynamic_map, dequantize_blockwise, quantize_blockwise
 from helpers import feed, gradients, parameter
 
-from subspan import SubspaceAdamW, SubspaceOptimizer, create, quantization
+from subspan import SubspaceAdamW, SubspaceOptimizer, create, quantization, state_bytes
+from subspan.memory import evaluate_groups, formulas
+from subspan.quantization import SMALLEST
 from subspan.residuals import Discard
 from subspan.rules import RULES, SGD
 from subspan.selectors import Dominant
@@ -23,7 +25,7 @@ def numbers(shape, seed=0):
 def test_codes_are_bitsandbytes(signed, shape):
     """Each row in blocks of 256, the dynamic map, signed or not; the last block of a row may be short."""
     A = numbers(shape) if signed else numbers(shape).square()
-    packed = quantization.pack({"m": A.clone()}, {"m": signed})
+    packed = quantization.pack({"m": A.clone()}, {"m": signed}, SMALLEST)
     back = quantization.unpack(packed, {"m": signed}, torch.float32)["m"]
     assert packed["m.codes"].shape == back.shape == shape
     assert packed["m.absmax"].shape == (shape[0], -(-shape[1] // 256))
@@ -43,8 +45,8 @@ def test_codes_are_bitsandbytes(signed, shape):
 def test_rows_in_any_division():
     """Rows that are quantised apart are those of the whole: they can be spread over ranks."""
     A = numbers((130, 100))
-    whole = quantization.pack({"m": A}, {"m": True})
-    parts = [quantization.pack({"m": part}, {"m": True}, length=130) for part in A.split(43)]
+    whole = quantization.pack({"m": A}, {"m": True}, SMALLEST)
+    parts = [quantization.pack({"m": part}, {"m": True}, SMALLEST, length=130) for part in A.split(43)]
     for key in whole:
         assert torch.equal(whole[key], torch.cat([part[key] for part in parts]))
 
@@ -96,6 +98,17 @@ def test_every_rule_and_transfer(rule, how):
         runs.append(moved)
     exact, rounded = runs
     assert (rounded - exact).norm() < (0.5 if rule == "lion" else 0.1) * exact.norm()
+
+
+def test_how_small_is_a_setting():
+    p = parameter((20, 30), dtype=torch.float32)
+    for smallest, packed in ((600, True), (601, False)):
+        optimizer = SubspaceAdamW([p], state_dtype="int8", min_8bit_size=smallest)
+        assert ("exp_avg.codes" in optimizer.state[p]) == packed
+        formula = formulas(None, RULES["adamw"](), Discard(), "int8")
+        assert evaluate_groups(formula, optimizer.param_groups)["states"] == state_bytes(optimizer)
+    with pytest.raises(ValueError, match=r"min_8bit_size=0: expected a whole number of entries >= 1"):
+        SubspaceAdamW([p], min_8bit_size=0)
 
 
 def test_a_rule_without_moments_is_refused():

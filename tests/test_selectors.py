@@ -14,6 +14,7 @@ from subspan.selectors import (
     OnlinePCA,
     PowerIteration,
     Random,
+    Stratified,
     Switch,
 )
 
@@ -311,6 +312,26 @@ def test_floor_bounds_the_probability_from_below():
     assert frequencies(Importance(), sigma, 1, 500)[3] == 0
     observed, p = frequencies(Importance(floor=floor), sigma, 1, draws), floor / 4
     assert abs(observed[3].item() - p) < 5 * (p * (1 - p) / draws) ** 0.5
+
+
+@pytest.mark.parametrize("rank", [4, 6, 20])
+def test_stratified_takes_one_of_each_part_of_the_spectrum(rank):
+    """Of 20 directions; every direction of a part equally often, within five standard errors."""
+    (G,) = gradients(SHAPES["tall"], 1)
+    V, draws = right_vectors(G), 400
+    parts = [range(-(-j * 20 // rank), -(-(j + 1) * 20 // rank)) for j in range(rank)]
+    assert [i for part in parts for i in part] == list(range(20))
+    counts = torch.zeros(20)
+    for number in range(draws):
+        chosen = (V.mT @ basis(Stratified(), G, Key(0, "w", number), rank)).abs()
+        assert chosen.amax(0).min() > 1 - 1e-9
+        index = chosen.argmax(0).tolist()
+        assert all(i in part for i, part in zip(index, parts, strict=True))
+        counts[index] += 1
+    for part in parts:
+        share = 1 / len(part)
+        error = (draws * share * (1 - share)) ** 0.5
+        assert (counts[list(part)] - draws * share).abs().max() <= 5 * error
 
 
 def test_random_ignores_the_gradient():

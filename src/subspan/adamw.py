@@ -6,6 +6,7 @@ from subspan.groups import EXCLUDED
 from subspan.names import look_up
 from subspan.optimizer import Params, SubspaceOptimizer
 from subspan.parts import Residual, Selector, Transfer
+from subspan.quantization import SMALLEST
 from subspan.residuals import RESIDUALS
 from subspan.rules import AdamW
 from subspan.selectors import SELECTORS
@@ -54,6 +55,7 @@ class SubspaceAdamW(SubspaceOptimizer):
         eta: float | None = None,
         proximal: str = "coupled",
         state_dtype: StateDtype = "float32",
+        min_8bit_size: int = SMALLEST,
         bf16_stochastic_round: bool = False,
         seed: int = 0,
         targets: str | list[str] = "all-linear",
@@ -75,6 +77,7 @@ class SubspaceAdamW(SubspaceOptimizer):
             eta=eta,
             proximal=proximal,
             state_dtype=state_dtype,
+            min_8bit_size=min_8bit_size,
             bf16_stochastic_round=bf16_stochastic_round,
             seed=seed,
             targets=targets,

@@ -13,6 +13,7 @@ from subspan.groups import EXCLUDED, param_groups
 from subspan.names import look_up, near_names
 from subspan.optimizer import SubspaceOptimizer
 from subspan.parts import Residual, Rule, Selector, Transfer
+from subspan.quantization import SMALLEST
 from subspan.recipes import find
 from subspan.residuals import RESIDUALS
 from subspan.rules import RULES, AdamW
@@ -43,6 +44,7 @@ def create(
     eta: float | None = None,
     proximal: str = "coupled",
     state_dtype: StateDtype | None = None,
+    min_8bit_size: int = SMALLEST,
     bf16_stochastic_round: bool = False,
     seed: int = 0,
     total_steps: int | None = None,
@@ -127,6 +129,7 @@ def create(
         eta=eta,
         proximal=proximal,
         state_dtype=state_dtype or recipe.state_dtype,
+        min_8bit_size=min_8bit_size,
         bf16_stochastic_round=bf16_stochastic_round,
         seed=seed,
     )

@@ -148,6 +148,9 @@ def check_settings(group: Mapping[str, Any], called: Mapping[str, str] | None = 
         if (key == "rank" and value is None) or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
             continue
         raise ValueError(f"{names[key]}={value!r}: expected a whole {what}")
+    smallest = group.get("min_8bit_size", 1)
+    if not isinstance(smallest, int) or isinstance(smallest, bool) or smallest < 1:
+        raise ValueError(f"min_8bit_size={smallest!r}: expected a whole number of entries >= 1; 4096 is usual")
     for key in ("lr", "scale", "weight_decay"):
         value = group.get(key, 0)
         if key == "lr" and isinstance(value, Tensor):

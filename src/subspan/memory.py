@@ -10,6 +10,7 @@ from typing import Any
 
 from subspan.carriers import layer_of
 from subspan.parts import Residual, Rule, Selector
+from subspan.quantization import SMALLEST
 from subspan.shapes import layout_of
 
 VARIABLES = {
@@ -21,7 +22,7 @@ VARIABLES = {
     "a": "rows of a matrix that is not projected",
     "b": "its columns",
     "k": "length of a vector",
-    "q(a, b)": "bytes of a moment of a x b entries in 8 bits: 4*a*b if a*b < 4096, else a*b + 4*a*ceil(b/256)",
+    "q(a, b)": "bytes of a moment of a x b entries in 8 bits: 4*a*b if a*b < min_8bit_size (4096), else a*b + 4*a*ceil(b/256)",
 }
 
 
@@ -51,33 +52,33 @@ def evaluate_groups(formula: Mapping[str, str], groups: Iterable[Mapping[str, An
     """Bytes of state of an optimizer with these parameter groups: ``states``, and ``bases`` of backward-side layers."""
     states = bases = 0
     for group in groups:
+        smallest = group.get("min_8bit_size", SMALLEST)
         for p in group["params"]:
             layer = layer_of(p)
             if layer is None:
-                states += _bytes(formula, tuple(p.shape), group.get("rank"))
+                states += _bytes(formula, tuple(p.shape), group.get("rank"), smallest)
                 continue
-            states += _value(formula["carrier"], rows=p.shape[0], r=p.shape[1])
+            states += _value(formula["carrier"], smallest, rows=p.shape[0], r=p.shape[1])
             if layer.number == 0:
-                bases += _value(formula["basis"], columns=layer.weight.shape[1], r=p.shape[1])
+                bases += _value(formula["basis"], smallest, columns=layer.weight.shape[1], r=p.shape[1])
     return {"states": states, "bases": bases}
 
 
-def _bytes(formula: Mapping[str, str], shape: tuple[int, ...], rank: int | None) -> int:
+def _bytes(formula: Mapping[str, str], shape: tuple[int, ...], rank: int | None, smallest: int) -> int:
     if len(shape) < 2:
-        return _value(formula["vector"], k=shape[0] if shape else 1)
+        return _value(formula["vector"], smallest, k=shape[0] if shape else 1)
     rows, columns = shape
     if layout_of(shape, rank, "std").side is None or rank is None:
-        return _value(formula["matrix"], a=rows, b=columns)
-    return _value(formula["projected"], m=max(shape), n=min(shape), r=rank, rows=rows, columns=columns)
+        return _value(formula["matrix"], smallest, a=rows, b=columns)
+    return _value(formula["projected"], smallest, m=max(shape), n=min(shape), r=rank, rows=rows, columns=columns)
 
 
-def _value(expression: str, **sizes: int) -> int:
-    names: dict[str, int | Callable[[int, int], int]] = {**sizes, "q": _quantised}
+def _value(expression: str, smallest: int, **sizes: int) -> int:
+    def quantised(a: int, b: int) -> int:
+        return 4 * a * b if a * b < smallest else a * b + 4 * a * -(-b // 256)
+
+    names: dict[str, int | Callable[[int, int], int]] = {**sizes, "q": quantised}
     return int(eval(expression, {"__builtins__": {}}, names))  # written by the parts, never read from outside
-
-
-def _quantised(a: int, b: int) -> int:
-    return 4 * a * b if a * b < 4096 else a * b + 4 * a * -(-b // 256)
 
 
 def _sum(terms: Iterable[str], state_dtype: str) -> str:

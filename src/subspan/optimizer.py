@@ -63,7 +63,8 @@ class SubspaceOptimizer(ProjectedSteps, CarriedSteps, torch.optim.Optimizer):
         weight_decay: decoupled, multiplied by ``lr``; of every parameter, as in torch (``create`` spares biases and norms).
         stagger: spread the refreshes of different matrices over the period, after the first, so that no step pays for all.
             ``None``: of backward-side layers, whose first bases are then drawn at random, and not of others.
-        state_dtype: ``"float32"``, or ``"int8"`` for moments in 8 bits (those of 4,096 entries or more; needs bitsandbytes).
+        state_dtype: ``"float32"``, or ``"int8"`` for moments in 8 bits (needs bitsandbytes).
+        min_8bit_size: entries of the smallest moment that is kept in 8 bits, >= 1; vectors never are.
         eta: strength of RSO's proximal term, ``||B||² / (2 eta)``, B the way since the last refresh; > 0. ``None`` is none.
         proximal: ``"coupled"`` into the gradient, or ``"decoupled"``; see ``proximal.py``.
         bf16_stochastic_round: round updates of bf16 weights at random, right on average, where rounding to nearest would drop
@@ -96,6 +97,7 @@ class SubspaceOptimizer(ProjectedSteps, CarriedSteps, torch.optim.Optimizer):
         eta: float | None = None,
         proximal: str = "coupled",
         state_dtype: StateDtype = "float32",
+        min_8bit_size: int = quantization.SMALLEST,
         bf16_stochastic_round: bool = False,
         seed: int = 0,
         targets: str | list[str] = "all-linear",
@@ -130,6 +132,7 @@ class SubspaceOptimizer(ProjectedSteps, CarriedSteps, torch.optim.Optimizer):
             "eta": eta,
             "proximal": proximal,
             "state_dtype": state_dtype,
+            "min_8bit_size": min_8bit_size,
             "bf16_stochastic_round": bf16_stochastic_round,
             "clock": 0,
             # Compared on loading: moments mean nothing in another method's basis.
@@ -192,7 +195,7 @@ class SubspaceOptimizer(ProjectedSteps, CarriedSteps, torch.optim.Optimizer):
             longer = self._state_of(p, torch.empty((len(here) + 1, *here.shape[1:]), dtype=p.dtype, device="meta"), group)
             grown = {key for key, value in state.items() if isinstance(value, Tensor) and value.shape != longer[key].shape}
         if group["state_dtype"] == "int8":
-            state = quantization.pack(state, self._rule(group).moments, length)
+            state = quantization.pack(state, self._rule(group).moments, group["min_8bit_size"], length)
         return distributed.spread_state(p, state, grown) if distributed.is_spread(p) else state
 
     def _state_of(self, p: Tensor, here: Tensor, group: Mapping[str, Any]) -> State:

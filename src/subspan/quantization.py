@@ -1,8 +1,8 @@
 """Moments in 8 bits: blockwise dynamic quantisation (Dettmers et al. 2022, arXiv 2110.02861), by bitsandbytes' functions.
 
-A moment of ``k >= 4096`` entries becomes ``k`` codes, in its own shape, and the largest magnitude of each 256 of them within
-a row: ``exp_avg.codes`` (uint8, ``(..., m, r)``) and ``exp_avg.absmax`` (fp32, ``(..., m, ceil(r / 256))``), plain tensors.
-Smaller moments, and vectors, stay fp32.
+A moment of ``k >= min_8bit_size`` entries (4,096 unless set, as there) becomes ``k`` codes, in its own shape, and the largest
+magnitude of each 256 of them within a row: ``exp_avg.codes`` (uint8, ``(..., m, r)``) and ``exp_avg.absmax`` (fp32,
+``(..., m, ceil(r / 256))``), plain tensors. Smaller moments, and vectors, stay fp32.
 
 Deviations from bitsandbytes' optimizers: a block ends with its row, where theirs runs on into the next, so that rows can be
 spread over ranks, and saved, in any division (rows of 256, 512, ... entries are the same). The update is computed from the
@@ -31,15 +31,16 @@ def check_available() -> None:
         raise ValueError("state_dtype='int8': bitsandbytes is not installed; pip install 'subspan[8bit]', or keep 'float32'")
 
 
-def pack(state: State, moments: Mapping[str, bool], length: int | None = None) -> State:
+def pack(state: State, moments: Mapping[str, bool], smallest: int, length: int | None = None) -> State:
     """``state`` with its ``moments`` (name: signed) in 8 bits.
 
     Args:
+        smallest: entries of the smallest moment that is packed.
         length: of the first dimension of the moments, if only some of it is here.
     """
     packed: State = {}
     for name, value in state.items():
-        if name in moments and value.ndim > 1 and math.prod(((length or value.shape[0]), *value.shape[1:])) >= SMALLEST:
+        if name in moments and value.ndim > 1 and math.prod(((length or value.shape[0]), *value.shape[1:])) >= smallest:
             packed[f"{name}.codes"], packed[f"{name}.absmax"] = _encode(value, moments[name])
         else:
             packed[name] = value

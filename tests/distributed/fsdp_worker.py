@@ -25,7 +25,8 @@ def train(recipe, settings, mesh, backward, in_backward):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     model.to("cpu")  # makes other parameters of those that fully_shard has made
-    optimizer = subspan.create(recipe, model, **{"lr": 1e-2, "rank": RANK, "update_proj_gap": 7, **settings})
+    given = {"lr": 1e-2, "rank": RANK, "update_proj_gap": 7, "min_8bit_size": SMALLEST, **settings}
+    optimizer = subspan.create(recipe, model, **given)
     parts = 1
     if in_backward is not None:
         optimizer.enable_step_in_backward(model, **in_backward)
@@ -56,7 +57,6 @@ def train(recipe, settings, mesh, backward, in_backward):
 
 def main(asked):
     torch.set_num_threads(1)
-    subspan.quantization.SMALLEST = SMALLEST
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", tuple(asked["mesh"]), mesh_dim_names=("copies", "shards")[-len(asked["mesh"]) :])
     for label, (recipe, settings) in asked["names"].items():

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 STEPS, RANK = 30, 6
-SMALLEST = 64  # for quantization.SMALLEST: the moments are small, and are to be kept in 8 bits where that is asked
+SMALLEST = 64  # min_8bit_size: the moments are small, and are to be kept in 8 bits where that is asked
 
 
 class Halves(nn.Module):

@@ -16,11 +16,6 @@ WORKER = Path(__file__).with_name("fsdp_worker.py")
 pytestmark = pytest.mark.distributed
 
 
-@pytest.fixture(autouse=True)
-def _small_moments_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("subspan.quantization.SMALLEST", SMALLEST)
-
-
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "sara": ("sara_adamw", {}),
     "galore": ("galore_adamw", {"transfer": "rotate", "stagger": True}),
@@ -43,7 +38,8 @@ def one_process(recipe: str, settings: dict[str, Any], backward: dict[str, Any] 
     if backward is not None:
         subspan.project_backward(model, rank=RANK, **backward)
     right: dict[str, Any] = {} if recipe in ("adafactor",) or backward is not None else {"proj_type": "right"}
-    optimizer = subspan.create(recipe, model, **{"lr": 1e-2, "rank": RANK, "update_proj_gap": 7, **right, **settings})
+    given = {"lr": 1e-2, "rank": RANK, "update_proj_gap": 7, **right, "min_8bit_size": SMALLEST, **settings}
+    optimizer = subspan.create(recipe, model, **given)
     losses = []
     for x, y in batches():
         loss = loss_of(model, x, y)

@@ -13,6 +13,7 @@ from subspan.training import checkpoint as checkpoints
 from subspan.training.checkpoint import list_checkpoints
 from subspan.training.config import OptimConfig, PretrainConfig
 from subspan.training.errors import InputError
+from subspan.training.integrity import RECORD, seal
 from subspan.training.model import build_model
 from subspan.training.pretrain import Pretraining
 from subspan.training.resolve import resolve
@@ -258,3 +259,17 @@ def test_a_damaged_checkpoint_is_named(small: Make, tmp_path: Path) -> None:
     (newest / "optimizer.pt").write_bytes(b"damaged")
     with pytest.raises(InputError, match=rf"{newest.name}: optimizer.pt holds 7 bytes, was written with"):
         Pretraining(small(resume=str(newest)))
+
+
+def test_a_run_of_a_version_that_knew_fewer_settings_goes_on(small: Make, tmp_path: Path) -> None:
+    """What it did not know counts as it is by default, and only so."""
+    Pretraining(small(steps=4)).run()
+    (folder,) = (tmp_path / "run/checkpoints").iterdir()
+    saved = torch.load(folder / "training.pt", weights_only=True)
+    del saved["settings"]["optim"]["min_8bit_size"]
+    torch.save(saved, folder / "training.pt")
+    (folder / RECORD).unlink()
+    seal(folder)
+    assert Pretraining(small(steps=4, resume="auto")).step == 4
+    with pytest.raises(InputError, match=r"optim was .*, is .*'min_8bit_size': 1"):
+        Pretraining(small(steps=4, resume="auto", optim=OptimConfig(min_8bit_size=1)))

@@ -4,7 +4,7 @@
     phi_i = ||U_i|| / (||R_i|| + 1e-8)        row i of the oriented matrices
     T     = phi * S
     T    <- T * gamma / max(||T|| / (||T_prev|| + 1e-8), gamma)      the norm-growth limiter; none at the first step
-    D     = scale * U Qᵀ + T
+    D     = scale * U Qᵀ + T                                         scale * T with ``scaled``
 
 ``||T_prev||`` is the norm after limiting, of each matrix of a stack by itself. ``U`` is Adam's direction without bias
 correction, which the optimizer applies to all of ``D``.
@@ -12,7 +12,8 @@ correction, which the optimizer applies to all of ``D``.
 Source: Fira (Chen et al. 2024, arXiv 2410.01623): norm-based scaling and the norm-growth limiter.
 Deviations from the paper: none for ``mode="orthogonal"``. ``mode="official"`` is what the authors' code computes: its
 ``project_back`` carries the scale, so a share ``1 - scale`` of the gradient *inside* the subspace stays in the residual. The
-published tables were presumably made with it.
+published tables were presumably made with it. ``scaled=True`` is an addition: the row outside the subspace then moves as far,
+in proportion to its gradient, as the row inside; unscaled it moves ``1 / scale`` times as far.
 """
 
 from collections.abc import Callable
@@ -36,6 +37,7 @@ class Fira(Plain):
     Args:
         mode: ``"orthogonal"`` (the paper) or ``"official"`` (the authors' code).
         limiter: largest growth of the residual's norm from one step to the next, > 0; ``None`` turns it off.
+        scaled: multiply the residual by ``scale`` too; the paper does not.
     """
 
     needs_orthonormal = True
@@ -43,6 +45,7 @@ class Fira(Plain):
 
     mode: str = "orthogonal"
     limiter: float | None = 1.01
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in ("orthogonal", "official"):
@@ -74,6 +77,8 @@ class Fira(Plain):
             factor = self._limit_(norm, state["residual_norm"])
             phi = phi * factor[..., None, None]
             del T  # so that only one full-size tensor lives at a time
+        if self.scaled:
+            phi = phi * scale
         return back(scale * U - a * phi * R).addcmul_(G, phi)
 
     def _limit_(self, norm: Tensor, previous: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from subspan.selectors.lazy import Lazy
 from subspan.selectors.online_pca import OnlinePCA
 from subspan.selectors.power_iteration import PowerIteration
 from subspan.selectors.random import Random
+from subspan.selectors.stratified import Stratified
 from subspan.selectors.switch import Switch
 
 SELECTORS: dict[str, Callable[[], Selector]] = {
@@ -21,6 +22,7 @@ SELECTORS: dict[str, Callable[[], Selector]] = {
     "coordinates": Coordinates,
     "online_pca": OnlinePCA,
     "power_iteration": PowerIteration,
+    "stratified": Stratified,
 }
 """By name, with their papers' settings. ``Switch`` and ``Lazy`` are made of others."""
 
@@ -34,5 +36,6 @@ __all__ = [
     "OnlinePCA",
     "PowerIteration",
     "Random",
+    "Stratified",
     "Switch",
 ]

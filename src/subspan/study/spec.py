@@ -30,7 +30,7 @@ import jsonargparse
 import yaml
 
 from subspan.names import near_names
-from subspan.training.config import PretrainConfig
+from subspan.training.config import PretrainConfig, without_defaults
 from subspan.training.errors import InputError, first_line
 from subspan.training.resolve import resolve
 
@@ -75,10 +75,13 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """The same for runs that compute the same, in this study or another; of settings, seed and learning rate."""
+        """The same for runs that compute the same, in this study or another; of settings, seed and learning rate.
+
+        A setting that a later version adds leaves the keys of old runs alone.
+        """
         settings = asdict(resolve(self.config)) | {name: getattr(self.config, name) for name in _AS_GIVEN}
         settings["evaluation"] = {"tokens": settings["evaluation"]["tokens"]}
-        kept = {name: value for name, value in settings.items() if name not in _NOT_COMPUTED}
+        kept = without_defaults({key: value for key, value in settings.items() if key not in _NOT_COMPUTED})
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,6 +1,7 @@
 """The settings of a pretraining run. Each field is a YAML key and a command-line flag."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 
@@ -36,7 +37,9 @@ class OptimConfig:
     proximal: Literal["coupled", "decoupled"] = "coupled"
     """Whether the proximal term is part of the gradient, or beside the rule."""
     state_dtype: Literal["float32", "int8"] | None = None
-    """int8 keeps moments of 4,096 entries or more in 8 bits; null is the recipe's own."""
+    """int8 keeps moments in 8 bits; null is the recipe's own."""
+    min_8bit_size: int = 4096
+    """Entries of the smallest moment that int8 is for."""
     bf16_stochastic_round: bool = False
     """With precision bf16: round updates of the weights at random, right on average."""
     lr_full: float | None = None
@@ -141,3 +144,18 @@ class PretrainConfig:
     """Steps between lines of metrics."""
     tensorboard: bool = False
     """Write TensorBoard files too, beside metrics.jsonl."""
+
+
+def without_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """``settings`` of a run, as a nested dict, but for those that are as they are by default.
+
+    So those of an older version compare with today's: a setting that it did not know is as it was.
+    """
+    known = asdict(PretrainConfig()) if defaults is None else defaults
+    found = {}
+    for key, value in settings.items():
+        own = known.get(key)
+        found[key] = without_defaults(value, own) if isinstance(value, dict) and isinstance(own, dict) else value
+        if found[key] in (own, {}):
+            del found[key]
+    return found

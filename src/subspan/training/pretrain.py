@@ -329,6 +329,7 @@ def _build_optimizer(config: ResolvedConfig, model: nn.Module) -> torch.optim.Op
         eta=config.optim.eta,
         proximal=config.optim.proximal,
         state_dtype=config.optim.state_dtype,
+        min_8bit_size=config.optim.min_8bit_size,
         bf16_stochastic_round=config.optim.bf16_stochastic_round,
         lr_full=config.optim.lr_full,
         seed=config.seed,

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from subspan.training.checkpoint import list_checkpoints, load_part
-from subspan.training.config import PretrainConfig
+from subspan.training.config import PretrainConfig, without_defaults
 from subspan.training.errors import InputError
 from subspan.training.integrity import RECORD, damage, is_sealed
 from subspan.training.progress import say
@@ -126,8 +126,9 @@ def _differences(place: Path, settings: dict[str, Any]) -> list[str]:
     saved = load_part(place, "training").get("settings") if (place / "training.pt").exists() else _config_of(place)
     if not isinstance(saved, dict):
         raise InputError(f"{place} says nothing of its settings; start anew with another --out")
-    keys = [key for key in {**saved, **settings} if key not in _FREE]
-    return [f"{key} was {saved.get(key)}, is {settings.get(key)}" for key in keys if saved.get(key) != settings.get(key)]
+    before, now = without_defaults(saved), without_defaults(settings)
+    keys = [key for key in {**saved, **settings} if key not in _FREE and before.get(key) != now.get(key)]
+    return [f"{key} was {saved.get(key)}, is {settings.get(key)}" for key in keys]
 
 
 def _config_of(run: Path) -> Any:
