@@ -92,7 +92,7 @@ class _SpreadRows(Rows):
 def mean_later(A: Tensor, then: Callable[[Tensor], Tensor]) -> Any:
     """A future of ``then`` of the mean of ``A`` over all ranks. ``A`` is overwritten."""
     work = dist.all_reduce(A.div_(dist.get_world_size()), async_op=True)
-    return work.get_future().then(lambda future: then(future.value()[0]))
+    return work.get_future().then(lambda _: then(A))
 
 
 def global_norm(squares: Sequence[tuple[Any, Tensor]]) -> float:

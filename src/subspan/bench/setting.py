@@ -1,6 +1,7 @@
 """What is measured: a model, an optimizer that trains it, and a batch."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +63,10 @@ class Trained:
         return loss
 
 
-def build(setting: Setting, optimizer: str, backward_side: bool = False, fused: bool = False) -> Trained:
-    """The model with fresh weights, and an optimizer by name; ``fused`` is torch's fused AdamW."""
+def build_model(
+    setting: Setting, backward_side: bool, select_from: Literal["owner", "mean"] = "owner"
+) -> tuple[nn.Module, Handle | None]:
+    """The model with fresh weights, and the handle of its backward-side layers if it has them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     preset = PRESETS[setting.model]
@@ -79,7 +82,12 @@ def build(setting: Setting, optimizer: str, backward_side: bool = False, fused: 
             tie_word_embeddings=False,
         )
     ).train()
-    handle = project_backward(model, rank=setting.rank) if backward_side else None
+    return model, project_backward(model, rank=setting.rank, select_from=select_from) if backward_side else None
+
+
+def build(setting: Setting, optimizer: str, backward_side: bool = False, fused: bool = False) -> Trained:
+    """The model with fresh weights, and an optimizer by name; ``fused`` is torch's fused AdamW."""
+    model, handle = build_model(setting, backward_side)
     if fused:
         return Trained(model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True), None)
     return Trained(model, create(optimizer, model, rank=setting.rank, seed=setting.seed), handle)
