@@ -8,6 +8,7 @@ from subspan.groups import param_groups
 from subspan.optimizer import SubspaceOptimizer
 from subspan.recipes import list_optimizers
 from subspan.state import state_bytes
+from subspan.subspaces import subspaces
 
 __version__ = "0.1.0"
 
@@ -23,4 +24,5 @@ __all__ = [
     "rules",
     "selectors",
     "state_bytes",
+    "subspaces",
 ]

@@ -29,7 +29,7 @@ def _parser() -> Parser:
 def run(settings: Namespace) -> int:
     as_json = settings.pop("json")
     settings.pop("config", None)
-    for section in ("optim", "schedule", "evaluation", "checkpoint"):
+    for section in ("optim", "schedule", "evaluation", "checkpoint", "probes"):
         if not isinstance(settings[section], Namespace):
             fail(f"{section}={settings[section]!r}: expected settings of its own; see subspan pretrain --help")
     try:

@@ -36,7 +36,7 @@ from subspan.training.resolve import resolve
 
 _KEYS = ("about", "base", "seeds", "sweep", "reference", "rows")
 _NOT_COMPUTED = ("out", "resume", "device", "threads", "micro_batch_size", "gradient_checkpointing", "checkpoint", "log_every",
-                 "tensorboard", "parallel")  # fmt: skip
+                 "tensorboard", "parallel", "probes")  # fmt: skip
 """Settings that do not change what a run computes, but for rounding."""
 _AS_GIVEN = ("model", "data", "validation_data", "tokenizer", "precision")
 """Settings whose resolved value depends on the machine."""

@@ -79,6 +79,20 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class ProbeConfig:
+    """Measurements of the subspaces while training, written to probes.jsonl; `subspan inspect` reads them."""
+
+    subspace: bool = False
+    """At each refresh: overlap with the basis before and with the anchor, principal angles, gradient captured, time."""
+    anchor: int | None = None
+    """The step whose bases later ones are compared with; null is none."""
+    noise_every: int | None = None
+    """Steps between measurements of the noise of the gradient, which cost a backward pass each; null is none."""
+    noise_parts: int = 4
+    """Parts of the batch whose gradients are compared for that."""
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """Pretrain a language model."""
 
@@ -124,6 +138,7 @@ class PretrainConfig:
     schedule: ScheduleConfig = ScheduleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    probes: ProbeConfig = ProbeConfig()
     out: str | None = None
     """Directory of the run; null is runs/MODEL-OPTIMIZER-seedSEED, numbered if taken."""
     resume: str | None = None

@@ -1,4 +1,4 @@
-"""Metrics of a run: ``metrics.jsonl`` always, TensorBoard if asked."""
+"""Metrics of a run: ``metrics.jsonl`` always, TensorBoard if asked; and other files of rows like it."""
 
 import contextlib
 import json
@@ -22,6 +22,7 @@ class Metrics:
 
     Args:
         folder: the run's directory.
+        name: of the file.
         step: where the run starts. Rows beyond it, written before an interruption, are dropped: they will come again.
 
     Rows that cannot be read are left out, with a line on stderr that counts them; the file as it was stays beside the new one.
@@ -30,11 +31,11 @@ class Metrics:
         InputError: the file cannot be written, for want of space say; likewise ``write`` and leaving the context.
     """
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
-        self.path = folder / "metrics.jsonl"
+    def __init__(self, folder: Path, step: int, tensorboard: bool, name: str = "metrics.jsonl") -> None:
+        self.path = folder / name
         rows, broken = _read(self.path)
         if broken:
-            as_it_was = self.path.with_name("metrics.damaged.jsonl")
+            as_it_was = self.path.with_suffix(".damaged.jsonl")
             say(f"{self.path}: {broken} lines cannot be read and are left out; the file as it was is {as_it_was.name}")
             try:
                 shutil.copyfile(self.path, as_it_was)
@@ -51,7 +52,7 @@ class Metrics:
 
             self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
-    def write(self, row: dict[str, float]) -> None:
+    def write(self, row: dict[str, Any]) -> None:
         line = json.dumps(row) + "\n"
         with self._named(len(line)):
             self._file.write(line)

@@ -13,6 +13,7 @@ from torch import nn
 
 from subspan.backward import project_backward
 from subspan.factory import create
+from subspan.optimizer import SubspaceOptimizer
 from subspan.state import state_bytes
 from subspan.training import checkpoint as checkpoints
 from subspan.training.batches import DataSource
@@ -25,6 +26,7 @@ from subspan.training.integrity import seal
 from subspan.training.metrics import Meter, Metrics
 from subspan.training.model import build_model
 from subspan.training.parallel import ALONE, Ranks
+from subspan.training.probes import Probes, check_probes
 from subspan.training.progress import ProgressLine, say
 from subspan.training.resolve import ResolvedConfig, resolve
 from subspan.training.rundir import claim, locate
@@ -100,6 +102,9 @@ class Pretraining:
             )
         self.model: nn.Module = ranks.place(model, config.device).train()
         self.optimizer = _build_optimizer(config, self.model)
+        self.probes: Probes | None = None
+        if config.probes.subspace:
+            check_probes(config.probes, self.optimizer, config.optimizer, config.parallel, config.batch_size)
         self.wrapped = ranks.wrap(self.model)
         if ranks.rank:  # rank 0 draws what one process would
             torch.manual_seed((config.seed * 1_000_003 + ranks.rank) % 2**63)
@@ -124,6 +129,7 @@ class Pretraining:
         with (
             ProgressLine(config.steps, self.step, shown=ranks.first) as progress,
             Metrics(self.out, self.step, config.tensorboard) if ranks.first else nullcontext() as metrics,
+            self._open_probes() if ranks.first and config.probes.subspace else nullcontext() as self.probes,
             collect_signals() as received,
         ):
             meter = Meter()
@@ -175,6 +181,10 @@ class Pretraining:
         ranks.barrier()
         return summary
 
+    def _open_probes(self) -> Probes:
+        assert isinstance(self.optimizer, SubspaceOptimizer)  # check_probes has seen to that
+        return Probes(self.config.probes, self.optimizer, self.out, self.step)
+
     def _claim(self) -> str:
         """The run's directory, made if this is not the continuation of the run there."""
         if self.config.resume and (self.out / "config.yaml").exists():
@@ -196,6 +206,8 @@ class Pretraining:
         tokens = batch.tokens()
         total = torch.zeros((), device=config.device)
         parts = batch.part(ranks.rank, ranks.size).split(config.micro_batch_size)
+        if self.probes:
+            self.probes.noise(self.step + 1, batch, lambda part: token_losses(self.model, part.to(config.device)), self.model)
         for number, part in enumerate(parts, 1):
             with ranks.accumulating(self.wrapped, last=number == len(parts)):
                 with self._autocast():
@@ -205,7 +217,10 @@ class Pretraining:
             total += loss.detach()
         norm = ranks.whole_norm(nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf))
         lr = float(self.optimizer.param_groups[0]["lr"])
-        self.optimizer.step()
+        if self.probes:
+            self.probes.step(self.step + 1, self.optimizer.step)
+        else:
+            self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1

@@ -15,7 +15,7 @@ from subspan.training.integrity import RECORD, damage, is_sealed
 from subspan.training.progress import say
 
 _FREE = ("out", "resume", "device", "threads", "micro_batch_size", "gradient_checkpointing", "checkpoint", "evaluation",
-         "log_every", "tensorboard", "parallel")  # fmt: skip
+         "log_every", "tensorboard", "parallel", "probes")  # fmt: skip
 """Settings that may differ between a run and its continuation: they do not change what is computed, but for rounding."""
 
 

@@ -1,0 +1,31 @@
+"""``subspan inspect``: what the subspaces of a run did."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from subspan.cli.parsing import Namespace, Parser, fail
+
+
+def add_to(commands: Any, name: str) -> None:
+    parser = Parser(
+        description="Overlap of the subspaces of a run, what they held of the gradient, and the rank of its updates."
+    )
+    parser.add_argument("run", type=str, help="the directory of a run")
+    parser.add_argument(
+        "--begin", type=int, default=None, help="step of a checkpoint from which the update is taken; the first"
+    )
+    parser.add_argument("--end", type=int, default=None, help="step of the checkpoint up to which; the last")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    commands.add_subcommand(name, parser, help="look at the subspaces of a run")
+
+
+def run(settings: Namespace) -> int:
+    from subspan.study.inspect import as_text, inspect
+
+    try:
+        found = inspect(Path(settings.run), settings.begin, settings.end)
+    except ValueError as error:
+        fail(str(error))
+    print(json.dumps(found) if settings.json else as_text(found))
+    return 0

@@ -1,0 +1,245 @@
+"""What a run's subspaces did, from its ``probes.jsonl`` and its checkpoints.
+
+Per subspace, means over the run's refreshes: overlap of adjacent bases and with the anchor, principal angles, the share of the
+gradient that is held (see ``training/probes.py``). ``frozen_since`` is the first step from which the overlap of adjacent bases
+stays at ``FROZEN`` or above until the end, for three refreshes at least; ``null`` if there is none.
+
+Between two checkpoints, the singular values sigma of the change of each weight, divided by the largest (SARA, arXiv 2502.05790,
+figures 4 to 12), and of them
+
+    effective rank = exp(-sum p_i log p_i),  p_i = sigma_i / sum sigma      (Roy and Vetterli 2007)
+    stable rank    = sum sigma_i² / sigma_1²
+"""
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from subspan.linalg import orthonormalise
+from subspan.subspaces import angles, overlap
+from subspan.training.checkpoint import list_checkpoints, load_part, step_of
+from subspan.training.errors import InputError, first_line
+
+FROZEN = 0.9
+_LEAST = 3
+Row = dict[str, Any]
+
+
+def inspect(run: Path, begin: int | None = None, end: int | None = None) -> dict[str, Any]:
+    """The findings, as JSON has them.
+
+    Args:
+        run: the directory of a run.
+        begin, end: steps of two of its checkpoints; ``None`` is the first and the last that are there.
+
+    Raises:
+        InputError: no run, or nothing in it to look at, or a line of it is broken; names the file.
+    """
+    if not (run / "config.yaml").exists():
+        raise InputError(f"run={str(run)!r}: holds no run; give a directory that subspan pretrain has written to")
+    rows = _read(run / "probes.jsonl")
+    found = list_checkpoints(run / "checkpoints")
+    asked = begin is not None or end is not None
+    pair = (_checkpoint(run, found, begin, 0), _checkpoint(run, found, end, -1)) if asked or len(found) > 1 else None
+    if not rows and pair is None:
+        raise InputError(
+            f"run={str(run)!r}: no probes.jsonl, and {len(found)} checkpoint{'s' * (len(found) != 1)} where two are needed; "
+            "train with --probes.subspace true, or with --checkpoint.keep 10"
+        )
+    layers = _layers(rows) if rows else _layers(_from_checkpoints(found))
+    noise = _noise(rows)
+    result: dict[str, Any] = {"run": str(run), "source": "probes.jsonl" if rows else "checkpoints", "frozen_threshold": FROZEN}
+    result |= {"layers": layers, "types": _types(layers)}
+    if noise:
+        result["noise"] = noise
+    if pair is not None:
+        result["update"] = _update(*pair)
+    return result
+
+
+def _read(path: Path) -> list[Row]:
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith("\n") and number == len(lines):  # cut short by a kill
+            continue
+        try:
+            row = json.loads(line)
+            rows.append({"kind": row["kind"], "name": row["name"], "step": row["step"] + 0, **row})
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}:{number}: is no row of a probe; mend or remove that line") from error
+    return rows
+
+
+def _checkpoint(run: Path, found: Sequence[Path], step: int | None, place: int) -> Path:
+    known = {step_of(path): path for path in found}
+    if step is None and found:
+        return found[place]
+    if step not in known:
+        have = ", ".join(map(str, known)) or "none"
+        raise InputError(f"step={step}: run {run} has no checkpoint of it; it has {have} (--checkpoint.keep keeps more)")
+    return known[step]
+
+
+def module_type(name: str) -> str:
+    """``q_proj`` of ``model.layers.0.self_attn.q_proj.weight``."""
+    return name.removesuffix(".weight").rpartition(".")[2]
+
+
+def _layers(rows: Iterable[Row]) -> list[Row]:
+    by_name: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["kind"] == "subspace":
+            by_name.setdefault(row["name"], []).append(row)
+    return [_layer(name, sorted(own, key=lambda row: row["step"])) for name, own in by_name.items()]
+
+
+def _layer(name: str, rows: Sequence[Row]) -> Row:
+    known = [(row["step"], row["overlap"]) for row in rows if "overlap" in row]
+    frozen = len(known)
+    while frozen and known[frozen - 1][1] >= FROZEN:
+        frozen -= 1
+    extra = [max(0.0, row["step_seconds"] - row["usual_seconds"]) for row in rows if row.get("usual_seconds")]
+    return {
+        "name": name,
+        "type": module_type(name),
+        "refreshes": len(rows),
+        "overlap_adjacent": _mean(value for _, value in known),
+        "overlap_anchor": _mean(row["anchor"] for row in rows if "anchor" in row),
+        "angles": [_mean(row["angles"][i] for row in rows if "angles" in row) for i in range(3)],
+        "captured": _mean(row["captured"] for row in rows if "captured" in row),
+        "captured_before": _mean(row["captured_before"] for row in rows if "captured_before" in row),
+        "frozen_since": known[frozen][0] if len(known) - frozen >= _LEAST else None,
+        "skipped": rows[-1].get("skipped"),
+        "refresh_step_seconds": statistics.median(extra) if extra else None,
+        "overlaps": [[step, round(value, 5)] for step, value in known],
+    }
+
+
+def _types(layers: Iterable[Row]) -> dict[str, Row]:
+    by_type: dict[str, list[Row]] = {}
+    for layer in layers:
+        by_type.setdefault(layer["type"], []).append(layer)
+    measured = ("overlap_adjacent", "overlap_anchor", "captured", "captured_before")
+    return {
+        kind: {"layers": len(own), **{key: _mean(row[key] for row in own if row[key] is not None) for key in measured}}
+        for kind, own in by_type.items()
+    }
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return statistics.fmean(found) if found else None
+
+
+def _noise(rows: Iterable[Row]) -> list[Row]:
+    by_name: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["kind"] == "noise":
+            by_name.setdefault(row["name"], []).append(row)
+    found = []
+    for name, own in by_name.items():
+        noise, signal = (statistics.fmean(row[key] for row in own) for key in ("noise", "signal"))
+        # A mean of ratios would be ruled by the steps whose signal is near zero.
+        ratio = noise / signal if signal > 0 else None
+        found.append({"name": name, "type": module_type(name), "noise": noise, "signal": signal, "noise_to_signal": ratio})
+    return found
+
+
+def _from_checkpoints(found: Sequence[Path]) -> list[Row]:
+    """Rows as a probe would have written them, from the bases that adjacent checkpoints hold."""
+    rows: list[Row] = []
+    before: Mapping[str, Tensor] = {}
+    for path in found:
+        now = _bases(path)
+        for name, Q in now.items():
+            row: Row = {"kind": "subspace", "name": name, "step": step_of(path)}
+            if name in before and before[name].shape == Q.shape:
+                turned = angles(before[name], Q)
+                row |= {"overlap": overlap(before[name], Q), "angles": [float(turned[i]) for i in (0, len(turned) // 2, -1)]}
+            rows.append(row)
+        before = now
+    if not rows:
+        raise InputError(f"{found[0].parent}: its optimizer keeps no basis to compare; train with --probes.subspace true")
+    return rows
+
+
+def _bases(checkpoint: Path) -> dict[str, Tensor]:
+    saved = load_part(checkpoint, "optimizer")
+    names = {
+        number: name
+        for group in saved["param_groups"]
+        for number, name in zip(group["params"], group.get("param_names", map(str, group["params"])), strict=True)
+    }
+    bases = {names[number]: state["basis"] for number, state in saved["state"].items() if "basis" in state}
+    return {
+        name.replace(".carrier", ".weight"): orthonormalise(Q.double()) for name, Q in bases.items() if bool((Q != 0).any())
+    }
+
+
+def _update(begin: Path, end: Path) -> dict[str, Any]:
+    first, last = _weights(begin), _weights(end)
+    layers = []
+    for name, W in last.items():
+        if W.ndim != 2 or name not in first or first[name].shape != W.shape:
+            continue
+        sigma = torch.linalg.svdvals((W - first[name]).double())
+        if not bool(sigma[0] > 0):  # nothing has moved
+            continue
+        share = sigma / sigma.sum()
+        layers.append(
+            {
+                "name": name,
+                "type": module_type(name),
+                "singular_values": [round(float(value), 6) for value in sigma / sigma[0]],
+                "effective_rank": float(torch.exp(-torch.xlogy(share, share).sum())),
+                "stable_rank": float((sigma / sigma[0]).square().sum()),
+            }
+        )
+    return {"from": step_of(begin), "to": step_of(end), "layers": layers}
+
+
+def _weights(checkpoint: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(checkpoint / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"checkpoint {checkpoint}: model.safetensors cannot be read: {first_line(error)}") from error
+
+
+def as_text(found: Mapping[str, Any]) -> str:
+    """For a terminal: by module type."""
+
+    def cell(value: float | None) -> str:
+        return "" if value is None else f"{value:.3f}"
+
+    rows = [["module", "subspaces", "overlap adjacent", "with anchor", "captured", "before refresh"]]
+    for kind, row in found["types"].items():
+        rows.append([kind, str(row["layers"]), *(cell(row[key]) for key in list(row)[1:])])
+    lines = [_aligned(rows)]
+    frozen = sum(layer["frozen_since"] is not None for layer in found["layers"])
+    lines.append(f"{frozen} of {len(found['layers'])} subspaces stand still (adjacent overlap >= {FROZEN} to the end)")
+    if "update" in found:
+        update = found["update"]
+        by_type: dict[str, list[float]] = {}
+        for layer in update["layers"]:
+            by_type.setdefault(layer["type"], []).append(layer["effective_rank"])
+        lines.append(f"effective rank of the change from step {update['from']} to {update['to']}:")
+        lines.append(_aligned([[kind, f"{statistics.fmean(ranks):.1f}"] for kind, ranks in by_type.items()]))
+    return "\n".join(lines)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
