@@ -5,10 +5,17 @@ from collections.abc import Sequence
 from typing import cast
 
 from subspan import __version__
-from subspan.cli import bench, inspect, listing, pretrain, study
+from subspan.cli import bench, inspect, listing, pretrain, report, study
 from subspan.cli.parsing import Command, Parser, fail, spelled
 
-COMMANDS = {"pretrain": pretrain, "study": study, "inspect": inspect, "bench": bench, "list": listing}
+COMMANDS = {
+    "pretrain": pretrain,
+    "study": study,
+    "inspect": inspect,
+    "report": report,
+    "bench": bench,
+    "list": listing,
+}
 
 
 def _parser() -> Parser:

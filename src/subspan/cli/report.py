@@ -1,0 +1,35 @@
+"""``subspan report``: one page of studies, runs and measurements."""
+
+from pathlib import Path
+from typing import Any
+
+from subspan.cli.parsing import Namespace, Parser, fail, say
+
+
+def add_to(commands: Any, name: str) -> None:
+    parser = Parser(description="Write one self-contained HTML page of studies, runs and measurements.")
+    parser.add_argument(
+        "sources", type=str, nargs="+", help="study files (.yaml), directories of runs, results of bench memory (.json)"
+    )
+    parser.add_argument("--out", type=str, default="report.html", help="the page to write")
+    parser.add_argument("--title", type=str, default="subspan report", help="its title")
+    commands.add_subcommand(name, parser, help="write a page of studies and runs")
+
+
+def run(settings: Namespace) -> int:
+    try:
+        from subspan.study.report import gather, render
+    except ImportError as error:
+        fail(f"{error}; the report comes with an extra: pip install 'subspan[study]'")
+    from subspan.training.files import write_text
+
+    try:
+        page = render(gather(settings.sources), settings.title)
+        out = Path(settings.out)
+        if not out.parent.is_dir():
+            fail(f"out={settings.out!r}: {out.parent} is no directory; make it, or give another --out")
+        write_text(out, page)
+    except ValueError as error:
+        fail(str(error))
+    say(f"wrote {settings.out}, {len(page.encode()) / 1e6:.1f} MB")
+    return 0

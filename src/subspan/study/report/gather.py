@@ -1,0 +1,140 @@
+"""What a report shows, found by what its sources are: study files, directories of runs, results of ``subspan bench memory``."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from subspan.study.inspect import inspect
+from subspan.study.plan import choose_lr
+from subspan.study.records import read_all
+from subspan.study.spec import load_study
+from subspan.study.table import Table, compare
+from subspan.training.checkpoint import list_checkpoints
+from subspan.training.errors import InputError
+from subspan.training.metrics import read_metrics
+
+Curve = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class StudyPart:
+    """A study's table, and validation loss over steps by row and seed."""
+
+    table: Table
+    curves: dict[str, list[Curve]]
+    command: str
+    versions: list[str]
+
+
+@dataclass(frozen=True)
+class RunPart:
+    """A run: its settings, loss over steps, and its subspaces if it was probed."""
+
+    path: str
+    config: dict[str, Any]
+    loss: Curve
+    validation: Curve
+    found: dict[str, Any] | None
+    command: str
+
+
+@dataclass(frozen=True)
+class MemoryPart:
+    """Rows of ``subspan bench memory``."""
+
+    rows: list[dict[str, Any]]
+    command: str
+
+
+@dataclass
+class Parts:
+    """All of a report."""
+
+    studies: list[StudyPart] = field(default_factory=list)
+    runs: list[RunPart] = field(default_factory=list)
+    memory: list[MemoryPart] = field(default_factory=list)
+
+
+def gather(sources: Sequence[str]) -> Parts:
+    """Read every source.
+
+    Raises:
+        InputError: one is nothing that a report shows, or is broken; names it.
+    """
+    parts = Parts()
+    for source in sources:
+        path = Path(source)
+        if not path.exists():
+            raise InputError(
+                f"source={source!r}: does not exist; give a study file, a directory of runs, or results of bench memory"
+            )
+        if path.suffix in (".yaml", ".yml"):
+            parts.studies.append(_study(path))
+        elif path.suffix == ".json":
+            parts.memory.append(_memory(path))
+        elif path.is_dir():
+            runs = sorted({config.parent for config in path.rglob("config.yaml") if (config.parent / "metrics.jsonl").exists()})
+            if not runs:
+                raise InputError(f"source={source!r}: holds no run; give a directory that subspan pretrain has written to")
+            parts.runs += map(_run, runs)
+        else:
+            raise InputError(f"source={source!r}: expected a study file (.yaml), a directory of runs, or bench results (.json)")
+    return parts
+
+
+def _study(path: Path) -> StudyPart:
+    study = load_study(path)
+    records = read_all(study.results.parent, study.results)
+    curves: dict[str, list[Curve]] = {}
+    versions = set()
+    for row in study.rows:
+        lr = choose_lr(study, row, records).lr
+        for seed in study.seeds if lr is not None else ():
+            record = records.get(row.cell(lr, seed).key)  # type: ignore[arg-type]  # lr is not None in this loop
+            if record:
+                curves.setdefault(row.name, []).append([(step, loss) for step, loss in record.get("curve", [])])
+                versions.add(f"subspan {record.get('subspan')} ({record.get('commit')}), torch {record.get('torch')}, "
+                             f"Python {record.get('python')}, {record.get('machine')}")  # fmt: skip
+    shown = f"{path.parent.name}/{path.name}"
+    return StudyPart(compare(study), curves, f"subspan study run {shown}; subspan study table {shown}", sorted(versions))
+
+
+def _run(path: Path) -> RunPart:
+    try:
+        config = yaml.safe_load((path / "config.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path / 'config.yaml'}: cannot be read: {error}") from error
+    rows = read_metrics(path)
+    looked = (path / "probes.jsonl").exists() or len(list_checkpoints(path / "checkpoints")) > 1
+    try:
+        found = inspect(path) if looked else None
+    except InputError as error:
+        if "keeps no basis" not in str(error):
+            raise
+        found = None
+    return RunPart(
+        path.name if path.name != "run" else f"{path.parent.parent.name}, {path.parent.name}",
+        config,
+        [(row["step"], row["loss"]) for row in rows if "loss" in row],
+        [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row],
+        found,
+        f"subspan pretrain --config {path.name}/config.yaml",
+    )
+
+
+def _memory(path: Path) -> MemoryPart:
+    try:
+        found = json.loads(path.read_text())
+        rows = [{"name": row["name"], **{key: int(row[key]) for key in KINDS}} for row in found["rows"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: holds no results of subspan bench memory --json ({type(error).__name__}: {error})"
+        ) from error
+    return MemoryPart(rows, str(found.get("command", "subspan bench memory --json")))
+
+
+KINDS = ("weight_bytes", "carrier_bytes", "gradient_bytes", "state_bytes", "basis_bytes", "saved_activation_bytes")
