@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from subspan import __version__
-from subspan.cli import bench, inspect, listing, pretrain, report, study
+from subspan.cli import bench, inspect, listing, pretrain, report, study, theory
 from subspan.cli.parsing import Command, Parser, fail, spelled
 
 COMMANDS = {
@@ -13,6 +13,7 @@ COMMANDS = {
     "study": study,
     "inspect": inspect,
     "report": report,
+    "theory": theory,
     "bench": bench,
     "list": listing,
 }

@@ -1,0 +1,43 @@
+"""``subspan theory``: the papers' claims as experiments."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from subspan.cli.parsing import Namespace, Parser, fail
+from subspan.theory import EXPERIMENTS
+
+
+def add_to(commands: Any, name: str) -> None:
+    theory = Parser(description="Put a theoretical claim to the test.")
+    commands.add_subcommand(name, theory, help="put a theoretical claim to the test")
+    experiments = theory.add_subcommands(required=True, dest="what")
+    for what, experiment in EXPERIMENTS.items():
+        about = (experiment.__doc__ or "").strip()
+        parser = Parser(description=about)
+        parser.add_argument("--json", action="store_true", help="print JSON")
+        parser.add_class_arguments(experiment)
+        experiments.add_subcommand(what, parser, help=about)
+
+
+def run(settings: Namespace) -> int:
+    chosen = settings[settings.what]
+    as_json = chosen.pop("json")
+    try:
+        found = EXPERIMENTS[settings.what](**vars(chosen)).run()
+    except ValueError as error:
+        fail(str(error))
+    print(json.dumps(found) if as_json else _text(found))
+    return 0
+
+
+def _text(found: Mapping[str, Any]) -> str:
+    def cell(value: object) -> str:
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    rows = found["rows"]
+    lines = [[*rows[0]], *([cell(value) for value in row.values()] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    table = ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    claims = [f"{'holds' if claim['holds'] else 'FAILS'}  {claim['claim']}: {claim['found']}" for claim in found["claims"]]
+    return "\n".join([found["unit"], *table, *claims])
