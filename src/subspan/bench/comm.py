@@ -7,7 +7,7 @@ takes one refresh in ``PERIOD`` steps, or spreads it over them; ``amortised`` is
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,8 @@ class CommSetting:
     """A preset: `subspan list models`."""
     rank: int = 128
     """Of the subspaces."""
+    select_from: Literal["owner", "mean"] = "owner"
+    """Backward-side, whose gradient chooses a basis: that of one rank, or the mean of all, which is then sent."""
     threads: int = 1
     """CPU threads: of no consequence for what is counted."""
 
@@ -46,7 +48,10 @@ class CommSetting:
         if self.model not in PRESETS:
             raise ValueError(f"model={self.model!r}: {near_names(self.model, PRESETS)}")
         if not 1 <= self.rank < PRESETS[self.model].hidden:
-            raise ValueError(f"rank={self.rank}: expected 1 to {PRESETS[self.model].hidden - 1}, below the width of {self.model}")
+            raise ValueError(
+                f"rank={self.rank}: expected 1 to {PRESETS[self.model].hidden - 1}, below the width of {self.model}; try its own, "
+                f"--rank {PRESETS[self.model].rank}"
+            )
         if self.threads < 1:
             raise ValueError(f"threads={self.threads}: expected a whole number >= 1")
 
@@ -69,7 +74,7 @@ def measure(setting: CommSetting) -> dict[str, Any]:
 
 
 def _row(setting: CommSetting, way: Way, step: Sent, refresh: Sent) -> dict[str, Any]:
-    expected = Traffic(Llama.of(PRESETS[setting.model]), setting.rank, setting.world, way)
+    expected = Traffic(Llama.of(PRESETS[setting.model]), setting.rank, setting.world, way, select_from=setting.select_from)
     wires = [sent.wire(setting.world) for sent in (step, refresh)]
     return {
         "step": step.report(setting.world),
@@ -88,7 +93,7 @@ def amortised(step: float, refresh: float, period: int = PERIOD) -> float:
 def count(setting: CommSetting, way: Way) -> tuple[Sent, Sent]:
     """What an ordinary step sends, and a refresh, in the process group that is there."""
     small = Setting(setting.model, tokens=32, rank=setting.rank, sequence_length=16)
-    model, handle = build_model(small, way.backward_side)
+    model, handle = build_model(small, way.backward_side, setting.select_from)
     forward: Callable[..., Any] = model
     if way.sharded:
         Ranks("fsdp", size=setting.world).place(model, "cpu")

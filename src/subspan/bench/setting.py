@@ -63,7 +63,9 @@ class Trained:
         return loss
 
 
-def build_model(setting: Setting, backward_side: bool) -> tuple[nn.Module, Handle | None]:
+def build_model(
+    setting: Setting, backward_side: bool, select_from: Literal["owner", "mean"] = "owner"
+) -> tuple[nn.Module, Handle | None]:
     """The model with fresh weights, and the handle of its backward-side layers if it has them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -80,7 +82,7 @@ def build_model(setting: Setting, backward_side: bool) -> tuple[nn.Module, Handl
             tie_word_embeddings=False,
         )
     ).train()
-    return model, project_backward(model, rank=setting.rank) if backward_side else None
+    return model, project_backward(model, rank=setting.rank, select_from=select_from) if backward_side else None
 
 
 def build(setting: Setting, optimizer: str, backward_side: bool = False, fused: bool = False) -> Trained:

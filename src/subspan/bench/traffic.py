@@ -6,6 +6,7 @@ Letters: weights ``W (out, inputs)`` of ``w`` bytes a number, rank ``r``, ``n`` 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from subspan.bench.collectives import Sent
 from subspan.bench.shapes import Layer, Llama, padded
@@ -52,6 +53,7 @@ class Traffic:
     way: Way
     width: int = 4
     """Bytes of a number of weights and gradients."""
+    select_from: Literal["owner", "mean"] = "owner"
     gram_width: int = 8
     """Of a Gram matrix: fp64 on a CPU, fp32 elsewhere."""
 
@@ -67,12 +69,14 @@ class Traffic:
         return sent
 
     def refresh(self) -> Sent:
-        """A step in which every basis is chosen anew. Of backward-side layers one rank chooses from its own gradient."""
+        """A step in which every basis is chosen anew. Backward-side layers send R in it too."""
         sent = self.step()
         if self.way.optimizer == "adamw":
             return sent
         if self.way.backward_side:
             for group in self.model.sharing * self.model.layers:
+                if self.select_from == "mean":
+                    sent.add("all_reduce", self.width * sum(layer.numel for layer in group))  # the gradient of all of them
                 sent.add("broadcast", self._basis(group[0].inputs))
         elif self.way.sharded:
             for layer in self.model.block * self.model.layers:
