@@ -136,7 +136,9 @@ def _state(
     basis = _value(formula["basis"], smallest, columns=n, r=rank)
     # In the formula "rows >= columns" says which side is compressed: the columns of a tall matrix.
     tall, wide = (1, 0) if side == "right" else (0, 1)
-    all_ = _value(formula["projected"], smallest, whole if side == "right" else columns, m=m, n=n, r=rank, rows=tall, columns=wide)
+    all_ = _value(
+        formula["projected"], smallest, whole if side == "right" else columns, m=m, n=n, r=rank, rows=tall, columns=wide
+    )
     return all_ - basis, basis
 
 

@@ -1,6 +1,6 @@
 """Bytes that a training step sends, in closed form: from shapes, rank and world alone.
 
-Letters: weights ``W (out, inputs)`` of ``w`` bytes a number, rank ``r``, ``n`` the side that a basis compresses.
+Weights are ``W (out, inputs)``, a basis compresses the side ``n`` to rank ``r``.
 """
 
 import math
@@ -52,7 +52,9 @@ class Traffic:
     world: int
     way: Way
     width: int = 4
-    """Bytes of a number of weights and gradients."""
+    """Bytes of a number of a gradient as it is reduced."""
+    gathered_width: int = 4
+    """Of a weight as ``fully_shard`` gathers it."""
     select_from: Literal["owner", "mean"] = "owner"
     gram_width: int = 8
     """Of a Gram matrix: fp64 on a CPU, fp32 elsewhere."""
@@ -61,8 +63,8 @@ class Traffic:
         """An ordinary step."""
         sent = Sent()
         if self.way.sharded:
-            for operation, numbers in self._sharded():
-                sent.add(operation, self.width * numbers)
+            for operation, size in self._sharded():
+                sent.add(operation, size)
         else:
             sent.add("all_reduce", self.width * self._gradients())
             sent.add("broadcast", 4 * self.model.buffers)
@@ -90,7 +92,7 @@ class Traffic:
     def zeros(self) -> int:
         """Bytes of the step's all-gathers that are zeros: carriers are parameters, and ``fully_shard`` gathers those too."""
         carriers = sum(padded((layer.out, self.rank), self.world) for layer in self.model.block)
-        return 2 * self.width * carriers * self.model.layers if self.way.sharded and self.way.backward_side else 0
+        return 2 * self.gathered_width * carriers * self.model.layers if self.way.sharded and self.way.backward_side else 0
 
     def compressed(self, layer: Layer) -> int | None:
         """The side that the optimizer compresses; ``None`` of a layer that it does not project."""
@@ -121,5 +123,5 @@ class Traffic:
         weights = sum(padded((layer.out, layer.inputs), self.world) for layer in model.block)
         carriers = sum(padded((layer.out, self.rank), self.world) for layer in model.block) if self.way.backward_side else 0
         outside = sum(padded(shape, self.world) for shape in model.outside)
-        yield "all_gather", 2 * model.layers * (weights + carriers + vectors) + outside
-        yield "reduce_scatter", model.layers * ((carriers or weights) + vectors) + outside
+        yield "all_gather", self.gathered_width * (2 * model.layers * (weights + carriers + vectors) + outside)
+        yield "reduce_scatter", self.width * (model.layers * ((carriers or weights) + vectors) + outside)
