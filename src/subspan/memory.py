@@ -12,7 +12,7 @@ from typing import Any, Literal
 from subspan.carriers import layer_of
 from subspan.parts import Residual, Rule, Selector
 from subspan.quantization import SMALLEST
-from subspan.shapes import layout_of
+from subspan.shapes import PROJ_TYPES, layout_of
 
 VARIABLES = {
     "m": "longer side of a projected matrix",
@@ -63,8 +63,8 @@ def evaluate_groups(
 ) -> dict[str, int]:
     """Bytes that one rank holds of the parameters in these groups, from their shapes alone: tensors on ``meta`` will do.
 
-    Under ``fsdp`` the rank has ``torch.chunk``'s part of the rows of each parameter, gradient and moment: ``ceil(rows / world)``
-    of them, the last ranks fewer or none. The bases are whole on every rank.
+    Under ``fsdp`` the rank has ``torch.chunk``'s part of the rows of each parameter, gradient and moment,
+    ``ceil(rows / world)`` of them; the last ranks have fewer or none. The bases are whole on every rank.
 
     Args:
         formula: of the method (``formulas``).
@@ -86,22 +86,26 @@ def evaluate_groups(
     if not 0 <= index < world:
         raise ValueError(f"index={index}: expected a rank from 0 to {world - 1}, below world={world}")
     held = dict.fromkeys(("weights", "carriers", "gradients", "states", "bases"), 0)
+    sharded = parallel == "fsdp"
     for group in groups:
-        smallest = group.get("min_8bit_size", SMALLEST)
+        if sharded and PROJ_TYPES[group.get("proj_type", "std")] == "left":
+            raise ValueError(
+                f"proj_type={group['proj_type']!r}: a basis of rows that fsdp spreads over ranks; use 'std' or 'right'"
+            )
         for p in group["params"]:
             layer, shape = layer_of(p), tuple(p.shape)
-            rows = _rows_here(shape, world, index) if parallel == "fsdp" else None
+            rows = _rows_here(shape, world if sharded else 1, index if sharded else 0)
             size = p.element_size() * _numel(shape, rows)
             held["gradients"] += size
             if layer is None:
                 held["weights"] += size
-                state, basis = _state(formula, shape, rows, group, smallest)
+                state, basis = _state(formula, shape, rows, sharded, group)
             else:
                 held["carriers"] += size
                 held["weights"] += layer.weight.element_size() * _numel(tuple(layer.weight.shape), rows)
-                whole, r = shape
-                state = _value(formula["carrier"], smallest, whole, rows=whole if rows is None else rows, r=r)
-                basis = _value(formula["basis"], smallest, columns=layer.weight.shape[1], r=r) * (layer.number == 0)
+                smallest, (whole, r) = group.get("min_8bit_size", SMALLEST), shape
+                state = _value(formula["carrier"], smallest, whole, rows=rows, r=r)
+                basis = _value(formula["basis"], smallest, columns=layer.weight.shape[1], r=r) if layer.number == 0 else 0
             held["states"] += state
             held["bases"] += basis
     return held
@@ -113,40 +117,35 @@ def _rows_here(shape: tuple[int, ...], world: int, index: int) -> int:
     return min(max(rows - index * chunk, 0), chunk)
 
 
-def _numel(shape: tuple[int, ...], rows: int | None) -> int:
-    return math.prod(shape) if rows is None else rows * math.prod(shape[1:])
+def _numel(shape: tuple[int, ...], rows: int) -> int:
+    return rows * math.prod(shape[1:])
 
 
 def _state(
-    formula: Mapping[str, str], shape: tuple[int, ...], rows: int | None, group: Mapping[str, Any], smallest: int
+    formula: Mapping[str, str], shape: tuple[int, ...], rows: int, sharded: bool, group: Mapping[str, Any]
 ) -> tuple[int, int]:
-    """Of an ordinary parameter, of which ``rows`` are here: bytes of its basis apart from all others."""
+    """Bytes of the state of an ordinary parameter of which ``rows`` are here: all but its basis, and the basis."""
+    smallest, rank = group.get("min_8bit_size", SMALLEST), group.get("rank")
     if len(shape) < 2:
-        return _value(formula["vector"], smallest, k=_numel(shape, rows)), 0
+        return _value(formula["vector"], smallest, k=rows), 0
     whole, columns = shape
-    here, rank = whole if rows is None else rows, group.get("rank")
     side = layout_of(shape, rank, group.get("proj_type", "std")).side
     if side is None or rank is None:
-        return _value(formula["matrix"], smallest, whole, a=here, b=columns), 0
-    if side == "left" and rows is not None:
-        raise ValueError(
-            f"proj_type={group.get('proj_type', 'std')!r}: a basis of the rows of {shape}, which fsdp spreads over ranks; use 'right'"
-        )
-    m, n = (here, columns) if side == "right" else (columns, here)
-    basis = _value(formula["basis"], smallest, columns=n, r=rank)
-    # In the formula "rows >= columns" says which side is compressed: the columns of a tall matrix.
-    tall, wide = (1, 0) if side == "right" else (0, 1)
-    all_ = _value(
-        formula["projected"], smallest, whole if side == "right" else columns, m=m, n=n, r=rank, rows=tall, columns=wide
-    )
-    return all_ - basis, basis
+        return _value(formula["matrix"], smallest, whole, a=rows, b=columns), 0
+    # "rows >= columns" in a formula says that the columns are compressed, as those of a tall matrix are.
+    if sharded or side == "right":
+        sizes = {"m": rows, "n": columns, "r": rank, "rows": 1, "columns": 0}
+    else:
+        whole, sizes = columns, {"m": columns, "n": rows, "r": rank, "rows": 0, "columns": 1}
+    basis = _value(formula["basis"], smallest, columns=sizes["n"], r=rank)
+    return _value(formula["projected"], smallest, whole, **sizes) - basis, basis
 
 
 def _value(expression: str, smallest: int, whole: int | None = None, **sizes: int) -> int:
     """``whole``: rows of a moment on all ranks, which decide whether it is large enough for 8 bits."""
 
     def quantised(a: int, b: int) -> int:
-        return 4 * a * b if (a if whole is None else whole) * b < smallest else a * b + 4 * a * -(-b // 256)
+        return 4 * a * b if (whole or a) * b < smallest else a * b + 4 * a * -(-b // 256)
 
     names: dict[str, int | Callable[[int, int], int]] = {**sizes, "q": quantised}
     return int(eval(expression, {"__builtins__": {}}, names))  # written by the parts, never read from outside

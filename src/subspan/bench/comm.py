@@ -49,8 +49,8 @@ class CommSetting:
             raise ValueError(f"model={self.model!r}: {near_names(self.model, PRESETS)}")
         if not 1 <= self.rank < PRESETS[self.model].hidden:
             raise ValueError(
-                f"rank={self.rank}: expected 1 to {PRESETS[self.model].hidden - 1}, below the width of {self.model}; try its own, "
-                f"--rank {PRESETS[self.model].rank}"
+                f"rank={self.rank}: expected 1 to {PRESETS[self.model].hidden - 1}, below the width of {self.model}; "
+                f"its own is {PRESETS[self.model].rank}"
             )
         if self.threads < 1:
             raise ValueError(f"threads={self.threads}: expected a whole number >= 1")
@@ -75,17 +75,16 @@ def measure(setting: CommSetting) -> dict[str, Any]:
 
 def _row(setting: CommSetting, way: Way, step: Sent, refresh: Sent) -> dict[str, Any]:
     expected = Traffic(Llama.of(PRESETS[setting.model]), setting.rank, setting.world, way, select_from=setting.select_from)
-    wires = [sent.wire(setting.world) for sent in (step, refresh)]
     return {
         "step": step.report(setting.world),
         "refresh": refresh.report(setting.world),
-        "amortised_wire_bytes": round(amortised(*wires)),
+        "amortised_wire_bytes": round(amortised(step.wire(setting.world), refresh.wire(setting.world))),
         "zeros_bytes": expected.zeros(),
         "formula": {"step": expected.step().bytes, "refresh": expected.refresh().bytes},
     }
 
 
-def amortised(step: float, refresh: float, period: int = PERIOD) -> float:
+def amortised(step: float, refresh: float, period: float = PERIOD) -> float:
     """The mean over a period."""
     return step + (refresh - step) / period
 

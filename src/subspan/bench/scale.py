@@ -86,9 +86,9 @@ def compute(machines: Machines) -> dict[str, Any]:
 def _rows(machines: Machines, model: Llama, rank: int, name: str, world: int) -> Iterator[dict[str, Any]]:
     way, links = WAYS[name], machines.links if world > machines.node else machines.links[:1]
     traffic = Traffic(model, rank, world, way, width=4, gathered_width=2, gram_width=4)
-    wires = [sent.wire(world) for sent in (traffic.step(), traffic.refresh())]
+    step, refresh = traffic.step().wire(world), traffic.refresh().wire(world)
     held, seconds = memory(traffic), _seconds(machines, traffic)
-    wire = amortised(*wires, machines.period)
+    wire = amortised(step, refresh, machines.period)
     for link in links:
         sending = wire / machines.rate(world, link)
         exposed = max(0.0, sending - machines.overlap * seconds["compute"])
@@ -98,7 +98,7 @@ def _rows(machines: Machines, model: Llama, rank: int, name: str, world: int) ->
             "link_gbit": link if world > machines.node else None,
             "memory_bytes": held,
             "fits": held["total"] <= machines.memory,
-            "wire_bytes": {"step": wires[0], "refresh": wires[1], "mean": wire},
+            "wire_bytes": {"step": step, "refresh": refresh, "mean": wire},
             "flops": {"compute": matmul_flops(traffic, machines), "optimizer": optimizer_flops(traffic, machines.period)},
             "seconds": seconds | {"sending": sending, "step": sum(seconds.values()) + exposed},
         }

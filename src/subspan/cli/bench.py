@@ -39,11 +39,14 @@ def run(settings: Namespace) -> int:
     as_json, pairs = chosen.pop("json"), chosen.pop("pairs", 0)
     try:
         setting: Any = _WHAT[what][0](**vars(chosen))
-        found: Any
-        if what == "train":
+        if what == "memory":
+            found = memory.measure(setting)
+        elif what == "train":
             found = train.measure(setting, pairs)
+        elif what == "comm":
+            found = comm.measure(setting)
         else:
-            found = {"memory": memory.measure, "comm": comm.measure, "scale": scale.compute}[what](setting)
+            found = scale.compute(setting)
     except ValueError as error:
         fail(str(error))
     print(json.dumps(found) if as_json else scale.tables(found) if what == "scale" else report.text(found))
