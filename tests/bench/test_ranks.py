@@ -63,8 +63,7 @@ def test_shards(name: str, backward_side: bool, index: int) -> None:
             "gradients": sum(here(p.grad) for p in params if p.grad is not None),
             "bases": sum(here(state["basis"]) for state in optimizer.state.values() if "basis" in state),
         }
-        if name == "adamw":  # torch's own makes its state at the first step
-            optimizer.step()
+        optimizer.step()  # torch's own AdamW makes its state now; and ranks without rows have nothing to step on
         measured["states"] = state_bytes(optimizer) - measured["bases"]
         assert held == measured
     finally:
