@@ -4,14 +4,15 @@ Sizes: a projected matrix is ``m x n`` with ``m >= n`` (under ``proj_type="std"`
 vector ``k``. ``q(a, b)`` is a moment of ``a x b`` entries in 8 bits. Weights of fp32 or less.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from subspan.carriers import layer_of
 from subspan.parts import Residual, Rule, Selector
 from subspan.quantization import SMALLEST
-from subspan.shapes import layout_of
+from subspan.shapes import PROJ_TYPES, layout_of
 
 VARIABLES = {
     "m": "longer side of a projected matrix",
@@ -29,8 +30,8 @@ VARIABLES = {
 def formulas(selector: Selector | None, rule: Rule, residual: Residual, state_dtype: str) -> dict[str, str]:
     """Bytes of state of one parameter: ``projected`` (not of a full-rank method), ``matrix`` and ``vector``.
 
-    Where the method can make its gradient in the backward pass also ``carrier``, of a weight of ``rows x columns``, and
-    ``basis``, of each basis that layers share.
+    Of a method with a subspace also ``basis``, of what ``projected`` holds of it and of each basis that backward-side layers
+    share; and where the method can make its gradient in the backward pass ``carrier``, of a weight of ``rows x columns``.
     """
 
     def total(*parts: Mapping[str, str]) -> str:
@@ -42,40 +43,109 @@ def formulas(selector: Selector | None, rule: Rule, residual: Residual, state_dt
     others = (selector.memory("n", "r"), residual.memory("m", "n"))
     tall, wide = (total(rule.memory(("m", "r"), rows), *others) for rows in (-2, -1))
     projected = {"projected": tall if tall == wide else f"{tall} if rows >= columns else {wide}"}
+    basis = {"basis": total(selector.memory("columns", "r")) or "0"}
     if selector.tracks or residual.needs_gradient:
-        return projected | found
-    backward = {"carrier": total(rule.memory(("rows", "r"), -2)), "basis": total(selector.memory("columns", "r")) or "0"}
-    return projected | found | backward
+        return projected | found | basis
+    return projected | found | {"carrier": total(rule.memory(("rows", "r"), -2))} | basis
 
 
-def evaluate_groups(formula: Mapping[str, str], groups: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Bytes of state of an optimizer with these parameter groups: ``states``, and ``bases`` of backward-side layers."""
-    states = bases = 0
+Parallel = Literal["ddp", "fsdp"]
+"""Whether each rank holds everything, or ``fully_shard`` has spread the rows of every parameter."""
+
+
+def evaluate_groups(
+    formula: Mapping[str, str],
+    groups: Iterable[Mapping[str, Any]],
+    *,
+    parallel: Parallel = "ddp",
+    world: int = 1,
+    index: int = 0,
+) -> dict[str, int]:
+    """Bytes that one rank holds of the parameters in these groups, from their shapes alone: tensors on ``meta`` will do.
+
+    Under ``fsdp`` the rank has ``torch.chunk``'s part of the rows of each parameter, gradient and moment,
+    ``ceil(rows / world)`` of them; the last ranks have fewer or none. The bases are whole on every rank.
+
+    Args:
+        formula: of the method (``formulas``).
+        groups: of an optimizer, or alike: ``params``, ``rank``, ``proj_type``. The parameters may be sharded already.
+        parallel, world: how many ranks, and what each holds.
+        index: of the rank.
+
+    Returns:
+        ``weights`` (those of backward-side layers included), ``carriers``, ``gradients``, ``states`` and ``bases``. What
+        ``fully_shard`` fills its last shards up with, and the blocks it gathers for a moment, are not counted.
+
+    Raises:
+        ValueError: a world, rank or way to share out of range; or a basis of the rows, which sharded rows do not have.
+    """
+    if parallel not in ("ddp", "fsdp"):
+        raise ValueError(f"parallel={parallel!r}: expected 'ddp' or 'fsdp'")
+    if world < 1:
+        raise ValueError(f"world={world}: expected a number of ranks >= 1")
+    if not 0 <= index < world:
+        raise ValueError(f"index={index}: expected a rank from 0 to {world - 1}, below world={world}")
+    held = dict.fromkeys(("weights", "carriers", "gradients", "states", "bases"), 0)
+    sharded = parallel == "fsdp"
     for group in groups:
-        smallest = group.get("min_8bit_size", SMALLEST)
+        if sharded and PROJ_TYPES[group.get("proj_type", "std")] == "left":
+            raise ValueError(
+                f"proj_type={group['proj_type']!r}: a basis of rows that fsdp spreads over ranks; use 'std' or 'right'"
+            )
         for p in group["params"]:
-            layer = layer_of(p)
+            layer, shape = layer_of(p), tuple(p.shape)
+            rows = _rows_here(shape, world if sharded else 1, index if sharded else 0)
+            size = p.element_size() * _numel(shape, rows)
+            held["gradients"] += size
             if layer is None:
-                states += _bytes(formula, tuple(p.shape), group.get("rank"), smallest)
-                continue
-            states += _value(formula["carrier"], smallest, rows=p.shape[0], r=p.shape[1])
-            if layer.number == 0:
-                bases += _value(formula["basis"], smallest, columns=layer.weight.shape[1], r=p.shape[1])
-    return {"states": states, "bases": bases}
+                held["weights"] += size
+                state, basis = _state(formula, shape, rows, sharded, group)
+            else:
+                held["carriers"] += size
+                held["weights"] += layer.weight.element_size() * _numel(tuple(layer.weight.shape), rows)
+                smallest, (whole, r) = group.get("min_8bit_size", SMALLEST), shape
+                state = _value(formula["carrier"], smallest, whole, rows=rows, r=r)
+                basis = _value(formula["basis"], smallest, columns=layer.weight.shape[1], r=r) if layer.number == 0 else 0
+            held["states"] += state
+            held["bases"] += basis
+    return held
 
 
-def _bytes(formula: Mapping[str, str], shape: tuple[int, ...], rank: int | None, smallest: int) -> int:
+def _rows_here(shape: tuple[int, ...], world: int, index: int) -> int:
+    rows = shape[0] if shape else 1
+    chunk = -(-rows // world)
+    return min(max(rows - index * chunk, 0), chunk)
+
+
+def _numel(shape: tuple[int, ...], rows: int) -> int:
+    return rows * math.prod(shape[1:])
+
+
+def _state(
+    formula: Mapping[str, str], shape: tuple[int, ...], rows: int, sharded: bool, group: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Bytes of the state of an ordinary parameter of which ``rows`` are here: all but its basis, and the basis."""
+    smallest, rank = group.get("min_8bit_size", SMALLEST), group.get("rank")
     if len(shape) < 2:
-        return _value(formula["vector"], smallest, k=shape[0] if shape else 1)
-    rows, columns = shape
-    if layout_of(shape, rank, "std").side is None or rank is None:
-        return _value(formula["matrix"], smallest, a=rows, b=columns)
-    return _value(formula["projected"], smallest, m=max(shape), n=min(shape), r=rank, rows=rows, columns=columns)
+        return _value(formula["vector"], smallest, k=rows), 0
+    whole, columns = shape
+    side = layout_of(shape, rank, group.get("proj_type", "std")).side
+    if side is None or rank is None:
+        return _value(formula["matrix"], smallest, whole, a=rows, b=columns), 0
+    # "rows >= columns" in a formula says that the columns are compressed, as those of a tall matrix are.
+    if sharded or side == "right":
+        sizes = {"m": rows, "n": columns, "r": rank, "rows": 1, "columns": 0}
+    else:
+        whole, sizes = columns, {"m": columns, "n": rows, "r": rank, "rows": 0, "columns": 1}
+    basis = _value(formula["basis"], smallest, columns=sizes["n"], r=rank)
+    return _value(formula["projected"], smallest, whole, **sizes) - basis, basis
 
 
-def _value(expression: str, smallest: int, **sizes: int) -> int:
+def _value(expression: str, smallest: int, whole: int | None = None, **sizes: int) -> int:
+    """``whole``: rows of a moment on all ranks, which decide whether it is large enough for 8 bits."""
+
     def quantised(a: int, b: int) -> int:
-        return 4 * a * b if a * b < smallest else a * b + 4 * a * -(-b // 256)
+        return 4 * a * b if (whole or a) * b < smallest else a * b + 4 * a * -(-b // 256)
 
     names: dict[str, int | Callable[[int, int], int]] = {**sizes, "q": quantised}
     return int(eval(expression, {"__builtins__": {}}, names))  # written by the parts, never read from outside

@@ -72,7 +72,7 @@ def _encode(A: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     block = _block(width)
     padded = torch.nn.functional.pad(A.float(), (0, -width % block)).contiguous()
     codes, rest = _bitsandbytes().quantize_blockwise(padded, code=_map(signed, A.device), blocksize=block)
-    return codes.view(padded.shape)[..., :width].contiguous(), rest.absmax.view(*A.shape[:-1], -1)
+    return codes.view(padded.shape)[..., :width].contiguous(), rest.absmax.view(*A.shape[:-1], padded.shape[-1] // block)
 
 
 def _decode(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:

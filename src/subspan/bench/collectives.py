@@ -36,11 +36,10 @@ class Sent:
     bytes: dict[str, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
 
-    def add(self, operation: str, size: int, calls: int = 1) -> None:
-        """Count ``calls`` of ``operation`` with ``size`` bytes together."""
-        if size:
-            self.bytes[operation] = self.bytes.get(operation, 0) + size
-            self.calls[operation] = self.calls.get(operation, 0) + calls
+    def add(self, operation: str, size: int) -> None:
+        """Count a call of ``operation`` with ``size`` bytes."""
+        self.bytes[operation] = self.bytes.get(operation, 0) + size
+        self.calls[operation] = self.calls.get(operation, 0) + 1
 
     def payload(self) -> int:
         """Of all operations."""
@@ -49,6 +48,14 @@ class Sent:
     def wire(self, world: int) -> float:
         """Bytes that each of ``world`` ranks sends."""
         return sum(size * wire_share(operation, world) for operation, size in self.bytes.items())
+
+    def report(self, world: int) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return {
+            "payload_bytes": self.payload(),
+            "wire_bytes": round(self.wire(world)),
+            "collectives": {operation: [self.calls[operation], size] for operation, size in self.bytes.items()},
+        }
 
 
 class CountCollectives(TorchDispatchMode):

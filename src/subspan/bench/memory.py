@@ -1,6 +1,6 @@
 """Bytes of a training step, by kind: measured on the real step, beside closed forms."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -106,18 +106,13 @@ def _formula(setting: Setting, name: str, trained: Trained, layers: Iterable[nn.
     every = sum(elements.values())
     backward_side = trained.handle is not None
     inputs = _inputs(setting)
-    state: Mapping[str, str] = describe(name)["state_formula"]
-    held = evaluate_groups(state, trained.optimizer.param_groups)
-    bases = held["bases"]
-    if isinstance(trained.optimizer, SubspaceOptimizer) and not backward_side:
-        # A basis of n x r for each matrix, n its shorter side.
-        bases = sum(4 * min(layer.in_features, layer.out_features) * r for layer in layers)
+    held = evaluate_groups(describe(name)["state_formula"], trained.optimizer.param_groups)
     return {
         "weight_bytes": 4 * every,
         "carrier_bytes": 4 * low if backward_side else 0,
         "gradient_bytes": 4 * (full + low if backward_side else every),
-        "state_bytes": held["states"] - (0 if backward_side else bases),
-        "basis_bytes": bases,
+        "state_bytes": held["states"],
+        "basis_bytes": held["bases"],
         "linear_activation_bytes": 4 * T * (len(inputs) * r if backward_side else sum(inputs)),
     }
 

@@ -5,7 +5,9 @@ from typing import Any
 
 
 def text(found: Mapping[str, Any]) -> str:
-    """A table of memory, or lines on time."""
+    """A table of memory or of what is sent, or lines on time."""
+    if "world" in found:
+        return _sent(found)
     return _memory(found["rows"]) if "rows" in found else _time(found)
 
 
@@ -18,6 +20,36 @@ def _memory(rows: list[dict[str, Any]]) -> str:
         formula = row["formula"]
         if any(formula[key] != row[key] for key in columns if key in formula):
             cells.append(["  formula", *(f"{formula[key] / 1e6:.1f}" if key in formula else "" for key in columns)])
+    return _aligned(cells)
+
+
+def _sent(found: Mapping[str, Any]) -> str:
+    """Bytes that a rank sends; below each row its closed form, only where that says something else."""
+    cells = [["MB that each rank sends", "step", "refresh", "mean", "collectives of a step", "of a refresh besides"]]
+    for row in found["rows"]:
+        step, refresh = (row[kind]["collectives"] for kind in ("step", "refresh"))
+        besides = {
+            operation: [calls - step.get(operation, [0, 0])[0], size - step.get(operation, [0, 0])[1]]
+            for operation, (calls, size) in refresh.items()
+        }
+        wires = (row["step"]["wire_bytes"], row["refresh"]["wire_bytes"], row["amortised_wire_bytes"])
+        cells.append([row["name"], *(f"{size / 1e6:.1f}" for size in wires), _collectives(step), _collectives(besides)])
+        if any(row["formula"][kind] != sizes_of(row[kind]) for kind in ("step", "refresh")):
+            cells.append(["  formula", "", "", "", *(str(row["formula"][kind]) for kind in ("step", "refresh"))])
+    above = f"{found['model']} in fp32, world {found['world']}, rank {found['rank']}, a refresh in {found['period']} steps"
+    return f"{above}\n{_aligned(cells)}"
+
+
+def sizes_of(sent: Mapping[str, Any]) -> dict[str, int]:
+    """Payload bytes by operation."""
+    return {operation: size for operation, (_, size) in sent["collectives"].items()}
+
+
+def _collectives(counted: Mapping[str, Any]) -> str:
+    return ", ".join(f"{calls} {operation} {size / 1e6:.1f}" for operation, (calls, size) in counted.items() if size) or "-"
+
+
+def _aligned(cells: list[list[str]]) -> str:
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     return "\n".join(
         "  ".join(
