@@ -1,8 +1,11 @@
 """``subspan theory``: the papers' claims as experiments."""
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from subspan.cli.parsing import Namespace, Parser, fail
 from subspan.theory import EXPERIMENTS
@@ -23,6 +26,8 @@ def add_to(commands: Any, name: str) -> None:
 def run(settings: Namespace) -> int:
     chosen = settings[settings.what]
     as_json = chosen.pop("json")
+    logging.getLogger("subspan").setLevel(logging.WARNING)
+    torch.set_num_threads(1)  # for matrices as small as these a second thread only costs
     try:
         found = EXPERIMENTS[settings.what](**vars(chosen)).run()
     except ValueError as error:
@@ -36,7 +41,8 @@ def _text(found: Mapping[str, Any]) -> str:
         return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
     rows = found["rows"]
-    lines = [[*rows[0]], *([cell(value) for value in row.values()] for row in rows)]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns, *([cell(row.get(column)) for column in columns] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     table = ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     claims = [f"{'holds' if claim['holds'] else 'FAILS'}  {claim['claim']}: {claim['found']}" for claim in found["claims"]]

@@ -1,13 +1,13 @@
 """How far the momentum of a moving subspace stays from the gradient, by what becomes of it at a refresh.
 
-A gradient that turns, ``grad(t) = cos(2 pi t / turn) A + sin(2 pi t / turn) B (m, n)``, is seen with noise of energy ``sigma²`` (its own
-is 1), and an optimizer of the library follows it without moving anything. With ``Mt = M Qᵀ`` its momentum in full,
+A gradient that turns, ``grad(t) = cos(2 pi t / turn) A + sin(2 pi t / turn) B (m, n)``, is seen with noise of energy ``sigma²``
+(its own is 1), and an optimizer of the library follows it without moving anything. With ``Mt = M Qᵀ`` its momentum in full,
 
     error = mean over t of ||Mt - grad(t)||² / ||grad(t)||²
 
-the left side of the lemma over its scale. After a refresh from ``Q_old`` to ``Q_new`` the momentum is ``M Q_newᵀ`` (keep: coordinates
-of one basis read in another), ``M Q_oldᵀ Q_new Q_newᵀ`` (rotate: what is in both) or 0 (reset). With one moment ``moments`` is
-``rotate``.
+the left side of the lemma over its scale. After a refresh from ``Q_old`` to ``Q_new`` the momentum is ``M Q_newᵀ`` (keep:
+coordinates of one basis read in another), ``M Q_oldᵀ Q_new Q_newᵀ`` (rotate: what is in both) or 0 (reset). With one moment
+``moments`` is ``rotate``.
 
 Source: SARA (Zhang et al. 2025, arXiv 2502.05790), Lemma A.4, of MSGD with momentum re-projection (rotate).
 Deviations: the gradient is given, not that of a trajectory; so the error is that of the momentum alone.
@@ -21,13 +21,14 @@ import torch
 
 from subspan import linalg
 from subspan.optimizer import SubspaceOptimizer
+from subspan.parts import Transfer
 from subspan.residuals import Discard
 from subspan.rules import MSGD
 from subspan.selectors import Dominant, Importance, Random
 from subspan.theory.experiment import Claim, check, check_at_least, check_rank
 
 SELECTORS = {"random": Random(), "importance": Importance(), "dominant": Dominant()}
-TRANSFERS = ("keep", "rotate", "moments", "reset")
+TRANSFERS: tuple[Transfer, ...] = ("keep", "rotate", "moments", "reset")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Momentum:
         check_at_least(self.n, m=self.m)
         check_at_least(2, turn=self.turn, steps=self.steps)
         check("sigma", self.sigma, 0 <= self.sigma < math.inf, "a number >= 0")
-        check("beta1", self.beta1, 0 < self.beta1 <= 1, "a number above 0 and at most 1")
+        check("beta1", self.beta1, 0 < self.beta1 < 1, "a number above 0 and below 1")
         rising = len(self.periods) == 2 and 1 <= self.periods[0] < self.periods[1]
         check("periods", self.periods, rising, "two whole numbers >= 1, the shorter first")
 
@@ -101,7 +102,7 @@ class Momentum:
             "holds": all(claim.holds for claim in claims),
         }
 
-    def error(self, selector: str, transfer: str, period: int) -> float:
+    def error(self, selector: str, transfer: Transfer, period: int) -> float:
         """The mean over all steps."""
         generator = linalg.keyed_generator("momentum", self.seed)
         A, B = (self._unit(generator) for _ in range(2))
@@ -109,7 +110,7 @@ class Momentum:
         optimizer = SubspaceOptimizer(
             [X], 0.0, self.r, selector=SELECTORS[selector], rule=MSGD(self.beta1), residual=Discard(), transfer=transfer,
             update_proj_gap=period, scale=1.0, proj_type="right", seed=self.seed,
-        )  # type: ignore[arg-type]  # transfer is one of TRANSFERS  # fmt: skip
+        )  # fmt: skip
         state, total = optimizer.state[X], 0.0
         for step in range(self.steps):
             angle = 2 * math.pi * step / self.turn
@@ -117,9 +118,8 @@ class Momentum:
             noise = torch.randn(self.m, self.n, generator=generator, dtype=torch.float64)
             X.grad = true + noise * (self.sigma / (self.m * self.n) ** 0.5)
             optimizer.step()
-            momentum = optimizer.selector.project_back(state["exp_avg"], state) if "exp_avg" in state else None
-            found = X.grad if momentum is None else momentum
-            total += float((found - true).square().sum() / true.square().sum())
+            momentum = optimizer.selector.project_back(state["exp_avg"], state)
+            total += float((momentum - true).square().sum() / true.square().sum())
         return total / self.steps
 
     def _unit(self, generator: torch.Generator) -> torch.Tensor:

@@ -4,8 +4,8 @@ With ``G = S diag(sigma) Vᵀ (n, n)`` and ``p_i`` the probability that ``v_i`` 
 
     E||G - G Q Qᵀ||² = sum_i (1 - p_i) sigma_i² <= (1 - delta) ||G||²,      delta = min_i p_i
 
-The gradient in the lemma is the true one, which need not be that of the draw: of a gradient along the least likely ``v_i`` exactly
-``1 - delta`` is left. A Haar-random subspace has ``p_i = r/n``, and ``1 - r/n`` is left of any gradient.
+The gradient in the lemma is the true one, which need not be that of the draw: of a gradient along the least likely ``v_i``
+exactly ``1 - delta`` is left. A Haar-random subspace has ``p_i = r/n``, and ``1 - r/n`` is left of any gradient.
 
 Source: SARA (Zhang et al. 2025, arXiv 2502.05790), Lemma 3.3 (A.2); GoLore (He et al. 2024, arXiv 2410.11289).
 Deviations: the basis is on the right.

@@ -2,8 +2,8 @@
 
 (1) ``E[Q Qᵀ] = I (n, n)``, so that ``E[G Q Qᵀ] = G``: for Haar columns times sqrt(n/r), and for normal entries of variance 1/r.
 
-(2) On ``f(X) = L ||X||² / 2``, X (m, n), one gradient step of size eta in each new subspace is ``X <- X (I - eta L Q Qᵀ)``. With Haar columns
-``Q Qᵀ`` is n/r times a projector, so with ``c = eta L n/r``
+(2) On ``f(X) = L ||X||² / 2``, X (m, n), one gradient step of size eta in each new subspace is ``X <- X (I - eta L Q Qᵀ)``. With
+Haar columns ``Q Qᵀ`` is n/r times a projector, so with ``c = eta L n/r``
 
     E||X_next||² / ||X||² = 1 - r/n (1 - (1 - c)²)
 
@@ -67,14 +67,14 @@ class RsoUnbiased:
         rows = []
         for c in (0.25, 0.5, 1.0, 1.9, 2.5, 4.0):
             rate, expected = self.rate(c), math.log(1 - self.r / self.n * (1 - (1 - c) ** 2))
-            rows.append({"c": c, "eta": c * self.r / (self.n * self.smoothness), "log_rate": rate, "log_rate_bound": expected})
+            rows.append({"c": c, "eta": c * self.r / (self.n * self.smoothness), "log_rate": rate, "log_mean": expected})
             outcome = rate < 0 if c < 2 else rate > 0
             word = "within the condition: converges" if c <= 0.5 else "beyond it: converges still" if c < 2 else "diverges"
             claims.append(Claim(f"eta = {c:g} / (L n/r), {word}", f"log of ||X||² changes by {rate:+.3f} a step", outcome))
         return {
             "settings": asdict(self),
             "bias": {name: {"largest_z": z, "largest_error": error} for name, (z, error) in unbiased.items()},
-            "unit": "log_rate: change of log ||X||² a step; its bound is that of the mean of ||X||² (Jensen)",
+            "unit": "log_rate: mean change of log ||X||² in a step, in expectation at most log_mean (Jensen)",
             "rows": rows,
             "claims": [asdict(claim) for claim in claims],
             "holds": all(claim.holds for claim in claims),
@@ -83,7 +83,8 @@ class RsoUnbiased:
     def bias(self, selector: Selector) -> tuple[float, float]:
         """How far the mean of ``Q Qᵀ`` is from I, at most: in standard errors and in absolute terms."""
         G = torch.ones(self.m, self.n, dtype=torch.float64)
-        eye, total, squares = torch.eye(self.n, dtype=torch.float64), 0.0, 0.0
+        eye = torch.eye(self.n, dtype=torch.float64)
+        total, squares = torch.zeros_like(eye), torch.zeros_like(eye)
         largest = 2000
         for number, start in enumerate(range(0, self.draws, largest)):
             stack = G.expand(min(largest, self.draws - start), *G.shape)
@@ -92,7 +93,7 @@ class RsoUnbiased:
             Q = selector.project(eye.expand(len(stack), -1, -1), state)
             P: Tensor = Q @ Q.mT
             total, squares = total + P.sum(0), squares + P.square().sum(0)
-        mean, second = torch.as_tensor(total) / self.draws, torch.as_tensor(squares) / self.draws
+        mean, second = total / self.draws, squares / self.draws
         error = ((second - mean.square()) / self.draws).clamp_min(1e-24).sqrt()
         off = (mean - eye).abs()
         return float((off / error).max()), float(off.max())
@@ -102,7 +103,7 @@ class RsoUnbiased:
         generator = linalg.keyed_generator("rso start", self.seed)
         X = torch.nn.Parameter(torch.randn(self.m, self.n, generator=generator, dtype=torch.float64))
         optimizer = SubspaceOptimizer(
-            [X], c * self.r / (self.n * self.smoothness), self.r, selector=Random(scaled=True), rule=SGD(0.0), residual=Discard(),
+            [X], c * self.r / (self.n * self.smoothness), self.r, selector=SELECTORS["haar"], rule=SGD(0.0), residual=Discard(),
             transfer="reset", update_proj_gap=1, scale=1.0, proj_type="right", seed=self.seed,
         )  # fmt: skip
         change = 0.0

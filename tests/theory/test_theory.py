@@ -1,0 +1,184 @@
+"""The experiments against sums, closed forms and loops of their own; their claims can fail."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from subspan import linalg
+from subspan.cli import main
+from subspan.selectors import Random
+from subspan.theory import EXPERIMENTS
+from subspan.theory.momentum import Momentum
+from subspan.theory.nonconvergence import METHODS, Gradients, Nonconvergence
+from subspan.theory.projection_error import Exact, ProjectionError, successive_sampling
+from subspan.theory.rso import SELECTORS, RsoUnbiased
+
+
+def run(capsys, *words):
+    assert main(["theory", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+# --- nonconvergence ---------------------------------------------------------------------------------------------------
+
+
+def test_nonconvergence(capsys):
+    """A smaller problem than the default's: GaLore alone stays above the optimum; with the same noise averaged it does not."""
+    found = run(capsys, "nonconvergence", "--n", "6", "--r", "2", "--seed", "1", "--steps", "6000")
+    assert found["holds"]
+    assert all(claim["holds"] for claim in found["claims"])
+    assert set(found["final"]) == set(METHODS) == {"sgd", "galore", "golore", "golore_hybrid", "sara", "sara_floor"}
+    above = {name: value - found["optimum"] for name, value in found["final"].items()}
+    assert above.pop("galore") > 0.02 * found["noise_level"]
+    assert all(-1e-9 < left < 0.02 * found["noise_level"] for left in above.values())
+    assert found["variants"]["large_batch"]["final"]["galore"] - found["optimum"] < 0.02 * found["noise_level"]
+
+
+def test_the_problem_is_the_papers():
+    """Its optimum and a step of gradient descent, from the definition of f by autograd."""
+    setting = Nonconvergence(n=5, r=2, seed=3, lr=0.3)
+    A, B = torch.eye(5, dtype=torch.float64)[:3], torch.zeros(5, 5, dtype=torch.float64)
+    B[:3, :3] = setting.target()
+
+    def f(X):
+        return 0.5 * (A @ X).square().sum() + (B * X).sum()
+
+    assert f(-B).item() == pytest.approx(-0.5 * B.square().sum().item())
+    for way in itertools.product((-1, 1), repeat=2):  # a stationary point of a convex f is its minimum
+        assert f(-B + 0.1 * torch.full((5, 5), way[0], dtype=torch.float64)) >= f(-B) - 1e-12
+    X = setting.start().requires_grad_()
+    noise = Gradients("adversarial", 1)
+    xi = next(noise.draws(setting, 1))
+    assert torch.equal(xi.abs(), torch.diag(torch.tensor([0.0, 0, 0, 1, 1], dtype=torch.float64)))
+    f(X).backward()
+    step = X.detach() - 0.3 * (X.grad + xi)  # torch's momentum begins with the whole gradient
+    assert setting.final("sgd", [noise], 1) == [pytest.approx(f(step).item(), rel=1e-12)]
+
+
+def test_claims_can_fail(capsys):
+    """After a single step nobody has arrived."""
+    assert main(["theory", "nonconvergence", "--steps", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "FAILS  sara reaches the optimum" in shown
+    assert all(method in shown for method in METHODS)
+
+
+# --- projection error -------------------------------------------------------------------------------------------------
+
+
+def test_successive_sampling():
+    weights = [0.5, 0.3, 0.15, 0.05]
+    assert successive_sampling(weights, 1) == {frozenset({i}): pytest.approx(w) for i, w in enumerate(weights)}
+    pairs = successive_sampling(weights, 2)
+    for i, j in itertools.combinations(range(4), 2):
+        a, b = weights[i], weights[j]
+        assert pairs[frozenset({i, j})] == pytest.approx(a * b / (1 - a) + b * a / (1 - b))
+    assert sum(successive_sampling(weights, 3).values()) == pytest.approx(1)
+    assert sum(Exact.of(weights, [1.0] * 4, 3).included) == pytest.approx(3)
+    alike = successive_sampling([1.0, 0.0, 0.0], 2)
+    assert alike == {frozenset({0, 1}): pytest.approx(0.5), frozenset({0, 2}): pytest.approx(0.5)}
+
+
+def test_projection_error(capsys):
+    found = run(capsys, "projection-error", "--n", "6", "--r", "2", "--draws", "4000")
+    assert found["holds"]
+    assert len(found["claims"]) == 7
+    flat = next(row for row in found["rows"] if row["spectrum"] == "1/i^0" and row["selector"] == "sara")
+    assert flat["delta_exact"] == pytest.approx(2 / 6)
+    assert flat["error"] == pytest.approx(1 - 2 / 6)
+    bare, floored = ([row["delta_exact"] for row in found["rows"] if row["floor"] == floor] for floor in (0.0, 0.1))
+    assert bare[-1] == 0 < 0.1 / 6 <= min(floored)
+
+
+def test_wrong_probabilities_are_seen(monkeypatch):
+    """If the weights were the squares of those that SARA draws with, the experiment would say so."""
+    assert ProjectionError(n=5, r=2, draws=2000).run()["holds"]
+    enumerated = Exact.of
+    monkeypatch.setattr(Exact, "of", lambda weights, squares, r: enumerated([w * w for w in weights], squares, r))
+    assert not ProjectionError(n=5, r=2, draws=2000).run()["holds"]
+
+
+# --- momentum ---------------------------------------------------------------------------------------------------------
+
+
+def test_momentum_of_a_basis_that_stays():
+    """Of a gradient that stays the momentum has 1 - 0.9^t within the dominant subspace and nothing outside of it."""
+    setting = Momentum(n=6, r=2, m=8, sigma=0.0, turn=10**9, steps=5)
+    sigma = torch.linalg.svdvals(setting._unit(linalg.keyed_generator("momentum", 0))).square()
+    inside = float(sigma[:2].sum() / sigma.sum())
+    expected = sum(1 - inside + inside * 0.81**t for t in range(1, 6)) / 5
+    for transfer in ("keep", "rotate", "moments", "reset"):
+        assert setting.error("dominant", transfer, 100) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("transfer", ["rotate", "reset"])
+def test_momentum_against_a_loop(transfer):
+    """Neither depends on the signs of singular vectors, so a loop with another SVD says the same."""
+    setting, period = Momentum(n=6, r=2, m=8, turn=40, steps=30), 7
+    generator = linalg.keyed_generator("momentum", 0)
+    A, B = setting._unit(generator), setting._unit(generator)
+    M, Q, total = torch.zeros(8, 2, dtype=torch.float64), None, 0.0
+    for step in range(30):
+        true = math.cos(2 * math.pi * step / 40) * A + math.sin(2 * math.pi * step / 40) * B
+        G = true + torch.randn(8, 6, generator=generator, dtype=torch.float64) * (0.5 / 48**0.5)
+        if step % period == 0:
+            new = torch.linalg.svd(G).Vh[:2].mT
+            M = M @ Q.mT @ new if Q is not None and transfer == "rotate" else torch.zeros_like(M)
+            Q = new
+        M = 0.9 * M + 0.1 * G @ Q
+        total += float((M @ Q.mT - true).square().sum() / true.square().sum())
+    assert setting.error("dominant", transfer, period) == pytest.approx(total / 30, rel=1e-8)
+
+
+def test_momentum(capsys):
+    found = run(capsys, "momentum", "--steps", "400", "--turn", "400", "--n", "8", "--r", "2", "--m", "8")
+    assert len(found["rows"]) == 12
+    assert found["settings"]["steps"] == 400
+    rows = {(row["selector"], row["transfer"]): row["period 20"] for row in found["rows"]}
+    assert rows["dominant", "rotate"] < rows["dominant", "keep"]
+
+
+# --- RSO --------------------------------------------------------------------------------------------------------------
+
+
+def test_rso(capsys):
+    found = run(capsys, "rso-unbiased", "--n", "6", "--r", "2", "--m", "6", "--draws", "4000", "--steps", "300")
+    assert found["holds"]
+    by_c = {row["c"]: row["log_rate"] for row in found["rows"]}
+    assert by_c[0.5] < 0 < by_c[2.5]
+
+
+def test_a_bias_is_seen(monkeypatch):
+    """Projectors, whose mean is r/n I."""
+    monkeypatch.setitem(SELECTORS, "haar", Random())
+    assert RsoUnbiased(n=6, r=2, m=6, draws=1000).bias(SELECTORS["haar"])[1] > 0.5
+    assert not RsoUnbiased(n=6, r=2, m=6, draws=1000, steps=5).run()["holds"]
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["nonconvergence", "--n", "4", "--r", "4"], "r=4: expected a whole number from 1 to 3, below n=4"),
+        (["nonconvergence", "--lr", "2.5"], "lr=2.5: expected a number above 0 and below 2"),
+        (["nonconvergence", "--batch", "0"], "batch=0: expected a whole number >= 1"),
+        (["projection-error", "--floor", "2"], "floor=2.0: expected a share above 0 and at most 1"),
+        (["momentum", "--periods", "[20, 20]"], "periods=(20, 20): expected two whole numbers >= 1, the shorter first"),
+        (["rso-unbiased", "--draws", "3"], "draws=3: expected a whole number >= 100"),
+        (["rso"], "rso-unbiased"),
+    ],
+)
+def test_refusals(words, error, capsys):
+    with pytest.raises(SystemExit) as status:
+        main(["theory", *words])
+    assert status.value.code == 2
+    assert error in capsys.readouterr().err
+
+
+def test_every_experiment_says_what_it_claims():
+    assert all((experiment.__doc__ or "").strip().endswith((").", ").\n")) for experiment in EXPERIMENTS.values())
