@@ -2,8 +2,8 @@
 
 (1) ``E[Q Qᵀ] = I (n, n)``, so that ``E[G Q Qᵀ] = G``: for Haar columns times sqrt(n/r), and for normal entries of variance 1/r.
 
-(2) On ``f(X) = L ||X||² / 2``, X (m, n), one gradient step of size eta in each new subspace is ``X <- X (I - eta L Q Qᵀ)``. With
-Haar columns ``Q Qᵀ`` is n/r times a projector, so with ``c = eta L n/r``
+(2) On ``f(X) = L ||X||² / 2``, X (m, n), one gradient step of size eta in each new subspace is ``X <- X (I - eta L Q Qᵀ)``.
+With Haar columns ``Q Qᵀ`` is n/r times a projector, so with ``c = eta L n/r``
 
     E||X_next||² / ||X||² = 1 - r/n (1 - (1 - c)²)
 
