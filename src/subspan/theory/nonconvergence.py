@@ -6,8 +6,8 @@
 so ``f - f* = ||A X + [D 0]||² / 2`` with ``f* = -||D||² / 2``, and the noise itself does not touch f. Once every singular value
 of ``grad f`` is below sigma, the dominant r directions of the stochastic gradient are those of the noise, and GaLore stands
 still: at most ``(n-r) sigma² / 2`` above the optimum, the *noise level*, in which the excess is reported. The mean of a batch
-of b draws has the level over b; and it may be small by chance, even zero, so that GaLore gets past it: only a single draw is never
-smaller than sigma. Isotropic noise (normal, the same energy ``r sigma²``) prefers no direction.
+of b draws has the level over b; and it may be small by chance, even zero, so that GaLore gets past it: only a single draw is
+never smaller than sigma. Isotropic noise (normal, the same energy ``r sigma²``) prefers no direction.
 
 Source: GoLore (He et al. 2024, arXiv 2410.11289), section 4; MSGD with momentum projection, ``beta1 = 0.1``.
 Deviations: 6,000 steps at ``lr=1e-2``, where its code takes 200,000 at 3e-5: ten times the way.
