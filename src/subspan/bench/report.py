@@ -46,7 +46,8 @@ def sizes_of(sent: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _collectives(counted: Mapping[str, Any]) -> str:
-    return ", ".join(f"{calls} {operation} {size / 1e6:.1f}" for operation, (calls, size) in counted.items() if size) or "-"
+    words = (f"{calls or 'larger'} {operation} {size / 1e6:.1f}" for operation, (calls, size) in counted.items() if size)
+    return ", ".join(words) or "-"
 
 
 def _aligned(cells: list[list[str]]) -> str:

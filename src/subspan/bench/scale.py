@@ -146,7 +146,8 @@ def optimizer_flops(traffic: Traffic, period: int) -> float:
         return 2 * r * sum(layer.numel for layer in model.block) * here + 2 * grams * model.layers / period
     projected = [(layer.numel, n) for layer in model.block if (n := traffic.compressed(layer)) is not None]
     products = 8 if way.hook else 4  # G Q and U Qᵀ; before them the hook's own G Q and R Qᵀ
-    return here * sum(products * numel * r + 2 * numel * n / period for numel, n in projected)
+    refresh = sum(2 * n * (numel + r * r) for numel, n in projected)  # the Gram matrix; the new basis on the old one
+    return here * (sum(products * numel * r for numel, _ in projected) + refresh / period)
 
 
 def eigh_flops(traffic: Traffic) -> float:
