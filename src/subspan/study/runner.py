@@ -68,16 +68,16 @@ class Runner:
         running: list[_Running] = []
         context = get_context("forkserver")
         context.set_forkserver_preload(_MODULES)
+        known, whole = self._known()
         with _Bar(study) as bar, collect_signals() as received:
             while True:
-                known = {cell.key: cell for cell in cells_of(study, self.records)}
                 under_way = {entry.cell.key for entry in running}
                 for key, cell in known.items():
                     if received or len(running) >= self.jobs:
                         break
                     if key not in self.records and key not in self.failed and key not in under_way:
                         running.append(self._start(context, cell))
-                bar.update(len(known.keys() & self.records), total(study, self.records), [entry.cell for entry in running])
+                bar.update(len(known.keys() & self.records), whole, [entry.cell for entry in running])
                 if not running:
                     break
                 if received:
@@ -93,9 +93,14 @@ class Runner:
                     entry.process.join()
                     running.remove(entry)
                     self._collect(entry)
+                    known, whole = self._known()
         for key, log in self.failed.items():
             say(f"error: run {key} failed; its last words are in {log}")
         return 1 if self.failed else 0
+
+    def _known(self) -> tuple[dict[str, Cell], int]:
+        """The runs that are known by now, by key, and how many there will be."""
+        return {cell.key: cell for cell in cells_of(self.study, self.records)}, total(self.study, self.records)
 
     def _adopt(self) -> None:
         """Write down here what other studies, or runs that finished after a kill of this command, have already found."""
