@@ -40,7 +40,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
            "--threads=1", "--device=cpu", "--evaluation.tokens=64", "--checkpoint.every=4", "--log_every=2"]  # fmt: skip
     assert main(["pretrain", *run, "--probes.subspace=true", f"--out={folder / 'runs/one'}"]) == 0
     out = folder / "report.html"
-    sources = [str(folder / "studies/small.yaml"), str(folder / "runs"), str(folder / "memory.json")]
+    sources = [str(folder / "studies"), str(folder / "runs"), str(folder / "memory.json")]
     assert main(["report", *sources, "--out", str(out), "--title", "A report"]) == 0
     return out
 
@@ -147,7 +147,7 @@ def test_a_browser_shows_it(width: int, page: Path, tmp_path: Path) -> None:
         ("absent.yaml", None, "does not exist"),
         ("notes.txt", "x", "expected a study file"),
         ("memory.json", "{}", "holds no results of subspan bench memory"),
-        ("empty", "", "holds no run"),
+        ("empty", "", "holds no study file (.yaml) and no run"),
     ],
 )
 def test_what_is_wrong_is_named(

@@ -9,7 +9,10 @@ from subspan.cli.parsing import Namespace, Parser, fail, say
 def add_to(commands: Any, name: str) -> None:
     parser = Parser(description="Write one self-contained HTML page of studies, runs and measurements.")
     parser.add_argument(
-        "sources", type=str, nargs="+", help="study files (.yaml), directories of runs, results of bench memory (.json)"
+        "sources",
+        type=str,
+        nargs="+",
+        help="study files (.yaml), directories of them or of runs, results of bench memory (.json)",
     )
     parser.add_argument("--out", type=str, default="report.html", help="the page to write")
     parser.add_argument("--title", type=str, default="subspan report", help="its title")

@@ -78,11 +78,15 @@ def gather(sources: Sequence[str]) -> Parts:
             parts.memory.append(_memory(path))
         elif path.is_dir():
             runs = sorted({config.parent for config in path.rglob("config.yaml") if (config.parent / "metrics.jsonl").exists()})
-            if not runs:
-                raise InputError(f"source={source!r}: holds no run; give a directory that subspan pretrain has written to")
+            studies = [] if path in runs else sorted(path.glob("*.yaml"))
+            if not runs and not studies:
+                raise InputError(f"source={source!r}: holds no study file (.yaml) and no run of subspan pretrain")
+            parts.studies += map(_study, studies)
             parts.runs += map(_run, runs)
         else:
-            raise InputError(f"source={source!r}: expected a study file (.yaml), a directory of runs, or bench results (.json)")
+            raise InputError(
+                f"source={source!r}: expected a study file (.yaml), a directory of them or of runs, or bench results (.json)"
+            )
     return parts
 
 
