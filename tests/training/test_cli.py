@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from subspan.training.pretrain import Pretraining
 from subspan.training.resolve import resolve
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+STUDY = Path(__file__).parents[2] / "studies" / "table1_nano.yaml"
 KEYS = ["optimizer", "model", "steps", "tokens", "val_loss", "val_ppl", "state_bytes", "seconds", "out", "seed"]
 
 
@@ -106,6 +108,14 @@ def test_killed_and_resumed_is_the_unbroken_run(how: signal.Signals, corpus: Pat
         (["--rank=abc"], ["rank=abc", "expected int or null"]),
         (["--out=bad.yaml/run"], ["out='bad.yaml/run'", "no directory that can be written"]),
         (["--checkpoint.evry=3"], ["checkpoint.evry", "checkpoint.every"]),
+        (["--data", ""], ["data=''", "is blank; expected a name or a path"]),
+        (["--data", " \t"], ["data=' \\t'", "is blank"]),
+        (["--data=c4:"], ["data='c4:'", "expected a path after c4:, or c4 alone"]),
+        (["--model", ""], ["model=''", "is blank"]),
+        (["--tokenizer", ""], ["tokenizer=''", "is blank"]),
+        (["--validation_data", ""], ["validation_data=''", "is blank"]),
+        (["--out", ""], ["out=''", "is blank"]),
+        (["--resume", ""], ["resume=''", "is blank"]),
     ],
 )
 def test_bad_input(
@@ -129,6 +139,30 @@ def test_bad_input(
     for word in words:
         assert word in err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["inspect", ""], "run"),
+        (["study", "run", ""], "file"),
+        (["study", "run", str(STUDY), "--runs", ""], "runs"),
+        (["report", ""], "source"),
+        (["report", str(STUDY), "--out", " "], "out"),
+    ],
+)
+def test_blank_paths(
+    arguments: list[str], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not the working directory, although that holds runs."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    assert re.fullmatch(rf"subspan: error: {name}='\s*': is blank; expected a path\n", capsys.readouterr().err)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_checkpoint_of_another_method(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

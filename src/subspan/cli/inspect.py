@@ -1,10 +1,9 @@
 """``subspan inspect``: what the subspaces of a run did."""
 
 import json
-from pathlib import Path
 from typing import Any
 
-from subspan.cli.parsing import Namespace, Parser, fail
+from subspan.cli.parsing import Namespace, Parser, fail, path_of
 
 
 def add_to(commands: Any, name: str) -> None:
@@ -24,7 +23,7 @@ def run(settings: Namespace) -> int:
     from subspan.study.inspect import as_text, inspect
 
     try:
-        found = inspect(Path(settings.run), settings.begin, settings.end)
+        found = inspect(path_of("run", settings.run), settings.begin, settings.end)
     except ValueError as error:
         fail(str(error))
     print(json.dumps(found) if settings.json else as_text(found))

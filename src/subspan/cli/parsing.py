@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 try:
@@ -66,6 +67,13 @@ def fail(message: str) -> NoReturn:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # of many processes that read the same settings, one says what is wrong
         say(f"error: {' '.join(message.split())}")
     raise SystemExit(2)
+
+
+def path_of(name: str, given: str) -> Path:
+    """The path in the argument ``name``. A blank one is refused: it would be the working directory."""
+    if not given.strip():
+        fail(f"{name}={given!r}: is blank; expected a path")
+    return Path(given)
 
 
 def say(message: str) -> None:

@@ -1,9 +1,8 @@
 """``subspan report``: one page of studies, runs and measurements."""
 
-from pathlib import Path
 from typing import Any
 
-from subspan.cli.parsing import Namespace, Parser, fail, say
+from subspan.cli.parsing import Namespace, Parser, fail, path_of, say
 
 
 def add_to(commands: Any, name: str) -> None:
@@ -26,9 +25,9 @@ def run(settings: Namespace) -> int:
         fail(f"{error}; the report comes with an extra: pip install 'subspan[study]'")
     from subspan.training.files import write_text
 
+    out, sources = path_of("out", settings.out), [str(path_of("source", source)) for source in settings.sources]
     try:
-        page = render(gather(settings.sources), settings.title)
-        out = Path(settings.out)
+        page = render(gather(sources), settings.title)
         if not out.parent.is_dir():
             fail(f"out={settings.out!r}: {out.parent} is no directory; make it, or give another --out")
         write_text(out, page)

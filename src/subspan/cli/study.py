@@ -1,9 +1,8 @@
 """``subspan study``: run a grid of runs, and compare them."""
 
-from pathlib import Path
 from typing import Any
 
-from subspan.cli.parsing import Namespace, Parser, fail
+from subspan.cli.parsing import Namespace, Parser, fail, path_of
 
 _ABOUT = {"run": "Run what is missing of a study.", "table": "Compare the rows of a study over its seeds."}
 
@@ -32,11 +31,11 @@ def run(settings: Namespace) -> int:
     what = settings.what
     chosen = settings[what]
     try:
-        study = load_study(Path(chosen.file))
+        study = load_study(path_of("file", chosen.file))
         if what == "run":
             from subspan.study.runner import Runner
 
-            return Runner(study, Path(chosen.runs), chosen.jobs).run()
+            return Runner(study, path_of("runs", chosen.runs), chosen.jobs).run()
         from subspan.study.table import as_json, as_latex, as_text, compare
 
         found = compare(study, chosen.metric)

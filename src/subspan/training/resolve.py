@@ -59,6 +59,7 @@ def resolve(config: PretrainConfig) -> ResolvedConfig:
         InputError: a number out of range; the message names it.
         ValueError: an unknown optimizer or model.
     """
+    _check_names(config)
     method = find(config.optimizer)
     own_lr, projects = method.lr, method.selector is not None
     preset = preset_of(config.model)
@@ -129,6 +130,16 @@ def _absolute(name: str, known: Collection[str] = ()) -> str:
         return f"{stream}:{_absolute(path)}"
     path_like = glob.has_magic(name) or Path(name).expanduser().exists()
     return str(Path(name).expanduser().absolute()) if path_like else name
+
+
+def _check_names(config: PretrainConfig) -> None:
+    """Refuse blank names of models, data and directories: the path of nothing is the working directory."""
+    for name in ("model", "data", "validation_data", "tokenizer", "out", "resume"):
+        value: str | None = getattr(config, name)
+        stream, colon, path = (value or "").partition(":")
+        if value is not None and not (path if colon and stream in STREAMS else value).strip():
+            expected = f"a path after {stream}:, or {stream} alone" if colon and stream in STREAMS else "a name or a path"
+            raise InputError(f"{name}={value!r}: is blank; expected {expected}, or leave it out")
 
 
 def _check(config: ResolvedConfig) -> None:
