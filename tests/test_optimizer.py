@@ -24,6 +24,7 @@ from torch import nn
 
 import subspan
 from subspan import SubspaceAdamW, SubspaceOptimizer, create
+from subspan.ranges import LARGEST, SMALLEST
 
 methods = pytest.mark.parametrize("method", METHODS)
 
@@ -253,12 +254,58 @@ def test_flattened_parameters_are_an_error():
         ({"transfer": "project"}, "transfer='project'"), ({"selector": "svd"}, "selector='svd'"),
         ({"residual": "add"}, "residual='add'"),
         ({"betas": (0.9, 1.0)}, "betas="), ({"eps": -1.0}, "eps=-1.0"),
+        # fp32 rounds it to zero, and 0 / 0 is no number.
+        ({"eps": 1e-300}, r"eps=1e-300: expected 0, or a number from 1e-30 to 1e\+18"),
+        ({"eta": 1e-300}, r"eta=1e-300: expected a number > 0, from 1e-30 to 1e\+18, or None"),
+        # torch takes no whole number beyond 64 bits.
+        ({"eps": 10**30}, r"eps=10{30}: expected 0, or a number from 1e-30 to 1e\+18"),
+        ({"eta": 10**30}, r"eta=10{30}: expected a number > 0, from 1e-30 to 1e\+18"),
+        ({"scale": 10**30}, r"scale=10{30}: expected a number >= 0, and at most 1e\+18"),
+        ({"weight_decay": 10**400}, r"weight_decay=10{400}: expected a number >= 0, and at most 1e\+18"),
+        ({"lr": 10**30}, r"lr=10{30}: expected a number >= 0, as a float if beyond 1e\+18"),
     ],
 )  # fmt: skip
 def test_settings_are_checked(settings, words):
     """A setting out of range raises ValueError with the argument and its value."""
     with pytest.raises(ValueError, match=words):
         SubspaceAdamW([parameter((8, 8))], **{"rank": 2, **settings})
+
+
+@pytest.mark.parametrize("name", ["eps", "eta"])
+@pytest.mark.parametrize("size", [SMALLEST, LARGEST])
+@pytest.mark.parametrize("proximal", ["coupled", "decoupled"])
+def test_the_ends_of_a_range_can_be_used(name, size, proximal):
+    """Weights stay numbers where a gradient has zeros, and at a refresh."""
+    W = parameter((12, 8), dtype=torch.float32)
+    optimizer = SubspaceAdamW([W], rank=2, selector="random", update_proj_gap=2, proximal=proximal, **{name: size})
+    for G in gradients((12, 8), 5, dtype=torch.float32):
+        G[0] = 0
+        feed(optimizer, W, [G])
+    feed(optimizer, W, [torch.zeros(12, 8)])
+    assert W.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [1e-300, 1e300, 10**30, 10**400, float("nan")])
+def test_parts_refuse_what_fp32_cannot_use(value):
+    """Every number of every part: refused by its name, or the step goes on in numbers."""
+    refusals: list[tuple[str, str]] = []
+    tables = {"selector": subspan.selectors.SELECTORS, "rule": subspan.rules.RULES, "residual": subspan.residuals.RESIDUALS}
+    for kind, table in tables.items():
+        for name, make in table.items():
+            for key, own in vars(make()).items():
+                if not isinstance(own, float):
+                    continue
+                try:
+                    part = type(make())(**{key: value})
+                except ValueError as error:
+                    refusals.append((str(error), f"{key}={value!r}: expected"))
+                    continue
+                model = net()
+                optimizer = subspan.create("sara_adamw", model, rank=2, update_proj_gap=2, **{kind: part})
+                walk(model, optimizer, range(4))
+                assert all(p.isfinite().all() for p in model.parameters()), (name, key)
+    assert len(refusals) > 10
+    assert all(message.startswith(words) for message, words in refusals), refusals
 
 
 @methods

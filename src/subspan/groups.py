@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from subspan.carriers import layer_of
+from subspan.ranges import DIVISORS, LARGEST, is_divisor, is_factor
 from subspan.shapes import PROJ_TYPES
 
 EXCLUDED = (
@@ -151,17 +152,18 @@ def check_settings(group: Mapping[str, Any], called: Mapping[str, str] | None = 
     smallest = group.get("min_8bit_size", 1)
     if not isinstance(smallest, int) or isinstance(smallest, bool) or smallest < 1:
         raise ValueError(f"min_8bit_size={smallest!r}: expected a whole number of entries >= 1; 4096 is usual")
-    for key in ("lr", "scale", "weight_decay"):
-        value = group.get(key, 0)
-        if key == "lr" and isinstance(value, Tensor):
-            continue  # reading it would wait for its device
-        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ValueError(f"{names[key]}={value!r}: expected a number >= 0")
+    for key in ("scale", "weight_decay"):
+        if not is_factor(group.get(key, 0)):
+            raise ValueError(f"{names[key]}={group[key]!r}: expected a number >= 0, and at most {LARGEST:g}")
+    lr = group.get("lr", 0.0)
+    # Reading a tensor would wait for its device.
+    if not isinstance(lr, Tensor) and not is_factor(lr) and not (isinstance(lr, float) and 0 <= lr < math.inf):
+        raise ValueError(f"{names['lr']}={lr!r}: expected a number >= 0, as a float if beyond {LARGEST:g}")
     if group.get("proj_type", "std") not in PROJ_TYPES:
         raise ValueError(f"proj_type={group['proj_type']!r}: expected one of {', '.join(PROJ_TYPES)}; 'std' is usual")
     eta = group.get("eta")
-    if eta is not None and (not isinstance(eta, (int, float)) or isinstance(eta, bool) or not 0 < eta < math.inf):
-        raise ValueError(f"eta={eta!r}: expected a number > 0, or None for no proximal term")
+    if eta is not None and not is_divisor(eta):
+        raise ValueError(f"eta={eta!r}: expected a number > 0, {DIVISORS}, or None for no proximal term")
     if group.get("proximal", "coupled") not in ("coupled", "decoupled"):
         raise ValueError(f"proximal={group['proximal']!r}: expected 'coupled' or 'decoupled'")
     if group.get("state_dtype", "float32") not in ("float32", "int8"):

@@ -20,6 +20,7 @@ from subspan import distributed
 from subspan.carriers import layer_of
 from subspan.parts import Residual, Selector
 from subspan.projected import Work
+from subspan.ranges import DIVISORS, is_divisor
 from subspan.shapes import Layout
 
 Clip = Literal["none", "per_param", "lagged_global"]
@@ -158,8 +159,8 @@ def check(optimizer: Stepper, model: nn.Module, accumulate: object, clip: object
         raise ValueError(f"accumulate={accumulate!r}: expected the number of micro-batches of a step, >= 1")
     if clip not in ("none", "per_param", "lagged_global"):
         raise ValueError(f"clip={clip!r}: expected 'none', 'per_param' or 'lagged_global'")
-    if not isinstance(max_norm, (int, float)) or isinstance(max_norm, bool) or not 0 < max_norm < math.inf:
-        raise ValueError(f"max_norm={max_norm!r}: expected a number > 0")
+    if not is_divisor(max_norm):
+        raise ValueError(f"max_norm={max_norm!r}: expected a number > 0, {DIVISORS}")
     places = list(optimizer._places())
     if any(kind.__name__ == "DistributedDataParallel" for module in model.modules() for kind in type(module).__mro__) or any(
         not distributed.is_spread(place.p) and distributed.ranks_of(place.p).count > 1 for place in places

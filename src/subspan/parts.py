@@ -9,11 +9,12 @@ allocated when the optimizer is built, changed in place, and passed in.
 
 from collections.abc import Callable, Mapping
 from dataclasses import Field, is_dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeGuard
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 from subspan.linalg import Gram
+from subspan.ranges import is_number
 from subspan.rows import ALL_HERE, Rows
 from subspan.state import State
 
@@ -25,11 +26,6 @@ Transfer = Literal["keep", "rotate", "moments", "reset"]
 - ``moments``: both moments are transported (LDAdam);
 - ``reset``: moments and step count start over (RSO, FRUGAL, GRASS).
 """
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether ``value`` compares with numbers, so that a setting of another kind gets the same error as one out of range."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_selector(value: object, argument: str) -> None:

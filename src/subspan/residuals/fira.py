@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspan.parts import is_number
+from subspan.ranges import DIVISORS, is_divisor
 from subspan.residuals._plain import Plain
 from subspan.rows import ALL_HERE, Rows
 from subspan.state import State, allocate
@@ -50,8 +50,10 @@ class Fira(Plain):
     def __post_init__(self) -> None:
         if self.mode not in ("orthogonal", "official"):
             raise ValueError(f"mode={self.mode!r}: expected 'orthogonal' (the paper) or 'official' (the authors' code)")
-        if self.limiter is not None and not (is_number(self.limiter) and self.limiter > 0):
-            raise ValueError(f"limiter={self.limiter!r}: expected a growth factor > 0 such as 1.01, or None to turn it off")
+        if self.limiter is not None and not is_divisor(self.limiter):
+            raise ValueError(
+                f"limiter={self.limiter!r}: expected a growth factor {DIVISORS}, such as 1.01, or None to turn it off"
+            )
 
     def init(self, G: Tensor) -> State:
         return {} if self.limiter is None else {"residual_norm": allocate(G, G.shape[:-2])}

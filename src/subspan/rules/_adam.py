@@ -1,6 +1,5 @@
 """What Adam and Adam-mini share: they differ in the entries over which the second moment is averaged."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspan.parts import Momentum, Transfer, check_betas, is_number
+from subspan.parts import Momentum, Transfer, check_betas
+from subspan.ranges import DIVISORS, is_divisor, is_number
 from subspan.rows import ALL_HERE, Rows
 from subspan.state import State, allocate
 
@@ -22,8 +22,8 @@ class Adam(ABC):
 
     def __post_init__(self) -> None:
         check_betas(self.betas)
-        if not is_number(self.eps) or not 0 <= self.eps < math.inf:
-            raise ValueError(f"eps={self.eps!r}: expected a number >= 0")
+        if not is_divisor(self.eps) and not (is_number(self.eps) and self.eps == 0):
+            raise ValueError(f"eps={self.eps!r}: expected 0, or a number {DIVISORS}; 1e-8 is usual")
 
     @property
     @abstractmethod

@@ -15,14 +15,14 @@ Deviations: GaLore's code averages ``lr * U`` in the momentum, here it averages 
 stack each matrix is clipped by its own rms.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from subspan.parts import Momentum, Transfer, is_number
+from subspan.parts import Momentum, Transfer
+from subspan.ranges import DIVISORS, is_divisor, is_number
 from subspan.rows import ALL_HERE, Rows
 from subspan.state import State, allocate
 
@@ -50,8 +50,8 @@ class Adafactor:
             raise ValueError(f"beta1={self.beta1!r}: expected a number at least 0 and below 1 (0 keeps no momentum)")
         for name in ("decay", "eps", "clip"):
             value = getattr(self, name)
-            if not is_number(value) or not 0 < value < math.inf:
-                raise ValueError(f"{name}={value!r}: expected a number > 0")
+            if not is_divisor(value):
+                raise ValueError(f"{name}={value!r}: expected a number > 0, {DIVISORS}")
 
     @property
     def moments(self) -> Mapping[str, bool]:

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspan.parts import Momentum, Transfer, is_number
+from subspan.parts import Momentum, Transfer
+from subspan.ranges import is_number
 from subspan.rows import ALL_HERE, Rows
 from subspan.state import State, allocate
 

@@ -14,7 +14,6 @@ Deviations: GaSare and GoSare mask single entries, here a mask is whole columns,
 GRASS has no published code; written from its equations.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from subspan import linalg
 from subspan.linalg import Gram
-from subspan.parts import Key, is_number
+from subspan.parts import Key
+from subspan.ranges import LARGEST, is_factor
 from subspan.selectors._matrix import Scheduled
 from subspan.state import State
 
@@ -47,8 +47,8 @@ class Coordinates(Scheduled):
     def __post_init__(self) -> None:
         if self.sample not in _SAMPLES:
             raise ValueError(f"sample={self.sample!r}: expected one of {', '.join(_SAMPLES)}")
-        if not is_number(self.power) or not 0 <= self.power < math.inf:
-            raise ValueError(f"power={self.power!r}: expected a number >= 0 (2 is GRASS)")
+        if not is_factor(self.power):
+            raise ValueError(f"power={self.power!r}: expected a number from 0 to {LARGEST:g} (2 is GRASS)")
         if self.scaled and self.sample == "top":
             raise ValueError(
                 "scaled=True: the top columns are not drawn, so they have no probability to be scaled by; use 'norm'"

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from subspan import linalg
 from subspan.linalg import Gram
-from subspan.parts import Key, is_number
+from subspan.parts import Key
+from subspan.ranges import LARGEST, is_factor, is_number
 from subspan.selectors._matrix import MatrixSelector, check_method, columns
 
 
@@ -46,8 +47,8 @@ class Importance(MatrixSelector):
 
     def __post_init__(self) -> None:
         check_method(self.method)
-        if not is_number(self.power) or not 0 <= self.power < math.inf:
-            raise ValueError(f"power={self.power!r}: expected a number >= 0 (1 is SARA, 0 samples uniformly)")
+        if not is_factor(self.power):
+            raise ValueError(f"power={self.power!r}: expected a number from 0 to {LARGEST:g} (1 is SARA, 0 samples uniformly)")
         if not is_number(self.floor) or not 0 <= self.floor <= 1:
             raise ValueError(f"floor={self.floor!r}: expected a share between 0 and 1")
 

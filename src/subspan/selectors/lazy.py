@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from subspan.linalg import Gram
-from subspan.parts import Key, Momentum, Selector, check_selector, is_number
+from subspan.parts import Key, Momentum, Selector, check_selector
+from subspan.ranges import is_number
 from subspan.state import State
 
 

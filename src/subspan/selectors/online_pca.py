@@ -13,14 +13,14 @@ inner learning rate is constant, where the code multiplies ``1 / period`` by the
 before the gradient is projected, not after.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from subspan import linalg
-from subspan.parts import Momentum, check_betas, is_number
+from subspan.parts import Momentum, check_betas
+from subspan.ranges import LARGEST, is_factor
 from subspan.selectors._matrix import TrackingSelector
 from subspan.state import State, allocate
 
@@ -44,8 +44,8 @@ class OnlinePCA(TrackingSelector):
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay"):
             value = getattr(self, name)
-            if not is_number(value) or not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value!r}: expected a number >= 0")
+            if not is_factor(value):
+                raise ValueError(f"{name}={value!r}: expected a number from 0 to {LARGEST:g}")
         check_betas(self.betas)
 
     @property

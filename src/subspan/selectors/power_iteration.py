@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from subspan import linalg
-from subspan.parts import Momentum, is_number
+from subspan.parts import Momentum
+from subspan.ranges import is_number
 from subspan.selectors._matrix import TrackingSelector
 from subspan.state import State
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from subspan.linalg import Gram
-from subspan.parts import Key, Momentum, Selector, check_selector, holds, is_number
+from subspan.parts import Key, Momentum, Selector, check_selector, holds
+from subspan.ranges import is_number
 from subspan.state import State
 
 
