@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from subspan import memory, recipes
 from subspan.training import checkpoint as checkpoints
-from subspan.training.config import CheckpointConfig, PretrainConfig
+from subspan.training.config import CheckpointConfig, PretrainConfig, ScheduleConfig
 from subspan.training.evaluation import evaluate, token_losses
 from subspan.training.metrics import read_metrics
 from subspan.training.model import build_model
 from subspan.training.pretrain import Pretraining, RunDivergedError
 from subspan.training.schedule import lr_factor
+from subspan.training.signals import RunInterruptedError
 from subspan.training.tokenizer import load_tokenizer
 
 Make = Callable[..., PretrainConfig]
@@ -140,6 +142,49 @@ def test_logged_lr_is_the_one_used(small: Make, tmp_path: Path) -> None:
 def test_divergence_stops_the_run(small: Make) -> None:
     with pytest.raises(RunDivergedError, match=r"loss (nan|inf) at step \d+.*lower --lr"):
         Pretraining(small(optimizer="adamw", lr=1e30, schedule=replace(small().schedule, warmup_steps=0))).run()
+
+
+def stopped(run: Pretraining, step: int) -> Pretraining:
+    """``run``, which gets SIGTERM in this step."""
+    read, count = run.data.next_batch, iter(range(run.step + 1, 10**6))
+
+    def next_batch(size: int) -> object:
+        if next(count) == step:
+            signal.raise_signal(signal.SIGTERM)
+        return read(size)
+
+    run.data.next_batch = next_batch  # type: ignore[method-assign]
+    return run
+
+
+@pytest.mark.parametrize("backward_side", [False, True])
+def test_a_run_that_is_stopped_as_it_diverges_saves_nothing(backward_side: bool, small: Make, tmp_path: Path) -> None:
+    """The loss of the step is finite still, the weights after it are not: the checkpoint before stands, and goes on."""
+    calm = small(optimizer="sara_adamw", backward_side=backward_side, schedule=ScheduleConfig(warmup_steps=0))
+    with pytest.raises(RunInterruptedError):
+        stopped(Pretraining(calm), 3).run()
+    run = stopped(Pretraining(replace(calm, resume="auto")), 5)
+    step = run.optimizer.step
+
+    def wild() -> None:
+        for group in run.optimizer.param_groups:
+            group["lr"] = 1e300 if run.step == 4 else group["lr"]
+        step()
+
+    run.optimizer.step = wild  # type: ignore[method-assign, assignment]
+    with pytest.raises(RunDivergedError, match=r"weights that are not finite at step 5: the run diverged; try a lower --lr"):
+        run.run()
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "run/checkpoints")] == ["step-000003", "step-000004"]
+    again = Pretraining(replace(calm, resume="auto"))
+    assert again.step == 4
+    assert all(p.isfinite().all() for p in again.model.parameters())
+    assert again.run().steps == 12
+
+
+def test_a_run_that_diverges_in_its_first_step_leaves_no_checkpoint(small: Make, tmp_path: Path) -> None:
+    with pytest.raises(RunDivergedError, match=r"weights that are not finite at step 1"):
+        stopped(Pretraining(small(lr=1e300)), 1).run()
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_bf16_weights_train_and_resume(small: Make, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from subspan import distributed
 from subspan.backward import project_backward
 from subspan.factory import create
 from subspan.optimizer import SubspaceOptimizer
@@ -54,7 +55,7 @@ class Summary:
 
 
 class RunDivergedError(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss, or a weight, is no longer a number."""
 
 
 class Pretraining:
@@ -119,7 +120,7 @@ class Pretraining:
 
         Raises:
             RunInterruptedError: SIGTERM or SIGINT came; the run is saved and can be resumed.
-            RunDivergedError: the loss is not finite.
+            RunDivergedError: the loss or a weight is not finite.
         """
         config, ranks = self.config, self.ranks
         self.out = Path(ranks.from_first(self._claim))
@@ -242,10 +243,19 @@ class Pretraining:
 
     def _check_finite(self, loss: float) -> None:
         if not loss < 700:  # beyond, its perplexity is no longer a number
-            raise RunDivergedError(
-                f"loss {loss} at step {self.step}: the run diverged; try a lower --lr (now {self.config.lr}) "
-                f"or a longer --schedule.warmup_steps (now {self.config.schedule.warmup_steps})"
-            )
+            raise self._diverged(f"loss {loss}")
+
+    def _check_weights(self) -> None:
+        """Nothing is saved of weights that are no numbers: the loss of a step is that of the weights before it."""
+        finite = torch.stack([distributed.local(p.detach()).isfinite().all() for p in self.model.parameters()]).all()
+        if self.ranks.largest(not finite):
+            raise self._diverged("weights that are not finite")
+
+    def _diverged(self, what: str) -> RunDivergedError:
+        return RunDivergedError(
+            f"{what} at step {self.step}: the run diverged; try a lower --lr (now {self.config.lr}) "
+            f"or a longer --schedule.warmup_steps (now {self.config.schedule.warmup_steps})"
+        )
 
     def _announce(self) -> None:
         config, ranks = self.config, self.ranks
@@ -263,6 +273,12 @@ class Pretraining:
         say(f"writes to {self.out}")
 
     def _save(self) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            RunDivergedError: a weight is not finite; nothing is written.
+        """
+        self._check_weights()
         ranks = self.ranks
         rng = {"cpu": ranks.gather(torch.get_rng_state())}
         if self.config.device == "cuda":
