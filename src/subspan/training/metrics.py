@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subspan.training.board import Board
 from subspan.training.errors import InputError
 from subspan.training.files import no_space, write_text
 from subspan.training.progress import say
@@ -46,31 +47,24 @@ class Metrics:
             self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  # open as long as the run
         except OSError as error:
             raise no_space(str(self.path), folder, error, 1) from error
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+        self._board = Board(folder / "tensorboard", step) if tensorboard else None
 
     def write(self, row: dict[str, Any]) -> None:
         line = json.dumps(row) + "\n"
         with self._named(len(line)):
             self._file.write(line)
-            if self._board:
-                for name, value in row.items():
-                    if name != "step":
-                        self._board.add_scalar(name, value, row["step"])
+        if self._board:
+            self._board.write(row)
 
     def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with contextlib.suppress(InputError) if error else contextlib.nullcontext():  # the first error is the one to show
-            with self._named(1):
-                self._file.close()
-            if self._board:
-                with self._named(1):
-                    self._board.close()
+        if self._board:
+            self._board.close()
+        first = contextlib.suppress(InputError) if error else contextlib.nullcontext()  # the first error is the one to show
+        with first, self._named(1):
+            self._file.close()
 
     @contextlib.contextmanager
     def _named(self, needed: int) -> Iterator[None]:
