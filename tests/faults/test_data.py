@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -13,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from subspan.training.config import PretrainConfig
+from subspan.training.config import CheckpointConfig, EvaluationConfig, PretrainConfig
 from subspan.training.documents import find_documents
 from subspan.training.errors import InputError
 from subspan.training.metrics import read_metrics
 from subspan.training.pretrain import Pretraining
+from subspan.training.signals import RunInterruptedError
 from subspan.training.streams import TokenStream
 from subspan.training.tokenizer import load_tokenizer
 from subspan.training.tokens import tokenise
@@ -234,6 +236,28 @@ def test_a_stream_breaks_off(how: str, tiny: Make, c4: Path) -> None:
     run = after(Pretraining(tiny(**streamed(c4))), 3, happens[how])
     refused(run.run, f"data 'c4:{c4.parent}'", "expected readable rows")
     assert run.step > 4
+
+
+@pytest.mark.parametrize(("number", "resumed"), [(0, False), (1, False), (0, True)])
+def test_a_stream_is_cut_between_two_lines(number: int, resumed: bool, tiny: Make, c4: Path, tmp_path: Path) -> None:
+    """The reader takes the cut for the end: it is noticed there. With the file put back the run goes on as if unbroken."""
+    settings = streamed(c4) | {"checkpoint": CheckpointConfig(every=40), "evaluation": EvaluationConfig(every=200, tokens=32)}
+    unbroken = Pretraining(tiny(**settings, out=str(tmp_path / "unbroken"))).run()
+    if resumed:
+        with pytest.raises(RunInterruptedError):
+            after(Pretraining(tiny(**settings)), 5, lambda: signal.raise_signal(signal.SIGTERM)).run()
+    file = c4 / f"c4-train.{number:05d}-of-00002.json"
+    whole = file.read_text()
+    cut = "".join(whole.splitlines(keepends=True)[:-1])
+    run = after(Pretraining(tiny(**settings, resume="auto")), 3, lambda: file.write_text(cut))
+    change = f"({len(whole):,} bytes, now {len(cut):,} bytes)"
+    refused(run.run, f"data 'c4:{c4.parent}': {file.name} has changed while it was read {change}", "--resume auto")
+    assert 50 < run.step < 200, "it was noticed at the end of the file, or of the epoch"
+    refused(lambda: Pretraining(tiny(**settings, resume="auto")), f"{file.name} has changed since the checkpoint {change}")
+    file.write_text(whole)
+    again = Pretraining(tiny(**settings, resume="auto"))
+    assert 0 < again.step <= run.step
+    assert again.run().val_loss == unbroken.val_loss
 
 
 @pytest.mark.parametrize("how", ["gone", "truncated", "grown"])

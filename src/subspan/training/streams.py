@@ -6,7 +6,7 @@ tokenises all of the stream and keeps its part of every batch, so that a run goe
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class TokenStream:
         self, data: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int, validation_tokens: int, packing: bool
     ) -> None:
         self.data, self.tokenizer, self.length, self.packing = data, tokenizer, sequence_length, packing
+        self._files, self._read = _sizes(data, "train"), 0  # as they were when it began, and how many have been read since
         self._train = _load(data, "train")
         self._beginning = copy.deepcopy(self._train.state_dict())
         self._documents: Iterator[str] | None = None
@@ -59,19 +60,26 @@ class TokenStream:
         return self._validation
 
     def state_dict(self) -> dict[str, Any]:
-        return {"stream": self._train.state_dict(), "left": list(self._left), "files": _sizes(self.data, "train")}
+        return {"stream": self._train.state_dict(), "left": list(self._left), "files": self._files}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        before, now = state.get("files"), _sizes(self.data, "train")  # a cursor into other files points anywhere
-        if before is not None and before != now:
-            name = next(name for name in sorted({**before, **now}) if before.get(name) != now.get(name))
-            sizes = [f"{files[name]:,} bytes" if name in files else "absent" for files in (before, now)]
-            raise InputError(
-                f"data {self.data!r}: {name} has changed since the checkpoint ({sizes[0]}, now {sizes[1]}); "
-                "put it back, or start anew with another --out"
-            )
+        now = _sizes(self.data, "train")
+        before = state.get("files", now)  # a cursor into other files points anywhere
+        self._check(sorted({**before, **now}), before, "since the checkpoint")
         self._train.load_state_dict(state["stream"])
+        self._files, self._read = now, 0
         self._left, self._documents = list(state["left"]), None
+
+    def _check(self, names: Iterable[str], before: dict[str, int], since: str) -> None:
+        """Raise unless the files of these names are as long as they were ``before``."""
+        now = _sizes(self.data, "train")
+        for name in names:
+            if before.get(name) != now.get(name):
+                sizes = [f"{files[name]:,} bytes" if name in files else "absent" for files in (before, now)]
+                raise InputError(
+                    f"data {self.data!r}: {name} has changed {since} ({sizes[0]}, now {sizes[1]}); "
+                    "put it back and continue with --resume auto, or start anew with another --out"
+                )
 
     def describe(self) -> str:
         return f"{self.data}, streamed; {self._validation.tokens():,} validation tokens"
@@ -90,13 +98,21 @@ class TokenStream:
         if self._documents is None:
             self._documents = _texts(self._train, self.data)
         text = next(self._documents, None)
+        self._check_read(len(self._files) if text is None else _finished(self._train.state_dict()))
         if text is None:  # the next epoch; said outright, or a restored stream would start again where it was restored
             self._train.load_state_dict(copy.deepcopy(self._beginning))
+            self._read = 0
             self._documents = _texts(self._train, self.data)
             text = next(self._documents, None)
             if text is None:
                 raise InputError(f"data {self.data!r}: its train half holds no text; give other files")
         return text
+
+    def _check_read(self, done: int) -> None:
+        """Raise if one of the ``done`` files has ended before its time: cut between two lines it reads like a shorter one."""
+        if done > self._read:
+            self._check(list(self._files)[self._read : done], self._files, "while it was read")
+            self._read = done
 
     def _encode(self, text: str) -> list[int]:
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
@@ -156,6 +172,12 @@ def _load(data: str, half: str) -> Any:
         raise InputError(
             f"data {data!r} cannot be opened: {first_line(error)}; without a network give a local copy as {name}:PATH"
         ) from error
+
+
+def _finished(state: Any) -> int:
+    """How many files a stream in this state has read to the end. After a resume ``datasets`` says so late, by a file."""
+    own = state.get("shard_idx", 0)
+    return max([own, *(_finished(value) for value in state.values() if isinstance(value, dict))])
 
 
 def _files(path: str, pattern: str) -> list[Path]:
