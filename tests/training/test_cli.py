@@ -208,6 +208,17 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert "llama-60m" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("arguments", [["list", "--json"], ["list", "models"]])
+def test_a_reader_that_goes_away(arguments: list[str]) -> None:
+    """As ``| head`` does: no traceback, and the status of a process that the closed pipe has ended."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "subspan.cli", *arguments]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
 REQUIRED = [
     *(f"{method}_adamw" for method in ("galore", "sara", "golore", "golore_hybrid", "fira", "fira_sara")),
     *(f"{method}_{rule}" for method in ("galore", "sara") for rule in ("adafactor", "adam_mini", "sgd", "lion", "adamw_8bit")),
