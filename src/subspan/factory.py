@@ -18,10 +18,12 @@ from subspan.recipes import find
 from subspan.residuals import RESIDUALS
 from subspan.rules import RULES, AdamW
 from subspan.selectors import SELECTORS, Dominant, Switch
+from subspan.shapes import PROJ_TYPES, layout_of
 from subspan.state import StateDtype
 
 logger = logging.getLogger(__name__)
 Part = TypeVar("Part")
+_RANK = 128
 
 
 def create(
@@ -29,7 +31,7 @@ def create(
     model: nn.Module,
     *,
     lr: float | Tensor | None = None,
-    rank: int = 128,
+    rank: int = _RANK,
     update_proj_gap: int = 200,
     scale: float | None = None,
     proj_type: str = "std",
@@ -69,10 +71,11 @@ def create(
         lr_full: learning rate of what is not projected; ``None`` is ``lr``.
         targets, exclude, overrides, decayed: see ``subspan.param_groups``.
 
-    The other arguments are those of ``SubspaceOptimizer``.
+    The other arguments are those of ``SubspaceOptimizer``. Backward-side layers keep the rank and the side they were made with.
 
     Raises:
-        ValueError: an unknown name (near ones are listed), or a setting out of range.
+        ValueError: an unknown name (near ones are listed), a setting out of range, or a ``rank`` or ``proj_type`` that is not
+            that of the backward-side layers, where nothing else is projected.
     """
     recipe = find(name)
     if not isinstance(model, nn.Module):
@@ -95,6 +98,7 @@ def create(
         weight_decay=weight_decay,
         decayed=decayed,
     )
+    _check_carriers(groups, rank, proj_type)
     short = {key: value for key, value in (("betas", betas), ("eps", eps)) if value is not None}
     chosen_rule = _with(_with(recipe.rule, rule, RULES, "rule"), short or None, RULES, "rule")
     lr = recipe.lr if lr is None else lr
@@ -134,6 +138,27 @@ def create(
         seed=seed,
     )
     return _with_known_overrides(optimizer, overrides)
+
+
+def _check_carriers(groups: list[dict[str, Any]], rank: int, proj_type: str) -> None:
+    """Refuse what would be ignored: where only backward-side layers are projected, their rank and side are given."""
+    projected = [p for group in groups if group["rank"] is not None for _, p in group["params"]]
+    for p in projected if all(layer_of(p) is not None for p in projected) else []:
+        layer, own = layer_of(p), p.shape[1]
+        assert layer is not None
+        if rank not in (own, _RANK):
+            raise ValueError(
+                f"rank={rank}: the backward-side layer of {layer.weight_name} was made with rank={own}; give that, or call "
+                f"project_backward with rank={rank}"
+            )
+        if (
+            PROJ_TYPES.get(proj_type, "short") != "short"
+            and layout_of(layer.weight.shape, own, proj_type, False).side == "left"
+        ):
+            raise ValueError(
+                f"proj_type={proj_type!r}: would compress the rows of {layer.weight_name} {tuple(layer.weight.shape)}, and a "
+                "backward-side layer compresses columns ('right'); leave proj_type out, or leave project_backward out"
+            )
 
 
 def _with_known_overrides(

@@ -286,6 +286,17 @@ def test_twice_is_refused(llama: Any) -> None:
         ("adamw", {}, "'adamw' is full rank, and this model's backward-side layers make no full gradient"),
         ("rso_adamw", {"eta": -1.0}, "eta=-1.0: expected a number > 0"),
         ("rso_adamw", {"proximal": "both"}, "proximal='both'"),
+        (
+            "sara_adamw",
+            {"rank": RANK + 1},
+            rf"rank={RANK + 1}: the backward-side layer of .*_proj.weight was made with rank={RANK};",
+        ),
+        (
+            "sara_adamw",
+            {"proj_type": "left"},
+            r"proj_type='left': would compress the rows of .*_proj.weight \(\d+, \d+\).*columns",
+        ),
+        ("sara_adamw", {"proj_type": "reverse_std"}, r"proj_type='reverse_std': would compress the rows of"),
     ],
 )
 def test_methods_that_need_every_gradient_are_refused(llama: Any, name: str, settings: Any, words: str) -> None:
@@ -293,6 +304,14 @@ def test_methods_that_need_every_gradient_are_refused(llama: Any, name: str, set
     project_backward(model, rank=RANK)
     with pytest.raises(ValueError, match=words):
         subspan.create(name, model, **settings)
+
+
+def test_a_rank_for_other_weights_is_no_contradiction(llama: Any) -> None:
+    """Where the optimizer projects weights of its own, rank and side are for those."""
+    model = llama()
+    project_backward(model, rank=RANK, targets=["q_proj"])
+    optimizer = subspan.create("sara_adamw", model, rank=RANK + 1, proj_type="left")
+    assert {group["rank"] for group in optimizer.param_groups} == {RANK, RANK + 1, None}
 
 
 def test_a_bad_gradient_chooses_no_basis(llama: Any) -> None:
