@@ -170,6 +170,11 @@ def check_settings(group: Mapping[str, Any], called: Mapping[str, str] | None = 
         raise ValueError(f"state_dtype={group['state_dtype']!r}: expected 'float32', or 'int8' for moments in 8 bits")
 
 
+def names_of(number: int, group: Mapping[str, Any]) -> list[str]:
+    """Names for messages and keyed draws; positions where the parameters came without names."""
+    return group.get("param_names") or [f"{number}.{index}" for index in range(len(group["params"]))]
+
+
 def _convolutions(model: object) -> set[int]:
     modules = model.modules() if isinstance(model, nn.Module) else []
     return {id(m.weight) for m in modules if isinstance(m, nn.modules.conv._ConvNd)}

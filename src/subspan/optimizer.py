@@ -8,7 +8,6 @@ combine             D = scale * U Qᵀ + residual(G, R, U)
 apply               W <- (1 - lr * wd) W - lr * D
 """
 
-import copy
 import difflib
 import logging
 import typing
@@ -23,20 +22,20 @@ from subspan import distributed, logs, quantization, summary
 from subspan import proximal as prox
 from subspan.carried import CarriedSteps
 from subspan.carriers import layer_of
-from subspan.groups import EXCLUDED, FLATTENED, check_settings, param_groups
+from subspan.groups import EXCLUDED, FLATTENED, check_settings, names_of, param_groups
 from subspan.in_backward import Clip, Place, StepInBackward, check
-from subspan.loading import check_checkpoint, saved_ids
 from subspan.parts import Key, Residual, Rule, Selector, Transfer
 from subspan.projected import ProjectedSteps, Work
+from subspan.saving import Restorable
 from subspan.shapes import Layout, layout_of
-from subspan.state import State, StateDtype, copy_state_
+from subspan.state import State, StateDtype
 
 logger = logging.getLogger(__name__)
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 
-class SubspaceOptimizer(ProjectedSteps, CarriedSteps, torch.optim.Optimizer):
+class SubspaceOptimizer(ProjectedSteps, CarriedSteps, Restorable):
     """An optimizer made of a selector, a rule, a residual and a transfer.
 
     Matrices of groups with a ``rank`` are trained inside a subspace; everything else (``rank=None``, vectors, and matrices
@@ -261,7 +260,7 @@ class SubspaceOptimizer(ProjectedSteps, CarriedSteps, torch.optim.Optimizer):
         """Every parameter in order."""
         order = 0  # among projected matrices, for staggering
         for number, group in enumerate(self.param_groups):
-            for name, p in zip(_names(number, group), group["params"], strict=True):
+            for name, p in zip(names_of(number, group), group["params"], strict=True):
                 layout = _layout(p, group)
                 yield Place(p, name, number, group, layout, order)
                 order += layout.side is not None
@@ -298,82 +297,12 @@ class SubspaceOptimizer(ProjectedSteps, CarriedSteps, torch.optim.Optimizer):
         self._in_backward = StepInBackward(self, accumulate, clip, max_norm)
         return self._in_backward
 
-    # --- saving and restoring -----------------------------------------------------------------------------------------
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copy a checkpoint into the tensors allocated at construction, exact in value, dtype and device (contract R2).
-
-        torch's own method would cast every tensor but ``step`` to the dtype of the parameter. Settings that a saved group
-        lacks stay as they are here; keys of other libraries are kept (contract R8).
-
-        Raises:
-            ValueError: the checkpoint is of another model, method, rank or side. Nothing has been changed then.
-        """
-        # Frameworks may have swapped parameters in the groups (contract R6): those get fresh state to copy into.
-        own = {
-            p: self.state[p] if p in self.state else self._allocate(p, group)
-            for group in self.param_groups
-            for p in group["params"]
-        }
-        saved: dict[str, Any] = {}
-
-        def take_state(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            self._check(given, own)
-            saved.update(given)
-            groups = zip(self.param_groups, given["param_groups"], strict=True)
-            return {**given, "state": {}, "param_groups": [{**ours, **theirs} for ours, theirs in groups]}
-
-        def put_state(_: torch.optim.Optimizer) -> None:
-            for row in self._carried():
-                row[2].projection.fold()  # before its basis is overwritten
-            self.state.update(own)
-            for number, state in zip(saved_ids(saved), own.values(), strict=True):
-                copy_state_(state, distributed.placed_as(state, saved["state"][number]))
-            self._bind()
-
-        # Around torch's method, inside of the hooks that others have registered.
-        hooks = (
-            self.register_load_state_dict_pre_hook(take_state),
-            self.register_load_state_dict_post_hook(put_state, prepend=True),
-        )
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _check(self, state_dict: Mapping[str, Any], own: Mapping[Tensor, State]) -> None:
-        names = [name for number, group in enumerate(self.param_groups) for name in _names(number, group)]
-        check_checkpoint(state_dict, self.param_groups, own, names)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            check_settings({**group, **saved})
-            self._rule({**group, **saved})
+    # --- looking at it ------------------------------------------------------------------------------------------------
 
     @staticmethod
     def warn_of_full_rank() -> None:
         """Zero projected matrices is never a silent outcome (contract R13)."""
         logger.warning("no matrix is projected, so this is full-rank training: give a rank below the matrices' sides")
-
-    def __getstate__(self) -> dict[str, Any]:
-        parts = ("selector", "rule", "residual", "transfer", "stagger", "seed")
-        return {**super().__getstate__(), **{part: getattr(self, part) for part in parts}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "selector" in state:  # a copy, not torch's load_state_dict
-            self._bind()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "SubspaceOptimizer":
-        if any(id(p) not in memo for _, p, _, _ in self._carried()):
-            raise ValueError(
-                "deepcopy: this optimizer steps on backward-side layers of a model; copy both at once, the model first: "
-                "copy.deepcopy((model, optimizer))"
-            )
-        memo[id(self)] = new = type(self).__new__(type(self))
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return new
-
-    # --- looking at it ------------------------------------------------------------------------------------------------
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
@@ -401,11 +330,6 @@ def _layout(p: Tensor, group: Mapping[str, Any], here: Tensor | None = None) -> 
         return layout
     here = distributed.local(p) if here is None else here
     return Layout((len(here), *layout.shape[1:]), layout.side and "right")
-
-
-def _names(number: int, group: Mapping[str, Any]) -> list[str]:
-    """Names for messages and keyed draws; positions where the parameters came without names."""
-    return group.get("param_names") or [f"{number}.{index}" for index in range(len(group["params"]))]
 
 
 def _as_groups(params: Params, rank: int | None, targets: str | list[str], exclude: tuple[str, ...]) -> list[Any]:
