@@ -10,6 +10,7 @@ tridiagonal matrix are left out), ``12 d² + 4 d r`` bytes (``G``, the Gram matr
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -88,6 +89,11 @@ def _rows(setting: GrowSetting, width: int) -> list[dict[str, Any]]:
     ]
 
 
+def share_name(share: float) -> str:
+    """``1/16`` of 0.0625."""
+    return str(Fraction(share).limit_denominator(1000))
+
+
 def floors(width: int, rank: int, rates: dict[str, float]) -> tuple[float, float]:
     """Seconds of a step, and of a refresh, below which ``rates`` (FLOPs and bytes a second) leave no way."""
     d, r = width, rank
@@ -130,7 +136,7 @@ def _exponents(rows: list[dict[str, Any]], setting: GrowSetting) -> dict[str, di
         return None
     return {
         kind: {
-            f"{share:g}": slope([(row["width"], row[f"{kind}_seconds"]) for row in rows if row["share"] == share])
+            share_name(share): slope([(row["width"], row[f"{kind}_seconds"]) for row in rows if row["share"] == share])
             for share in setting.shares
         }
         for kind in ("step", "refresh")

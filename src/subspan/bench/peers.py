@@ -1,4 +1,8 @@
-"""Optimizers that a user would pick instead, each built on the same weights, by their packages' own interfaces alone."""
+"""Optimizers that a user would pick instead, each built on the same weights, by their packages' own interfaces alone.
+
+The extra ``bench`` installs them but for apollo-torch, whose licence is not for commercial use: install it yourself if it may
+be used where you are.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -4,6 +4,8 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+from subspan.bench.grow import share_name
+
 _GREY = "#808080"
 _COLOURS = ("#3b82c4", "#d9772b", "#3f9b5f", "#b0508e", "#8a7a2f", "#6f62c9")
 _STYLE: dict[Any, Any] = {
@@ -41,7 +43,7 @@ def growth(found: Mapping[str, Any]) -> str:
                 rows = [row for row in found["rows"] if row["share"] == share]
                 widths, colour = [row["width"] for row in rows], _COLOURS[number % len(_COLOURS)]
                 axes.plot(widths, [1e3 * row[f"{kind}_seconds"] for row in rows], "o-", ms=4, color=colour,
-                          label=f"r/d = {share:.3g}")  # fmt: skip
+                          label=f"r/d = {share_name(share)}")  # fmt: skip
                 axes.plot(widths, [1e3 * row[f"{kind}_floor_seconds"] for row in rows], "--", lw=1, color=colour)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log", nonpositive="mask")

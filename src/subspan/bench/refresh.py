@@ -160,12 +160,13 @@ def accuracy(G: Tensor, found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tenso
     (sigma, V), (true_sigma, true_V) = found, exact
     # Their spans: columns in fp32 are off by 1e-7 in length, which would look like energy.
     Q, true_Q = (linalg.orthonormalise(vectors[:, :rank].double()) for vectors in (V, true_V))
-    # The sine, from what of one lies outside of the other: a cosine could not tell an angle below 1e-8 from none.
-    sine = torch.linalg.matrix_norm(true_Q - Q @ (Q.mT @ true_Q), 2).clamp_max(1)
+    # From both: a cosine alone could not tell an angle below 1e-8 from none, nor a sine one that near to a right one.
+    cosines = Q.mT @ true_Q
+    sine, cosine = torch.linalg.matrix_norm(true_Q - Q @ cosines, 2), torch.linalg.matrix_norm(cosines, -2)
     captured, most = ((G.double() @ basis).square().sum() for basis in (Q, true_Q))
     p, true_p = (Importance().log_weights(values).exp() for values in (sigma, true_sigma))
     return {
-        "largest_angle": float(sine.asin()),
+        "largest_angle": float(torch.atan2(sine, cosine)),
         "energy_lost": float(1 - captured / most),
         "probability_distance": float((p - true_p).abs().sum() / 2),
         "probability_error": float((p / true_p - 1).abs().max()),

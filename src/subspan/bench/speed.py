@@ -65,10 +65,8 @@ def grow(found: Mapping[str, Any]) -> str:
         cells.append(line)
     lines = [aligned(cells)]
     for kind, exponents in (found["exponents"] or {}).items():
-        powers = ", ".join(
-            f"{_or_dash(power, lambda value: f'{value:.2f}')} at r/d = {float(share):.3g}" for share, power in exponents.items()
-        )
-        lines.append(f"{kind}: grows with the power of the width {powers}")
+        powers = [f"{_or_dash(power, '{:.2f}'.format)} at r/d = {share}" for share, power in exponents.items()]
+        lines.append(f"{kind}: grows with the power of the width {', '.join(powers)}")
     return "\n".join([*lines, machine(found)])
 
 
