@@ -290,17 +290,17 @@ def test_quick_leaves_what_the_user_sets():
 
 @pytest.mark.parametrize("what", ["refresh", "step", "grow"])
 def test_commands(what, monkeypatch, capsys, tmp_path):
-    """Each as text and as JSON, with the figure where there is one."""
+    """Each as text and as JSON in a file, with the figure where there is one."""
     monkeypatch.setattr(together, "QUICK", TINY)
     drawing = ["--plot", str(tmp_path / "grow.svg")] if what == "grow" else []
-    assert main(["bench", what, "--quick", *drawing]) == 0
+    assert main(["bench", what, "--quick", "--out", str(tmp_path / "found.json"), *drawing]) == 0
     out = capsys.readouterr().out
-    assert torch.__version__ in out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert getattr(speed, what)(found) == out.rstrip("\n")
+    assert all(row.get("shape", str(row.get("width", row.get("name")))) in out for row in found["rows"])
     assert all(len(line) < 140 for line in out.splitlines()[:-1])
     if drawing:
         assert (tmp_path / "grow.svg").read_text().rstrip().endswith("</svg>")
-    assert main(["bench", what, "--quick", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"]
 
 
 @pytest.mark.parametrize(
