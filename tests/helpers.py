@@ -130,10 +130,20 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
 
 
 class NoSync(TorchDispatchMode):
-    """Fails where the host would wait for the value of a tensor."""
+    """Fails where the host would wait for the value of a tensor, or for a shape that depends on values."""
+
+    WAITS = frozenset(
+        getattr(torch.ops.aten, name)
+        for name in (
+            "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "nonzero_numpy", "argwhere", "masked_select", "_unique",
+            "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive", "bincount", "repeat_interleave",
+        )
+    )  # fmt: skip
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.is_nonzero, torch.ops.aten.equal):
+        masks = func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
+        by_mask = masks and any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        if func.overloadpacket in self.WAITS or by_mask:
             raise AssertionError(f"{func} waits for the device")
         return func(*args, **(kwargs or {}))
 

@@ -69,12 +69,13 @@ def largest(G: Tensor | Gram) -> float:
     return float(column_norms(G).amax() if isinstance(G, Gram) else torch.linalg.vector_norm(G, ord=torch.inf))
 
 
-def right_singular(G: Tensor | Gram, method: str = "gram") -> tuple[Tensor, Tensor]:
+def right_singular(G: Tensor | Gram, method: str = "gram", dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Singular values and right singular vectors of ``G (..., m, n)``.
 
     Args:
         G: finite, not entirely zero; or its Gram matrix.
         method: ``"gram"`` (``eigh`` of the smaller of ``GᵀG`` and ``GGᵀ``; several times cheaper) or ``"svd"``.
+        dtype: precision of the factorisation of a ``G``; ``None`` is ``spectral_dtype``.
 
     Returns:
         ``sigma (..., k)`` in descending order and ``V (..., n, k)`` with orthonormal columns, ``k = min(m, n)``.
@@ -87,7 +88,7 @@ def right_singular(G: Tensor | Gram, method: str = "gram") -> tuple[Tensor, Tens
     if isinstance(G, Gram):
         A, ways = G.matrix, (_eigh, _svd_of_gram)
     else:
-        A, ways = G.to(spectral_dtype(G.device)), (_svd, _gram) if method == "svd" else (_gram, _svd)
+        A, ways = G.to(dtype or spectral_dtype(G.device)), (_svd, _gram) if method == "svd" else (_gram, _svd)
     for factorise in ways:
         try:
             sigma, V = factorise(A)

@@ -20,7 +20,7 @@ def _memory(rows: list[dict[str, Any]]) -> str:
         formula = row["formula"]
         if any(formula[key] != row[key] for key in columns if key in formula):
             cells.append(["  formula", *(f"{formula[key] / 1e6:.1f}" if key in formula else "" for key in columns)])
-    return _aligned(cells)
+    return aligned(cells)
 
 
 def _sent(found: Mapping[str, Any]) -> str:
@@ -37,7 +37,7 @@ def _sent(found: Mapping[str, Any]) -> str:
         if any(row["formula"][kind] != sizes_of(row[kind]) for kind in ("step", "refresh")):
             cells.append(["  formula", "", "", "", *(str(row["formula"][kind]) for kind in ("step", "refresh"))])
     above = f"{found['model']} in fp32, world {found['world']}, rank {found['rank']}, a refresh in {found['period']} steps"
-    return f"{above}\n{_aligned(cells)}"
+    return f"{above}\n{aligned(cells)}"
 
 
 def sizes_of(sent: Mapping[str, Any]) -> dict[str, int]:
@@ -50,7 +50,8 @@ def _collectives(counted: Mapping[str, Any]) -> str:
     return ", ".join(words) or "-"
 
 
-def _aligned(cells: list[list[str]]) -> str:
+def aligned(cells: list[list[str]]) -> str:
+    """Rows of cells, the first column to the left."""
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     return "\n".join(
         "  ".join(

@@ -1,12 +1,11 @@
 """Time of a whole training step against torch's fused AdamW: interleaved pairs in one process, medians of ratios."""
 
-import statistics
-import time
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from subspan.bench import timing
 from subspan.bench.setting import Setting, Trained, build
 
 
@@ -16,8 +15,7 @@ def measure(setting: Setting, pairs: int, optimizer: str = "sara_adamw") -> dict
     Args:
         pairs: of steps, one of each, the order alternating; two more warm up.
     """
-    if pairs < 3:
-        raise ValueError(f"pairs={pairs}: expected a whole number >= 3")
+    timing.check_rounds("pairs", pairs)
     if setting.threads:
         torch.set_num_threads(setting.threads)
     batch = setting.batch()
@@ -26,15 +24,10 @@ def measure(setting: Setting, pairs: int, optimizer: str = "sara_adamw") -> dict
         _step(theirs, batch)
         _step(ours, batch)
     flops = [_flops(trained, batch) for trained in (ours, theirs)]
-    ratios, seconds = [], []
-    for number in range(pairs):
-        order = (ours, theirs) if number % 2 else (theirs, ours)
-        taken = {id(trained): _timed(trained, batch) for trained in order}
-        ratios.append(taken[id(ours)] / taken[id(theirs)])
-        seconds.append(taken[id(theirs)])
-    low, high = _interval(ratios)
+    seconds = timing.rounds({"ours": lambda: _step(ours, batch), "theirs": lambda: _step(theirs, batch)}, pairs, warm_up=0)
     return {
-        "ratio_vs_adamw_fused": {"median": statistics.median(ratios), "low": low, "high": high},
+        "ratio_vs_adamw_fused": timing.interval(timing.median_ratio, zip(*seconds.values(), strict=True)),
+        "seconds": {optimizer: timing.median(seconds["ours"]), "adamw_fused": timing.median(seconds["theirs"])},
         "flops_ratio": flops[0] / flops[1],
         "flops": {optimizer: flops[0], "adamw_fused": flops[1]},
         "pairs": pairs,
@@ -60,22 +53,7 @@ def _step(trained: Trained, batch: torch.Tensor) -> None:
         projection.plan = "keep"  # the next step too is an ordinary one
 
 
-def _timed(trained: Trained, batch: torch.Tensor) -> float:
-    began = time.perf_counter()
-    _step(trained, batch)
-    return time.perf_counter() - began
-
-
 def _flops(trained: Trained, batch: torch.Tensor) -> int:
     with FlopCounterMode(display=False) as counter:
         _step(trained, batch)
     return counter.get_total_flops()
-
-
-def _interval(ratios: list[float]) -> tuple[float, float]:
-    """A bootstrap interval of 95 % of the median."""
-    generator = torch.Generator().manual_seed(0)
-    values = torch.tensor(ratios, dtype=torch.float64)
-    index = torch.randint(len(ratios), (2000, len(ratios)), generator=generator)
-    medians = values[index].quantile(0.5, dim=1)
-    return float(medians.quantile(0.025)), float(medians.quantile(0.975))

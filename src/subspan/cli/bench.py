@@ -2,16 +2,26 @@
 
 import json
 import logging
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from subspan.bench.comm import CommSetting
+from subspan.bench.grow import GrowSetting
+from subspan.bench.refresh import RefreshSetting
 from subspan.bench.scale import Machines
 from subspan.bench.setting import Setting
-from subspan.cli.parsing import Namespace, Parser, fail
+from subspan.bench.step import StepSetting
+from subspan.bench.together import PAIRS, QUICK, QUICK_PAIRS, AllSetting
+from subspan.cli.parsing import Namespace, Parser, fail, say
 
 _WHAT: dict[str, tuple[type, str]] = {
     "memory": (Setting, "bytes of a step, by kind, beside closed forms"),
     "train": (Setting, "time of a step over fused AdamW's"),
+    "refresh": (RefreshSetting, "time and accuracy of choosing a basis, against svd"),
+    "step": (StepSetting, "time and memory of an optimizer's step, against those of other packages"),
+    "grow": (GrowSetting, "how a step and a refresh grow with width and rank, beside what the machine could do"),
+    "all": (AllSetting, "train, refresh, step and grow: the ratios that matter"),
     "comm": (CommSetting, "bytes that a step sends between ranks, beside closed forms"),
     "scale": (Machines, "memory, traffic and time of a step of 7B and 70B on many machines, computed from stated rates"),
 }
@@ -24,30 +34,58 @@ def add_to(commands: Any, name: str) -> None:
     for what, (setting, about) in _WHAT.items():
         measured = Parser(description=f"{about[0].upper()}{about[1:]}.")
         measured.add_argument("--json", action="store_true", help="print JSON")
+        measured.add_argument("--out", type=str, default=None, help="write the JSON to a file too")
         measured.add_class_arguments(setting)
+        if setting in QUICK or what == "all":
+            measured.add_argument("--quick", action="store_true", help="less work, where a setting has its default")
         if what == "train":
-            measured.add_argument("--pairs", type=int, default=15, help="pairs of steps")
+            measured.add_argument("--pairs", type=int, default=PAIRS, help="pairs of steps")
+        if what in ("grow", "all"):
+            measured.add_argument("--plot", type=str, default=None, help="draw how costs grow, as an .svg")
         benches.add_subcommand(what, measured, help=about)
 
 
 def run(settings: Namespace) -> int:
-    from subspan.bench import comm, memory, report, scale, train
+    from subspan.bench import comm, grow, memory, plot, refresh, report, scale, speed, step, together, train
+    from subspan.training.files import write_text
 
     logging.getLogger("subspan").setLevel(logging.WARNING)
     what = settings.what
     chosen = settings[what]
-    as_json, pairs = chosen.pop("json"), chosen.pop("pairs", 0)
+    as_json, quick, pairs = chosen.pop("json"), chosen.pop("quick", False), chosen.pop("pairs", PAIRS) if what == "train" else 0
+    out, drawing = _file("out", chosen.pop("out")), _file("plot", chosen.pop("plot", None))
+    if drawing and what == "all" and quick:
+        fail("quick=true: measures nothing on growth to plot; leave out --quick or --plot, or use subspan bench grow --quick")
+    measures: dict[str, tuple[Callable[[Any], dict[str, Any]], Callable[[Any], str]]] = {
+        "memory": (memory.measure, report.text),
+        "train": (lambda setting: train.measure(setting, QUICK_PAIRS if quick and pairs == PAIRS else pairs), report.text),
+        "refresh": (refresh.measure, speed.refresh),
+        "step": (step.measure, speed.step),
+        "grow": (grow.measure, speed.grow),
+        "all": (lambda setting: together.measure(setting, quick, say), speed.together),
+        "comm": (comm.measure, report.text),
+        "scale": (scale.compute, scale.tables),
+    }
+    measure, write = measures[what]
     try:
         setting: Any = _WHAT[what][0](**vars(chosen))
-        if what == "memory":
-            found = memory.measure(setting)
-        elif what == "train":
-            found = train.measure(setting, pairs)
-        elif what == "comm":
-            found = comm.measure(setting)
-        else:
-            found = scale.compute(setting)
+        found = measure(together.quickened(setting) if quick else setting)
+        if out:
+            write_text(out, json.dumps(found, indent=1) + "\n")
+        if drawing:
+            write_text(drawing, plot.growth(found["grow"] if what == "all" else found))
     except ValueError as error:
         fail(str(error))
-    print(json.dumps(found) if as_json else scale.tables(found) if what == "scale" else report.text(found))
+    print(json.dumps(found) if as_json else write(found))
     return 0
+
+
+def _file(name: str, value: str | None) -> Path | None:
+    """Where to write, known to be possible before minutes are spent."""
+    if value is None:
+        return None
+    path = Path(value)
+    if path.is_dir() or not path.parent.is_dir():
+        wrong = f"{path} is a directory" if path.is_dir() else f"{path.parent} is no directory"
+        fail(f"{name}={value!r}: {wrong}; give the path of a file in a directory that is there")
+    return path

@@ -1,0 +1,57 @@
+"""The growth of costs as an SVG whose greys can be read on a light page and on a dark one."""
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from subspan.bench.grow import share_name
+
+_GREY = "#808080"
+_COLOURS = ("#3b82c4", "#d9772b", "#3f9b5f", "#b0508e", "#8a7a2f", "#6f62c9")
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "subspan",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "legend.frameon": False,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), _GREY),
+}
+
+
+def growth(found: Mapping[str, Any]) -> str:
+    """What ``grow.measure`` found: times over the width, a line for each share of the rank; floors dashed.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(f"plot: {error}; it comes with an extra: pip install 'subspan[study]'") from error
+
+    shares = sorted({row["share"] for row in found["rows"]})
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(8.4, 3.8), layout="constrained")
+        for place, kind in enumerate(("step", "refresh")):
+            axes = figure.add_subplot(1, 2, place + 1)
+            for number, share in enumerate(shares):
+                rows = [row for row in found["rows"] if row["share"] == share]
+                widths, colour = [row["width"] for row in rows], _COLOURS[number % len(_COLOURS)]
+                axes.plot(widths, [1e3 * row[f"{kind}_seconds"] for row in rows], "o-", ms=4, color=colour,
+                          label=f"r/d = {share_name(share)}")  # fmt: skip
+                axes.plot(widths, [1e3 * row[f"{kind}_floor_seconds"] for row in rows], "--", lw=1, color=colour)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log", nonpositive="mask")
+            axes.set_xticks(widths, [str(width) for width in widths])
+            axes.set_title({"step": "ordinary step", "refresh": "choosing a basis"}[kind], fontsize=10)
+            axes.set_xlabel("width d")
+            axes.set_ylabel("milliseconds (dashed: floor)")
+            axes.legend(fontsize=8)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()

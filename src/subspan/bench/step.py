@@ -1,0 +1,231 @@
+"""Time and memory of an optimizer's step alone, on the linear layers of a LLaMA, against the optimizers of other packages.
+
+An *ordinary* step projects, steps inside, lifts; a *refresh* chooses every basis anew besides. Every optimizer is built twice
+on the same weights and gradients: with a period that never ends, and with one of a single step. What a run pays is
+``amortised``: ``ordinary + (refresh - ordinary) / PERIOD``.
+"""
+
+import collections
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subspan.backward import project_backward
+from subspan.bench import timing
+from subspan.bench.comm import PERIOD, amortised
+from subspan.bench.peers import LR, PEERS, Parameters
+from subspan.bench.shapes import Llama
+from subspan.bench.tracker import LiveBytes
+from subspan.factory import create
+from subspan.names import near_names
+from subspan.shapes import layout_of
+from subspan.training.presets import PRESETS
+
+_NEVER = 10**9
+OURS = ("sara_adamw", "galore_adamw")
+"""The first is the one that ratios are of."""
+_MATMULS = "matmuls"
+_BACKWARD = "sara_adamw_backward"
+
+
+@dataclass(frozen=True)
+class StepSetting:
+    """The layers and the optimizers."""
+
+    model: str = "llama-60m"
+    """A preset: `subspan list models`."""
+    layers: int | None = None
+    """Blocks of the model; null: all of its own."""
+    rank: int = 128
+    """Of the subspaces."""
+    pairs: int = 15
+    """Rounds: an ordinary step of each optimizer."""
+    refresh_pairs: int = 3
+    """Rounds of refreshes."""
+    peers: tuple[str, ...] | None = None
+    """Optimizers of other packages; null: those that are installed."""
+    seed: int = 0
+    """Of weights and gradients."""
+    threads: int | None = None
+    """CPU threads; null leaves torch's choice."""
+
+    def __post_init__(self) -> None:
+        if self.model not in PRESETS:
+            raise ValueError(f"model={self.model!r}: {near_names(self.model, PRESETS)}")
+        if not 1 <= self.rank < PRESETS[self.model].hidden:
+            raise ValueError(
+                f"rank={self.rank}: expected 1 to {PRESETS[self.model].hidden - 1}, below the width of {self.model}"
+            )
+        for name, value in (("layers", self.layers), ("threads", self.threads)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected a whole number >= 1")
+        timing.check_rounds("pairs", self.pairs)
+        timing.check_rounds("refresh_pairs", self.refresh_pairs)
+        for name in self.peers or ():
+            if name not in PEERS:
+                raise ValueError(f"peers={name!r}: {near_names(name, PEERS)}")
+            if not PEERS[name].installed:
+                raise ValueError(f"peers={name!r}: is not installed; pip install {PEERS[name].distribution}, or leave it out")
+
+    @property
+    def compared(self) -> list[str]:
+        """The other packages' optimizers that take part."""
+        return [name for name, peer in PEERS.items() if peer.installed] if self.peers is None else [*self.peers]
+
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """Shapes of the weights."""
+        model = Llama.of(PRESETS[self.model])
+        return [(layer.out, layer.inputs) for layer in model.block] * (self.layers or model.layers)
+
+
+def measure(setting: StepSetting) -> dict[str, Any]:
+    """A row for each optimizer, and for each of the others ``ratio_vs_NAME``: the amortised time of ``sara_adamw`` over its."""
+    if setting.threads:
+        torch.set_num_threads(setting.threads)
+    model = _layers_of(setting)
+    weights = [*model.parameters()]
+    ordinary = _optimizers(setting, model, _NEVER)
+    refreshing = _optimizers(setting, model, 1)
+    steps: dict[str, Callable[[], object]] = {name: optimizer.step for name, optimizer in ordinary.items()}
+    held, backward = _backward_side(setting)
+    others: dict[str, Callable[[], object]] = {_MATMULS: _matmuls(weights, setting.rank), _BACKWARD: backward.step}
+    seconds = timing.rounds(steps | others, setting.pairs, warm_up=2)
+    del held  # the layers of the carriers
+    refreshes = {name: optimizer.step for name, optimizer in refreshing.items()}
+    refresh_seconds = timing.rounds(refreshes, setting.refresh_pairs)
+    matrices = collections.Counter("x".join(map(str, shape)) for shape in setting.matrices)
+    found: dict[str, Any] = {}
+    for name in setting.compared:
+        pairs = [list(zip(taken[OURS[0]], taken[name], strict=True)) for taken in (seconds, refresh_seconds)]
+        shapes = {"model": setting.model, "matrices": dict(matrices), "rank": setting.rank, "period": PERIOD}
+        found[f"ratio_vs_{name}"] = timing.interval(_amortised_ratio, *pairs) | {"shapes": shapes}
+        found[f"ordinary_ratio_vs_{name}"] = timing.interval(timing.median_ratio, pairs[0])
+        if PEERS[name].refreshes:
+            found[f"refresh_ratio_vs_{name}"] = timing.interval(timing.median_ratio, pairs[1])
+        if name == "adamw_fused":
+            both = zip(seconds[_BACKWARD], seconds[name], strict=True)
+            found[f"backward_ratio_vs_{name}"] = timing.interval(timing.median_ratio, both)
+    flops = sum(4 * m * n * setting.rank for m, n in setting.matrices)
+    largest = max(p.numel() * p.element_size() for p in weights)
+    memory = {
+        name: {
+            kind: _extra(built[name], weights) / largest for kind, built in (("ordinary", ordinary), ("refresh", refreshing))
+        }
+        for name in ordinary
+    }
+    return found | {
+        "rows": [*(_row(name, seconds, refresh_seconds, memory[name]) for name in ordinary), _backward_row(seconds)],
+        "matmul_flops": flops,
+        "matmul_flops_per_second": flops / timing.median(seconds[_MATMULS]),
+        "largest_weight_bytes": largest,
+        "pairs": setting.pairs,
+        "refresh_pairs": setting.refresh_pairs,
+        "not_installed": [peer.distribution for peer in PEERS.values() if not peer.installed],
+        "machine": timing.machine(peer.distribution for peer in PEERS.values()),
+    }  # fmt: skip
+
+
+def _layers_of(setting: StepSetting, gradients: bool = True) -> nn.ModuleDict:
+    torch.manual_seed(setting.seed)
+    layers = {f"layer{i}": nn.Linear(n, m, bias=False) for i, (m, n) in enumerate(setting.matrices)}
+    model = nn.ModuleDict(layers)
+    for p in model.parameters() if gradients else ():
+        p.grad = torch.randn_like(p) / 1000
+    return model
+
+
+def _optimizers(setting: StepSetting, model: nn.Module, gap: int) -> dict[str, torch.optim.Optimizer]:
+    weights = [*model.parameters()]
+    ours = {
+        name: create(name, model, lr=LR, rank=setting.rank, update_proj_gap=gap, stagger=False, seed=setting.seed)
+        for name in OURS
+    }
+    return ours | {name: PEERS[name].make(weights, setting.rank, gap) for name in setting.compared}
+
+
+def _backward_side(setting: StepSetting) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """SARA's optimizer on backward-side layers, whose carriers have the gradients that a real backward pass gave them."""
+    model = _layers_of(setting, gradients=False)
+    project_backward(model, rank=setting.rank, share="none")
+    optimizer = create("sara_adamw", model, lr=LR, rank=setting.rank, update_proj_gap=_NEVER, seed=setting.seed)
+    for layer in model.values():
+        x = torch.randn(8, layer.in_features)  # type: ignore[call-overload]  # a linear layer's
+        layer(x).square().sum().backward()
+    return model, optimizer
+
+
+def _matmuls(weights: Parameters, rank: int) -> Callable[[], None]:
+    """The two products that a step cannot do without, ``R = G Q`` and ``U Qᵀ``, of all weights."""
+    work: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for p in weights:
+        G = layout_of(p.shape, rank, "std").enter(torch.randn_like(p))
+        m, n = G.shape
+        work.append((G, torch.randn(n, rank), torch.empty(m, rank), torch.empty_like(G)))
+
+    @torch.no_grad()
+    def run() -> None:
+        for G, Q, R, D in work:
+            torch.mm(G, Q, out=R)
+            torch.mm(R, Q.mT, out=D)
+
+    return run
+
+
+def _amortised_ratio(ordinary: Tensor, refresh: Tensor) -> Tensor:
+    """Of medians over rounds: ``(..., n, 2)`` and ``(..., m, 2)`` to ``(...)``."""
+    step = ordinary.quantile(0.5, dim=-2)
+    mean = step + (refresh.quantile(0.5, dim=-2) - step) / PERIOD
+    return mean[..., 0] / mean[..., 1]
+
+
+def _row(
+    name: str, seconds: dict[str, list[float]], refresh_seconds: dict[str, list[float]], memory: dict[str, float]
+) -> dict[str, Any]:
+    peer = PEERS.get(name)
+    refreshes, lifts = (True, True) if peer is None else (peer.refreshes, peer.lifts)
+    ordinary, refresh = timing.median(seconds[name]), timing.median(refresh_seconds[name])
+    share = timing.interval(timing.median_ratio, zip(seconds[_MATMULS], seconds[name], strict=True))
+    return {
+        "name": name,
+        "ordinary_seconds": ordinary,
+        "refresh_seconds": refresh if refreshes else None,
+        "amortised_seconds": amortised(ordinary, refresh, PERIOD) if refreshes else ordinary,
+        "matmul_share": share if lifts else None,
+        "extra_weights": memory["ordinary"],
+        "refresh_extra_weights": memory["refresh"] if refreshes else None,
+    }
+
+
+def _backward_row(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Bases of backward-side layers are chosen in the backward pass, which is not timed here."""
+    ordinary = timing.median(seconds[_BACKWARD])
+    return {"name": _BACKWARD, "ordinary_seconds": ordinary} | dict.fromkeys(
+        ("refresh_seconds", "amortised_seconds", "matmul_share", "extra_weights", "refresh_extra_weights")
+    )
+
+
+def _extra(optimizer: torch.optim.Optimizer, weights: Parameters) -> int:
+    """The most that a step holds besides weights, gradients and state, in bytes."""
+    gradients = [p.grad for p in weights if p.grad is not None]
+    with LiveBytes([*weights, *gradients, *_tensors_in(optimizer.state)]) as live:
+        before = live.now
+        optimizer.step()
+    return live.peak - before
+
+
+def _tensors_in(held: Any) -> Iterator[Tensor]:
+    """Also those of objects in the state, such as projectors."""
+    if isinstance(held, Tensor):
+        yield held
+    elif isinstance(held, dict):
+        for value in held.values():
+            yield from _tensors_in(value)
+    elif isinstance(held, list | tuple):
+        for value in held:
+            yield from _tensors_in(value)
+    elif hasattr(held, "__dict__"):
+        yield from _tensors_in(vars(held))
