@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from subspan.bench import memory
 from subspan.bench.setting import Setting
-from subspan.bench.tracker import LiveBytes, SavedBytes
+from subspan.bench.tracker import LiveBytes
+from subspan.training.saved import SavedBytes
 
 TOKENS = 48  # of a batch
 

@@ -39,7 +39,7 @@ def test_an_epoch_sees_every_window_once(corpus: Path, tokenizer: PreTrainedToke
     stream, count = data.halves["train"], (len(data.halves["train"]) - 1) // LENGTH
     seen = [tuple(row) for _ in range(count) for row in data.next_batch(1).inputs.tolist()]
     assert sorted(seen) == sorted(tuple(stream[i * LENGTH : (i + 1) * LENGTH].tolist()) for i in range(count))
-    assert (data.epoch, data.index) == (1, 0)
+    assert (data.order.epoch, data.order.index) == (1, 0)
     again = [tuple(row) for _ in range(count) for row in data.next_batch(1).inputs.tolist()]
     assert again != seen
     assert sorted(again) == sorted(seen)
@@ -56,7 +56,7 @@ def test_batches_cross_epochs_whole(corpus: Path, tokenizer: PreTrainedTokenizer
     data = windows(corpus, tokenizer)
     count = (len(data.halves["train"]) - 1) // LENGTH
     assert len(data.next_batch(2 * count + 3).inputs) == 2 * count + 3
-    assert (data.epoch, data.index) == (2, 3)
+    assert (data.order.epoch, data.order.index) == (2, 3)
 
 
 @pytest.mark.parametrize("taken", [0, 1, 7, 1000])

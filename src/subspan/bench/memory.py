@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from subspan.backward.layer import BackwardLinear
 from subspan.bench.setting import Setting, Trained, build
-from subspan.bench.tracker import LiveBytes, SavedBytes
+from subspan.bench.tracker import LiveBytes
 from subspan.groups import EXCLUDED, select_linear
 from subspan.memory import evaluate_groups
 from subspan.optimizer import SubspaceOptimizer
 from subspan.recipes import describe
 from subspan.state import state_bytes
+from subspan.training.saved import SavedBytes
 
 ROWS = {
     "adamw": ("adamw", False),

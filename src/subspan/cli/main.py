@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from subspan import __version__
-from subspan.cli import bench, inspect, listing, pretrain, report, study, theory
+from subspan.cli import bench, finetune, inspect, listing, pretrain, report, study, theory
 from subspan.cli.parsing import Command, Parser, fail, spelled
 
 COMMANDS = {
     "pretrain": pretrain,
+    "finetune": finetune,
     "study": study,
     "inspect": inspect,
     "report": report,

@@ -4,6 +4,7 @@ from typing import Any
 
 from subspan.cli.parsing import Namespace, Parser, fail, path_of
 
+_METRICS = ["val_loss", "val_ppl", "accuracy", "f1", "matthews", "pearson", "spearman"]
 _ABOUT = {"run": "Run what is missing of a study.", "table": "Compare the rows of a study over its seeds."}
 
 
@@ -18,7 +19,7 @@ def add_to(commands: Any, name: str) -> None:
             parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
             parser.add_argument("--runs", type=str, default="runs/studies", help="where the runs' directories go")
         else:
-            parser.add_argument("--metric", choices=["val_loss", "val_ppl"], default="val_loss", help="what is compared")
+            parser.add_argument("--metric", choices=_METRICS, default="val_loss", help="what is compared")
             form = parser.add_mutually_exclusive_group()
             form.add_argument("--json", action="store_true", help="print JSON")
             form.add_argument("--latex", action="store_true", help="print a LaTeX table")

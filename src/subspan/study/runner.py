@@ -25,12 +25,17 @@ from subspan.study.records import Record, append_records, read_all, read_records
 from subspan.study.spec import Cell, Study
 from subspan.training.config import CheckpointConfig
 from subspan.training.errors import InputError
+from subspan.training.finetuning.scores import SCORES
 from subspan.training.metrics import read_metrics
 from subspan.training.progress import say
 from subspan.training.signals import RunInterruptedError, collect_signals
 
 _DIVERGED = 1
-_MODULES = ["subspan.training.pretrain"]  # seconds to import: once, in the process that the runs are forked from
+_OF_FINETUNING = ("metric", "majority", "saved_activation_bytes", "trainable", "best_step")
+_MODULES = [
+    "subspan.training.pretrain",
+    "subspan.training.finetuning.run",
+]  # seconds to import: once, in the process that the runs are forked from
 
 
 @dataclass
@@ -142,6 +147,7 @@ class Runner:
 
     def _record(self, cell: Cell, status: str, summary: Mapping[str, Any], run: Path) -> Record:
         measured = {name: summary.get(name) for name in ("steps", "tokens", "val_loss", "val_ppl", "state_bytes", "seconds")}
+        measured |= {name: summary[name] for name in (*_OF_FINETUNING, *SCORES) if name in summary}
         curve = [[row["step"], round(row["val_loss"], 5)] for row in read_metrics(run) if "val_loss" in row]
         return {
             "key": cell.key,
@@ -164,11 +170,12 @@ def _run(config: Any, log: str) -> None:
         os.dup2(file.fileno(), 2)
     import logging
 
-    from subspan.training.pretrain import Pretraining, RunDivergedError
+    from subspan.training.kinds import prepare
+    from subspan.training.loop import RunDivergedError
 
     logging.getLogger("subspan").setLevel(logging.WARNING)
     try:
-        Pretraining(config).run()
+        prepare(config).run()
     except RunInterruptedError as error:
         say(str(error))
         sys.exit(128 + error.signum)

@@ -3,7 +3,8 @@
 ::
 
     about: one line
-    base: {model: llama-nano, steps: 1000}     # settings of `subspan pretrain`, of every run
+    command: pretrain                          # or finetune; pretrain is usual
+    base: {model: llama-nano, steps: 1000}     # settings of the command, of every run
     seeds: [0, 1, 2, 3, 4]
     sweep: {seed: 100, factors: [0.5, 1, 2, 4], extend: 2}
     reference: full                            # gaps are to this row
@@ -30,11 +31,11 @@ import jsonargparse
 import yaml
 
 from subspan.names import near_names
-from subspan.training.config import PretrainConfig, without_defaults
+from subspan.training.config import FinetuneConfig, PretrainConfig, without_defaults
 from subspan.training.errors import InputError, first_line
-from subspan.training.resolve import resolve
+from subspan.training.kinds import CONFIGS, resolve_run
 
-_KEYS = ("about", "base", "seeds", "sweep", "reference", "rows")
+_KEYS = ("about", "command", "base", "seeds", "sweep", "reference", "rows")
 _NOT_COMPUTED = ("out", "resume", "device", "threads", "micro_batch_size", "gradient_checkpointing", "checkpoint", "log_every",
                  "tensorboard", "parallel", "probes")  # fmt: skip
 """Settings that do not change what a run computes, but for rounding."""
@@ -56,7 +57,7 @@ class Row:
     """A method with its settings."""
 
     name: str
-    config: PretrainConfig
+    config: PretrainConfig | FinetuneConfig
     versus: str | None
     lr: float
     """Before any factor of the sweep."""
@@ -71,7 +72,7 @@ class Cell:
     """One run."""
 
     row: str
-    config: PretrainConfig
+    config: PretrainConfig | FinetuneConfig
 
     @property
     def key(self) -> str:
@@ -79,8 +80,9 @@ class Cell:
 
         A setting that a later version adds leaves the keys of old runs alone.
         """
-        settings = asdict(resolve(self.config)) | {name: getattr(self.config, name) for name in _AS_GIVEN}
-        settings["evaluation"] = {"tokens": settings["evaluation"]["tokens"]}
+        settings = asdict(resolve_run(self.config)) | {name: getattr(self.config, name) for name in _AS_GIVEN}
+        if "tokens" in settings["evaluation"]:  # elsewhere, how often is part of which checkpoint is the best
+            settings["evaluation"] = {"tokens": settings["evaluation"]["tokens"]}
         kept = without_defaults({key: value for key, value in settings.items() if key not in _NOT_COMPUTED})
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -122,15 +124,17 @@ def load_study(path: Path) -> Study:
     for key in found:
         if key not in _KEYS:
             wrong(f"{key!r}: no key of a study; {near_names(str(key), _KEYS)}")
-    rows, base = found.get("rows"), found.get("base") or {}
+    rows, base, command = found.get("rows"), found.get("base") or {}, found.get("command", "pretrain")
+    if command not in CONFIGS:
+        wrong(f"command={command!r}: expected {' or '.join(CONFIGS)}")
     if not isinstance(rows, dict) or not rows:
         wrong("rows: expected a mapping of names to settings")
     if not isinstance(base, dict):
-        wrong(f"base={base!r}: expected settings of subspan pretrain")
+        wrong(f"base={base!r}: expected settings of subspan {command}")
     for name in ("seed", "lr"):
         if name in base:
             wrong(f"base.{name}: belongs to " + ("seeds" if name == "seed" else "a row, or to the sweep"))
-    expanded = tuple(row for name, given in rows.items() for row in _rows(path, str(name), given, base, rows))
+    expanded = tuple(row for name, given in rows.items() for row in _rows(path, command, str(name), given, base, rows))
     names = [row.name for row in expanded]
     reference = found.get("reference", names[0])
     if reference not in names:
@@ -167,10 +171,10 @@ def _sweep(path: Path, given: Any, seeds: list[int]) -> Sweep:
     return Sweep(seed, tuple(map(float, factors)), extend)
 
 
-def _rows(path: Path, name: str, given: Any, base: Mapping[str, Any], others: Mapping[str, Any]) -> Iterator[Row]:
+def _rows(path: Path, command: str, name: str, given: Any, base: Mapping[str, Any], others: Mapping[str, Any]) -> Iterator[Row]:
     where = f"{path}: rows.{name}"
     if not isinstance(given, dict):
-        raise InputError(f"{where}={given!r}: expected settings of subspan pretrain, such as {{optimizer: sara_adamw}}")
+        raise InputError(f"{where}={given!r}: expected settings of subspan {command}, such as {{optimizer: sara_adamw}}")
     own = dict(given)
     versus, grid = own.pop("versus", None), own.pop("grid", {})
     if "seed" in own:
@@ -183,9 +187,9 @@ def _rows(path: Path, name: str, given: Any, base: Mapping[str, Any], others: Ma
             settings = _merged(settings, _nested(key, value))
         if grid:
             label = "[" + ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in zip(grid, point, strict=True)) + "]"
-        config = _config(f"{where}{label}", settings)
+        config = _config(f"{where}{label}", command, settings)
         try:
-            lr = resolve(config).lr
+            lr = resolve_run(config).lr
         except ValueError as error:
             raise InputError(f"{where}{label}: {error}") from error
         # Against the same point of the other row's grid, where it has one.
@@ -208,16 +212,16 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    """The types of ``PretrainConfig``, checked as the command line checks them."""
+    """The types of the settings, checked as the command line checks them."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise InputError(" ".join(message.split()))
 
 
-def _config(where: str, settings: Mapping[str, Any]) -> PretrainConfig:
-    parser = _Parser()
-    parser.add_class_arguments(PretrainConfig)
+def _config(where: str, command: str, settings: Mapping[str, Any]) -> PretrainConfig | FinetuneConfig:
+    parser, kind = _Parser(), CONFIGS[command]
+    parser.add_class_arguments(kind)
     try:
-        return PretrainConfig(**vars(parser.instantiate(parser.parse_object(dict(settings)))))
+        return kind(**vars(parser.instantiate(parser.parse_object(dict(settings)))))
     except (InputError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: {first_line(error)}; see subspan pretrain --help") from error
+        raise InputError(f"{where}: {first_line(error)}; see subspan {command} --help") from error

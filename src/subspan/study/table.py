@@ -17,6 +17,8 @@ from subspan.study.plan import choose_lr
 from subspan.study.records import Record, read_all
 from subspan.study.spec import Row, Study
 from subspan.study.statistics import compare_pairs, holm, interval
+from subspan.training.errors import InputError
+from subspan.training.finetuning.scores import SCORES
 
 Table = dict[str, Any]
 
@@ -25,12 +27,15 @@ def compare(study: Study, metric: str = "val_loss") -> Table:
     """The table, as JSON has it.
 
     Args:
-        metric: ``val_loss`` or ``val_ppl``.
+        metric: ``val_loss``, ``val_ppl``, or a score of fine-tuning, of which the higher is the better.
+
+    Raises:
+        InputError: runs of the study have no such measurement.
     """
     records = read_all(study.results.parent, study.results)
     values = {row.name: _values(study, row, records, metric) for row in study.rows}
     reference = values[study.reference]
-    rows = [_row(study, row, records, values, reference) for row in study.rows]
+    rows = [_row(study, row, records, values, reference, metric) for row in study.rows]
     tested = [row for row in rows if row["p_value"] is not None]
     for row, adjusted in zip(tested, holm([row["p_value"] for row in tested]), strict=True):
         row["p_holm"] = adjusted
@@ -48,10 +53,17 @@ def compare(study: Study, metric: str = "val_loss") -> Table:
 def _values(study: Study, row: Row, records: Mapping[str, Record], metric: str) -> dict[int, float]:
     """By seed, of the runs that finished."""
     return {
-        seed: record[metric]
+        seed: _measured(record, metric, study)
         for seed in study.seeds
         if (record := _record(study, row, records, seed)) and record["status"] == "finished"
     }
+
+
+def _measured(record: Record, metric: str, study: Study) -> float:
+    if record.get(metric) is None:
+        known = [name for name in ("val_loss", "val_ppl", *SCORES) if record.get(name) is not None]
+        raise InputError(f"metric={metric!r}: the runs of {study.name} were not measured by it; they have {', '.join(known)}")
+    return record[metric]
 
 
 def _record(study: Study, row: Row, records: Mapping[str, Record], seed: int) -> Record | None:
@@ -65,6 +77,7 @@ def _row(
     records: Mapping[str, Record],
     values: Mapping[str, Mapping[int, float]],
     reference: Mapping[int, float],
+    metric: str,
 ) -> dict[str, Any]:
     own = values[row.name]
     choice = choose_lr(study, row, records)
@@ -88,7 +101,9 @@ def _row(
         "high": high,
         "gap": _mean_difference(own, reference),
         "versus": versus,
-        "gap_reduction": _reduction(own, other, reference) if versus != study.reference else None,
+        "gap_reduction": _reduction(own, other, reference, 1 if metric in SCORES else -1)
+        if versus != study.reference
+        else None,
         "difference": pair.difference if pair else None,
         "difference_low": pair.low if pair else None,
         "difference_high": pair.high if pair else None,
@@ -105,11 +120,13 @@ def _mean_difference(a: Mapping[int, float], b: Mapping[int, float]) -> float | 
     return stdlib.mean(a[seed] - b[seed] for seed in shared) if shared else None
 
 
-def _reduction(own: Mapping[int, float], other: Mapping[int, float], reference: Mapping[int, float]) -> float | None:
-    """``None`` where the other row has no gap to close."""
+def _reduction(
+    own: Mapping[int, float], other: Mapping[int, float], reference: Mapping[int, float], better: int
+) -> float | None:
+    """``None`` where the other row has no gap to close. ``better``: the sign of a change for the better."""
     shared = own.keys() & other.keys() & reference.keys()
-    gap = sum(other[seed] - reference[seed] for seed in shared)
-    return sum(other[seed] - own[seed] for seed in shared) / gap if gap > 0 else None
+    gap = better * sum(reference[seed] - other[seed] for seed in shared)
+    return better * sum(own[seed] - other[seed] for seed in shared) / gap if gap > 0 else None
 
 
 def as_json(table: Table) -> str:

@@ -1,6 +1,7 @@
 """What the loop asks of its data."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -12,29 +13,77 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids: ``inputs (b, l)``, and for each position the token that follows, ``targets (b, l)``, or ``IGNORED``."""
+    """Sequences and what is to be predicted of them.
+
+    Token ids ``inputs (b, l)``, and for each position the token that follows, ``targets (b, l)``, or ``IGNORED``. Of
+    examples with a label each, ``targets (b,)``; then ``mask (b, l)`` tells tokens from padding, and ``kinds (b, l)`` the
+    first text from the second, for a model that asks.
+    """
 
     inputs: Tensor
     targets: Tensor
+    mask: Tensor | None = None
+    kinds: Tensor | None = None
+
+    def weight(self) -> int:
+        """How many targets count."""
+        return int((self.targets != IGNORED).sum()) if not self.targets.is_floating_point() else len(self.targets)
 
     def tokens(self) -> int:
-        """How many targets count."""
-        return int((self.targets != IGNORED).sum())
+        """How many tokens are read; without a mask, how many targets count."""
+        return self.weight() if self.mask is None else int(self.mask.sum())
 
     def split(self, size: int) -> "list[Batch]":
         """In pieces of ``size`` sequences."""
-        return [Batch(*pair) for pair in zip(self.inputs.split(size), self.targets.split(size), strict=True)]
+        return [self._rows(start, start + size) for start in range(0, len(self.inputs), size)]
+
+    def _rows(self, start: int, stop: int) -> "Batch":
+        return self._each(lambda A: A[start:stop])
 
     def part(self, rank: int, ranks: int) -> "Batch":
         """The sequences of ``rank``: of ``ranks`` equal parts, one."""
-        return Batch(self.inputs.chunk(ranks)[rank], self.targets.chunk(ranks)[rank])
+        return self._each(lambda A: A.chunk(ranks)[rank])
 
     def ignored(self) -> "Batch":
         """The same sequences, of which nothing counts."""
-        return Batch(self.inputs, torch.full_like(self.targets, IGNORED))
+        return replace(self, targets=torch.full_like(self.targets, IGNORED))
 
     def to(self, device: Any) -> "Batch":
-        return Batch(self.inputs.to(device), self.targets.to(device))
+        return self._each(lambda A: A.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        parts = (self.inputs, self.targets, self.mask, self.kinds)
+        return Batch(*(None if A is None else change(A) for A in parts))  # type: ignore[arg-type]  # the first two are there
+
+
+class Order:
+    """Which of ``count`` examples come next. Epoch ``e`` visits each once, in the order of ``torch.randperm`` seeded by
+    ``(seed, e)``. The cursor is ``(epoch, index)``."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self._go_to(0, 0)
+
+    def take(self, size: int) -> Tensor:
+        """The numbers of the next ``size``."""
+        chosen: list[Tensor] = []
+        while (wanted := size - sum(map(len, chosen))) > 0:
+            chosen.append(self._order[self.index : self.index + wanted])
+            self.index += len(chosen[-1])
+            if self.index >= len(self._order):
+                self._go_to(self.epoch + 1, 0)
+        return torch.cat(chosen)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "index": self.index}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._go_to(state["epoch"], state["index"])
+
+    def _go_to(self, epoch: int, index: int) -> None:
+        self.epoch, self.index = epoch, index
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+        self._order = torch.randperm(self.count, generator=generator)
 
 
 class DataSource(Protocol):

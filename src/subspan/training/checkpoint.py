@@ -26,14 +26,22 @@ _OTHER = "remove it, or continue an older one with --resume PATH"
 
 
 def save(
-    folder: Path, step: int, keep: int, model: nn.Module, tokenizer: PreTrainedTokenizerBase, parts: dict[str, dict[str, Any]]
+    folder: Path,
+    step: int,
+    keep: int,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    parts: dict[str, dict[str, Any]],
+    best: int | None = None,
 ) -> None:
-    """Write the checkpoint of ``step``, then drop all but the ``keep`` newest. ``parts`` become files, one by name.
+    """Write the checkpoint of ``step``, then drop all but the ``keep`` newest and that of the step ``best``.
+
+    ``parts`` become files, one by name.
 
     Raises:
         InputError: it cannot be written, for want of space say. The checkpoints before it stand.
     """
-    scratch, place = folder / "unfinished", folder / f"step-{step:06d}"
+    scratch, place = folder / "unfinished", folder / name_of(step)
     try:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
@@ -45,12 +53,42 @@ def save(
         replace_directory(scratch, place)
     except Exception as error:  # of a full disk, torch, safetensors and tokenizers raise errors of three kinds
         shutil.rmtree(scratch, ignore_errors=True)
-        before = [sum(file.stat().st_size for file in path.iterdir()) for path in list_checkpoints(folder)[-1:]]
+        before = [_size(path) for path in list_checkpoints(folder)[-1:]]
         tensors = sum(t.numel() * t.element_size() for t in _tensors([model.state_dict(), parts]))
         raise no_space(f"checkpoint {place}", folder, error, max([tensors, *before])) from error
-    # Later ones are of a run that was continued further back, perhaps because they are damaged: they do not count.
+    drop_old(folder, step, keep, best)
+
+
+def drop_old(folder: Path, step: int, keep: int, best: int | None) -> None:
+    """Remove all checkpoints up to that of ``step`` but the ``keep`` newest and that of the step ``best``.
+
+    Later ones are of a run that was continued further back, perhaps because they are damaged: they do not count.
+    """
     for old in [path for path in list_checkpoints(folder) if step_of(path) <= step][:-keep]:
-        remove_directory(old)
+        if step_of(old) != best:
+            remove_directory(old)
+
+
+def adopt(checkpoint: Path, folder: Path) -> None:
+    """Copy a checkpoint of another run into ``folder``, unless it is there.
+
+    Raises:
+        InputError: it cannot be written, for want of space say.
+    """
+    place, scratch = folder / checkpoint.name, folder / "unfinished"
+    if place.exists():
+        return
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.copytree(checkpoint, scratch)
+        replace_directory(scratch, place)
+    except OSError as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise no_space(f"checkpoint {place}", folder, error, _size(checkpoint)) from error
+
+
+def _size(checkpoint: Path) -> int:
+    return sum(file.stat().st_size for file in checkpoint.iterdir())
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -67,6 +105,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=step_of)
+
+
+def name_of(step: int) -> str:
+    """The name of the checkpoint of ``step``."""
+    return f"step-{step:06d}"
 
 
 def step_of(checkpoint: Path) -> int:

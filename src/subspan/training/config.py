@@ -1,7 +1,8 @@
-"""The settings of a pretraining run. Each field is a YAML key and a command-line flag."""
+"""The settings of a run. Each field is a YAML key and a command-line flag."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 
@@ -50,12 +51,15 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Linear warmup, then a cosine."""
+    """Linear warmup, then a decay."""
+
+    shape: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate goes down after warmup."""
 
     warmup_steps: int | None = None
     """Steps of linear warmup; null is the preset's, or a tenth of the run."""
     min_lr_ratio: float = 0.1
-    """Where the cosine ends, as a share of the learning rate."""
+    """Where the decay ends, as a share of the learning rate."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,23 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class SelectionConfig:
+    """The score of the validation examples, which chooses the checkpoint that is kept as the best."""
+
+    every: int | None = None
+    """Steps between evaluations; null is ten in a run. The last step is always evaluated."""
+    patience: int | None = None
+    """Evaluations in a row without a better score after which the run stops; null never stops it."""
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Saving."""
 
     every: int = 100
     """Steps between checkpoints. The last step is always saved."""
     keep: int = 2
-    """How many of the newest to keep."""
+    """How many of the newest to keep; the best is kept beside them."""
 
 
 @dataclass(frozen=True)
@@ -93,41 +107,29 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """Pretrain a language model."""
+class RunConfig:
+    """What every run has."""
 
-    model: str = "llama-nano"
-    """A preset (`subspan list models`), a config.json (random weights), a model directory or OWNER/NAME on the Hugging Face hub
-    (their weights)."""
     optimizer: str = "sara_adamw"
     """A name from `subspan list optimizers`."""
-    data: str = "embedded"
-    """embedded; text files (each one document) or JSONL files (a document a line) as a file, folder or glob; c4 or slimpajama,
-    or c4:PATH for a local copy of their files."""
-    validation_data: str | None = None
-    """Files of validation documents; null sets aside 5 % of the documents of `data`."""
     tokenizer: str | None = None
-    """bytes, embedded (a BPE of 4,096), or a Hugging Face path or name; null is the preset's."""
+    """bytes, embedded (a BPE of 4,096), or a Hugging Face path or name; null is the model's."""
     backward_side: bool | None = None
     """Let the backward pass make the low-rank gradient, and save no input of a projected layer; null is the optimizer's own."""
     steps: int | None = None
-    """Optimizer steps; null is the preset's."""
+    """Optimizer steps; null is the preset's in pretraining, and what the epochs come to in fine-tuning."""
     batch_size: int | None = None
-    """Sequences in a step, of all processes together; null is the preset's."""
+    """Sequences in a step, of all processes together; null is the preset's in pretraining, 16 in fine-tuning."""
     micro_batch_size: int | None = None
     """Sequences in a forward pass of a process, fewer than its part of the batch to accumulate gradients; null is all."""
-    sequence_length: int | None = None
-    """Tokens predicted in a sequence; null is the preset's."""
-    packing: bool = True
-    """Streamed data: join documents end to end; false is one document a sequence, cut or padded, as in GaLore's code."""
     lr: float | None = None
     """Peak learning rate; null is the method's own."""
     rank: int | None = None
-    """Dimension of the subspace; null is the preset's."""
+    """Dimension of the subspace; null is the preset's, or 4 for a model that brings its weights to fine-tuning."""
     update_proj_gap: int | None = None
-    """Steps between refreshes of the subspace; null is the preset's."""
+    """Steps between refreshes of the subspace; null is the preset's, or 500 likewise."""
     scale: float | None = None
-    """Factor on the step of projected matrices; null is the recipe's own."""
+    """Factor on the step of projected matrices; null is the recipe's own, or 4 likewise."""
     weight_decay: float = 0.0
     """Decoupled weight decay; biases and norms are not decayed."""
     clip: float | None = 1.0
@@ -136,11 +138,10 @@ class PretrainConfig:
     """Of the weights, the order of stored data and every subspace."""
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     probes: ProbeConfig = ProbeConfig()
     out: str | None = None
-    """Directory of the run; null is runs/MODEL-OPTIMIZER-seedSEED, numbered if taken."""
+    """Directory of the run; null is one under runs/ named after the settings, numbered if taken."""
     resume: str | None = None
     """auto continues the newest checkpoint of `out` if there is one; a path continues that checkpoint or run. Settings must be
     those of the run: give its config.yaml as --config."""
@@ -161,12 +162,80 @@ class PretrainConfig:
     """Write TensorBoard files too, beside metrics.jsonl."""
 
 
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """Pretrain a language model."""
+
+    model: str = "llama-nano"
+    """A preset (`subspan list models`), a config.json (random weights), a model directory or OWNER/NAME on the Hugging Face hub
+    (their weights)."""
+    data: str = "embedded"
+    """embedded; text files (each one document) or JSONL files (a document a line) as a file, folder or glob; c4 or slimpajama,
+    or c4:PATH for a local copy of their files."""
+    validation_data: str | None = None
+    """Files of validation documents; null sets aside 5 % of the documents of `data`."""
+    sequence_length: int | None = None
+    """Tokens predicted in a sequence; null is the preset's."""
+    packing: bool = True
+    """Streamed data: join documents end to end; false is one document a sequence, cut or padded, as in GaLore's code."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def run_name(self) -> str:
+        return f"{Path(self.model).name}-{self.optimizer}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA adapters (the package peft) instead of the weights, for comparison."""
+
+    rank: int | None = None
+    """Of the adapters; null trains the weights."""
+    alpha: float = 16.0
+    """Their factor is alpha / rank."""
+    dropout: float = 0.0
+    """Of their inputs."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(RunConfig):
+    """Fine-tune a model on labelled examples, or a causal language model on prompts and answers."""
+
+    model: str = "llama-tiny"
+    """A model directory (also a checkpoint of subspan pretrain) or OWNER/NAME on the Hugging Face hub; a preset or a
+    config.json for random weights."""
+    task: str = "bundled"
+    """bundled (which author wrote a passage of the embedded corpus); a task of GLUE (cola, sst2, mrpc, qqp, stsb, mnli,
+    mnli-mm, qnli, rte, wnli); or of your own files: classification, regression, or lm (a causal model learns to write the
+    answer)."""
+    data: str | None = None
+    """A file of training examples, .jsonl, .csv or .tsv (also .gz, .xz), instead of the task's own."""
+    validation_data: str | None = None
+    """A file of validation examples; null sets aside a tenth of `data`."""
+    text_column: str | None = None
+    """The column of the text (lm: the prompt); null is the task's, or text."""
+    pair_column: str | None = None
+    """The column of a second text, where there is one; null is the task's."""
+    label_column: str | None = None
+    """The column of the label (lm: the answer, and without it the text is learnt whole); null is the task's, or label."""
+    max_length: int = 128
+    """Tokens of an example; longer ones are cut."""
+    epochs: int | None = None
+    """Times that each example is seen, unless `steps` says how long the run is; null is the task's: of GLUE 30."""
+    schedule: ScheduleConfig = ScheduleConfig(shape="linear", min_lr_ratio=0.0)
+    evaluation: SelectionConfig = SelectionConfig()
+    lora: LoraConfig = LoraConfig()
+
+    def run_name(self) -> str:
+        adapted = f"-lora{self.lora.rank}" if self.lora.rank else ""
+        return f"{self.task}-{Path(self.model).name}-{self.optimizer}{adapted}-seed{self.seed}"
+
+
 def without_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """``settings`` of a run, as a nested dict, but for those that are as they are by default.
 
     So those of an older version compare with today's: a setting that it did not know is as it was.
     """
-    known = asdict(PretrainConfig()) if defaults is None else defaults
+    known = asdict(FinetuneConfig() if "task" in settings else PretrainConfig()) if defaults is None else defaults
     found = {}
     for key, value in settings.items():
         own = known.get(key)

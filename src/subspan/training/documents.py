@@ -8,6 +8,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,17 +48,17 @@ class Documents:
         smallest hash of their text are validation, so equal documents share a half and the order of files does not matter. A
         training document that is in validation too is left out.
         """
-        held = {_hash(text) for text, _ in _read(self.validation_files)}
+        held = {text_hash(text) for text, _ in _read(self.validation_files)}
         free: set[bytes] = set()
         for text, half in _read(self.files):
             if half == "validation":
-                held.add(_hash(text))
+                held.add(text_hash(text))
             elif half is None:
-                free.add(_hash(text))
+                free.add(text_hash(text))
         if not self.validation_files and len(free) > 1:
             held |= set(sorted(free)[: max(1, round(len(free) * VALIDATION_SHARE))])
         for text, half in _read(self.files):
-            if _hash(text) not in held:
+            if text_hash(text) not in held:
                 yield "train", text
             elif not self.validation_files and half != "train":
                 yield "validation", text
@@ -103,16 +104,23 @@ def _kind(path: Path) -> str:
     return next((kind for kind in (*_TEXT, *_JSON) if name.endswith(kind)), "")
 
 
+@contextmanager
+def opened(path: Path, newline: str | None = None) -> Iterator[io.TextIOBase]:
+    """``path`` as text, unpacked; what goes wrong while it is read comes out as an ``InputError`` that names it."""
+    try:
+        with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8", newline=newline) as file:
+            yield file
+    except (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"data file {path} cannot be read: {error}; expected UTF-8 text") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
 def _read(files: tuple[Path, ...]) -> Iterator[tuple[str, Split | None]]:
     """Documents and the split they name: a text file is one document, a line of JSON is one document."""
     for path in files:
-        try:
-            with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
-                yield from _documents_of(file, path)
-        except (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
-            raise InputError(f"data file {path} cannot be read: {error}; expected UTF-8 text") from error
-        except OSError as error:
-            raise _unreadable(path, error) from error
+        with opened(path) as file:
+            yield from _documents_of(file, path)
 
 
 def _unreadable(path: Path, error: OSError) -> InputError:
@@ -139,7 +147,7 @@ def _documents_of(file: io.TextIOBase, path: Path) -> Iterator[tuple[str, Split 
             raise InputError(f'data file {path}, line {number}: "text" is {type(text).__name__}, expected a string')
         if half not in (None, "train", "validation"):
             raise InputError(f'data file {path}, line {number}: "split" is {half!r}, expected "train" or "validation", or none')
-        if not _encodable(text):
+        if not encodable(text):
             raise InputError(
                 f'data file {path}, line {number}: "text" holds half a surrogate pair, which UTF-8 cannot; mend the file'
             )
@@ -147,7 +155,8 @@ def _documents_of(file: io.TextIOBase, path: Path) -> Iterator[tuple[str, Split 
             yield text, half
 
 
-def _encodable(text: str) -> bool:
+def encodable(text: str) -> bool:
+    """Whether UTF-8 can hold ``text``: not half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -155,5 +164,6 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _hash(text: str) -> bytes:
+def text_hash(text: str) -> bytes:
+    """By which a text goes to the same half, in whatever order it is read."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -38,4 +38,4 @@ def evaluate(
             batch = pieces[mine] if mine < len(pieces) else pieces[start].ignored()
             total += token_losses(model, batch.to(device)).double().cpu()
     model.train()
-    return ranks.sum(float(total)) / data.tokens()
+    return ranks.sum(float(total)) / data.weight()

@@ -1,12 +1,19 @@
-"""Models: transformers' LLaMA from a preset, or any causal language model from a config or a directory."""
+"""Models: transformers' LLaMA from a preset, or any model from a config or a directory; causal, or with a head for labels."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from subspan.names import near_names
@@ -48,37 +55,84 @@ def own_tokenizer(name: str) -> str:
     return str(folder)
 
 
-def build_model(name: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int, seed: int) -> nn.Module:
-    """A causal language model. Presets and configs start from random weights, directories and hub names from theirs.
+def brings_weights(name: str) -> bool:
+    """Whether the model of this name comes with weights: a directory that holds some, or a hub name."""
+    path = Path(name)
+    if preset_of(name) is not None or path.is_file():
+        return False
+    return not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
 
-    The seed sets the initial weights; nothing drawn before matters.
+
+def build_model(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    seed: int,
+    labels: Sequence[str] | None = None,
+    setting: str = "sequence_length",
+) -> nn.Module:
+    """A causal language model, or one with a head for ``labels`` (a single one is a number to predict).
+
+    Presets and configs start from random weights, directories and hub names from theirs; a head that they do not bring is
+    random. The seed sets the initial weights; nothing drawn before matters. ``setting`` is what the user calls the length.
     """
     preset, path = preset_of(name), Path(name)
     torch.manual_seed(seed)
+    kind = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
+    head = {} if labels is None else _head(tokenizer, labels)
     if preset is not None:
-        return _from_config(_llama(preset, tokenizer, sequence_length))
+        config = _llama(preset, tokenizer, sequence_length)
+        config.update(head)
+        return _from_config(kind, config)
     try:
-        if path.is_file() or (path.is_dir() and not list(path.glob("*.safetensors")) + list(path.glob("*.bin"))):
-            config = AutoConfig.from_pretrained(path)
+        if not brings_weights(name):
+            config = AutoConfig.from_pretrained(path, **head)
             config.vocab_size = len(tokenizer)
-            model = _from_config(config)
+            model = _from_config(kind, config)
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+            model = kind.from_pretrained(
+                name, dtype=torch.float32, **head, **({"ignore_mismatched_sizes": True} if head else {})
+            )
     except Exception as error:  # configs and weights can be wrong in a dozen ways, each with an error class of its own
-        raise InputError(f"model {name!r} cannot be loaded: {first_line(error)}; presets are {', '.join(PRESETS)}") from error
-    _check_fits(name, model, tokenizer, sequence_length)
+        raise cannot_load(name, error) from error
+    _check_fits(name, model, tokenizer, sequence_length, setting)
+    if labels is None:
+        _check_causal(name, model)
     return model
 
 
-def _check_fits(name: str, model: Any, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> None:
+def cannot_load(name: str, error: Exception) -> InputError:
+    """The error for a model that is not there, or is none."""
+    return InputError(f"model {name!r} cannot be loaded: {first_line(error)}; presets are {', '.join(PRESETS)}")
+
+
+def _head(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> dict[str, Any]:
+    return {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: number for number, label in enumerate(labels)},
+        # A decoder reads the label off the last token that is none of padding.
+        "pad_token_id": padding_of(tokenizer),
+    }
+
+
+def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills up a batch; behind a text it does not matter which."""
+    known = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return 0 if known is None else int(known)
+
+
+def _check_fits(name: str, model: Any, tokenizer: PreTrainedTokenizerBase, length: int, setting: str) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise InputError(
             f"model {name!r} knows {rows} tokens, the tokenizer {len(tokenizer)}; use the model's own: --tokenizer {name}"
         )
     positions = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions < sequence_length:
-        raise InputError(f"sequence_length={sequence_length}: the model {name!r} has {positions} positions; give fewer tokens")
+    if isinstance(positions, int) and positions < length:
+        raise InputError(f"{setting}={length}: the model {name!r} has {positions} positions; give fewer tokens")
+
+
+def _check_causal(name: str, model: Any) -> None:
     ids = torch.zeros(2, 4, dtype=torch.long)
     ids[1, -1] = 1
     model.eval()
@@ -104,6 +158,6 @@ def _llama(preset: Preset, tokenizer: PreTrainedTokenizerBase, sequence_length: 
     )
 
 
-def _from_config(config: Any) -> nn.Module:
-    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+def _from_config(kind: Any, config: Any) -> nn.Module:
+    model: nn.Module = kind.from_config(config, dtype=torch.float32)
     return model

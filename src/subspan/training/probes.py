@@ -100,7 +100,7 @@ class Probes:
         weights = [subspace.parameter for subspace in subspaces(self.optimizer) if subspace.layout is not None]
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             parts = [batch.part(part, k) for part in range(k)]
-            gradients = [torch.autograd.grad(loss_of(part) / max(1, part.tokens()), weights) for part in parts]
+            gradients = [torch.autograd.grad(loss_of(part) / max(1, part.weight()), weights) for part in parts]
         for place, p in enumerate(weights):
             found = noise_and_signal([gradient[place] for gradient in gradients])
             self._file.write({"kind": "noise", "name": names[id(p)], "step": number, "parts": k, **found})

@@ -10,9 +10,9 @@ For all ranks to call together, or for one process without a group::
 import shutil
 from pathlib import Path
 
-from subspan.training.checkpoint import list_checkpoints
+from subspan.training.checkpoint import drop_old, name_of
 from subspan.training.errors import InputError, first_line
-from subspan.training.files import remove_directory, replace_directory
+from subspan.training.files import replace_directory
 from subspan.training.ranks import first_alone
 
 
@@ -31,8 +31,8 @@ def open_scratch(folder: Path) -> Path:
     return scratch
 
 
-def publish(scratch: Path, *, step: int, keep: int) -> Path:
-    """Rename ``scratch`` to the checkpoint of ``step``, then drop all but the ``keep`` newest up to it.
+def publish(scratch: Path, *, step: int, keep: int, best: int | None = None) -> Path:
+    """Rename ``scratch`` to the checkpoint of ``step``, then drop all but the ``keep`` newest up to it and that of ``best``.
 
     It waits for every rank, so each has written by then what it writes; those files that only another machine has in its
     cache must have been synced there.
@@ -40,15 +40,12 @@ def publish(scratch: Path, *, step: int, keep: int) -> Path:
     Raises:
         InputError: the same on every rank, if it cannot be renamed. The checkpoints before it stand.
     """
-    place = scratch.with_name(f"step-{step:06d}")
+    place = scratch.with_name(name_of(step))
 
     def rename() -> None:
         try:
             replace_directory(scratch, place)
-            # Later ones are of a run that was continued further back: they do not count.
-            own = [path for path in list_checkpoints(scratch.parent) if int(path.name.removeprefix("step-")) <= step]
-            for old in own[:-keep]:
-                remove_directory(old)
+            drop_old(scratch.parent, step, keep, best)
         except OSError as error:
             raise InputError(f"checkpoint {place} cannot be written: {first_line(error)}; make room") from error
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from subspan.training.checkpoint import list_checkpoints, load_part
-from subspan.training.config import PretrainConfig, without_defaults
+from subspan.training.config import FinetuneConfig, PretrainConfig, without_defaults
 from subspan.training.errors import InputError
 from subspan.training.integrity import RECORD, damage, is_sealed
 from subspan.training.progress import say
@@ -19,7 +19,10 @@ _FREE = ("out", "resume", "device", "threads", "micro_batch_size", "gradient_che
 """Settings that may differ between a run and its continuation: they do not change what is computed, but for rounding."""
 
 
-def locate(config: PretrainConfig, settings: dict[str, Any]) -> tuple[Path, Path | None]:
+RunSettings = PretrainConfig | FinetuneConfig
+
+
+def locate(config: RunSettings, settings: dict[str, Any]) -> tuple[Path, Path | None]:
     """The directory for a run and the checkpoint to continue, or ``None`` to start. Writes nothing.
 
     Of a run, the newest checkpoint whose files are as they were written is continued; a line on stderr says what was passed
@@ -65,7 +68,7 @@ def claim(out: Path, settings: dict[str, Any], numbered: bool) -> Path:
     raise InputError(f"out={str(out)!r}: holds a run already; continue it with --resume auto, or give another --out")
 
 
-def _explicit(config: PretrainConfig, given: Path, settings: dict[str, Any]) -> tuple[Path, Path]:
+def _explicit(config: RunSettings, given: Path, settings: dict[str, Any]) -> tuple[Path, Path]:
     path = given.resolve()
     newest = _newest_sound(path, settings) if list_checkpoints(path / "checkpoints") else None
     checkpoint = newest or path
@@ -87,9 +90,8 @@ def _explicit(config: PretrainConfig, given: Path, settings: dict[str, Any]) -> 
     return out, checkpoint
 
 
-def _numbered(config: PretrainConfig, settings: dict[str, Any]) -> tuple[Path, Path | None]:
-    name = re.sub(r"[^\w.-]+", "_", Path(config.model).name)
-    base = Path("runs") / f"{name}-{config.optimizer}-seed{config.seed}"
+def _numbered(config: RunSettings, settings: dict[str, Any]) -> tuple[Path, Path | None]:
+    base = Path("runs") / re.sub(r"[^\w.-]+", "_", config.run_name())
     _check_writable(base)
     taken = []
     for out in _candidates(base):

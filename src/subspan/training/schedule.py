@@ -3,9 +3,14 @@
 import math
 
 
-def lr_factor(step: int, steps: int, warmup: int, floor: float) -> float:
-    """Linear warmup to 1 over ``warmup`` steps, then half a cosine down to ``floor`` at the last of ``steps``."""
+def lr_factor(step: int, steps: int, warmup: int, floor: float, shape: str = "cosine") -> float:
+    """Linear warmup to 1 over ``warmup`` steps, then down to ``floor`` at the last of ``steps``.
+
+    ``shape``: half a cosine, a line (``linear``), or ``constant``, which stays at 1.
+    """
     if step < warmup:
         return (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - 1 - warmup)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    if shape == "constant":
+        return 1.0
+    done = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+    return floor + (1 - floor) * (1 - done if shape == "linear" else 0.5 * (1 + math.cos(math.pi * done)))

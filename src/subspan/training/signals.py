@@ -10,9 +10,9 @@ from types import FrameType
 class RunInterruptedError(Exception):
     """A signal asked the run to stop; it has saved a checkpoint."""
 
-    def __init__(self, signum: int, step: int, out: str, ranks: int = 1) -> None:
-        command = "subspan" if ranks == 1 else "torchrun ... -m subspan"
-        again = f"{command} pretrain --config {out}/config.yaml --out {out} --resume auto"
+    def __init__(self, signum: int, step: int, out: str, ranks: int = 1, command: str = "pretrain") -> None:
+        program = "subspan" if ranks == 1 else "torchrun ... -m subspan"
+        again = f"{program} {command} --config {out}/config.yaml --out {out} --resume auto"
         super().__init__(f"{signal.Signals(signum).name}: saved at step {step}; to continue: {again}")
         self.signum = signum
 

@@ -12,11 +12,11 @@ from subspan.training.errors import InputError, first_line
 _EOS = "<eos>"
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, *, needs_end: bool = True) -> PreTrainedTokenizerBase:
     """``bytes`` (256 and an end of text), ``embedded`` (the corpus's BPE of 4,096), or a Hugging Face path or name.
 
     Raises:
-        InputError: it cannot be loaded, or has no end-of-text token to put between documents.
+        InputError: it cannot be loaded, or has no end-of-text token to put between documents, if that is needed.
     """
     if name == "bytes":
         return _wrap(_byte_tokenizer())
@@ -32,7 +32,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"tokenizer {name!r} cannot be loaded: {first_line(error)}; "
             "give 'bytes', 'embedded', or the directory of a saved tokenizer"
         ) from error
-    if tokenizer.eos_token_id is None:
+    if needs_end and tokenizer.eos_token_id is None:
         raise InputError(f"tokenizer {name!r} has no end-of-text token to put between documents; set eos_token in its config")
     tokenizer.model_max_length = 10**12  # documents are cut into sequences later: its warning would mislead
     return tokenizer

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from subspan.training.batches import Batch
+from subspan.training.batches import Batch, Order
 from subspan.training.documents import Documents, Split
 from subspan.training.errors import InputError
 from subspan.training.files import no_space, remove_directory
@@ -29,12 +29,11 @@ _FORMAT = 3  # part of the cache's key: raise it when the files change
 class TokenWindows:
     """Windows of ``sequence_length`` predictions, cut end to end from the documents of a half and joined by end-of-text tokens.
 
-    Epoch ``e`` visits every training window once, in the order of ``torch.randperm`` seeded by ``(seed, e)``. The cursor is
-    ``(epoch, index)``.
+    The training windows come in the order of ``Order``.
     """
 
     def __init__(self, folder: Path, sequence_length: int, seed: int, validation_tokens: int) -> None:
-        self.length, self.seed, self.validation_tokens = sequence_length, seed, validation_tokens
+        self.length, self.validation_tokens = sequence_length, validation_tokens
         meta = _meta(folder)
         if meta is None:
             raise _damaged(folder)
@@ -53,18 +52,10 @@ class TokenWindows:
                     f"{self.documents[half]} documents, fewer than one sequence and its next token; "
                     "give more data, or a shorter sequence"
                 )
-        self.epoch, self.index = 0, 0
-        self._order = self._shuffle(0)
+        self.order = Order(self._count("train"), seed)
 
     def next_batch(self, size: int) -> Batch:
-        chosen: list[Tensor] = []
-        while (wanted := size - sum(map(len, chosen))) > 0:
-            chosen.append(self._order[self.index : self.index + wanted])
-            self.index += len(chosen[-1])
-            if self.index >= len(self._order):
-                self.epoch, self.index = self.epoch + 1, 0
-                self._order = self._shuffle(self.epoch)
-        return self._windows("train", torch.cat(chosen))
+        return self._windows("train", self.order.take(size))
 
     def validation(self) -> Batch:
         count = self._count("validation")
@@ -72,15 +63,14 @@ class TokenWindows:
         return self._windows("validation", torch.arange(wanted) * count // wanted)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "index": self.index, "digest": self.digest}
+        return {**self.order.state_dict(), "digest": self.digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["digest"] != self.digest:
             raise InputError(
                 "data: the documents or the tokenizer have changed since the checkpoint; start anew with another --out"
             )
-        self.epoch, self.index = state["epoch"], state["index"]
-        self._order = self._shuffle(self.epoch)
+        self.order.load_state_dict(state)
 
     def describe(self) -> str:
         sizes = [f"{len(tokens):,} {half} tokens (documents: {self.documents[half]})" for half, tokens in self.halves.items()]
@@ -88,10 +78,6 @@ class TokenWindows:
 
     def _count(self, half: Split) -> int:
         return (len(self.halves[half]) - 1) // self.length
-
-    def _shuffle(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-        return torch.randperm(self._count("train"), generator=generator)
 
     def _windows(self, half: Split, numbers: Tensor) -> Batch:
         tokens = self.halves[half]

@@ -1,0 +1,24 @@
+"""``subspan finetune``: a run on labelled examples, alone or one of the processes that torchrun has started."""
+
+from collections.abc import Callable
+from typing import Any
+
+from subspan.cli.parsing import Namespace
+from subspan.cli.running import run_parser, run_training
+from subspan.training.config import FinetuneConfig
+
+_ABOUT = "Fine-tune a model on labelled examples, or a causal language model on prompts and answers."
+
+
+def add_to(commands: Any, name: str) -> None:
+    commands.add_subcommand(name, run_parser(FinetuneConfig, _ABOUT), help="fine-tune a model on a task")
+
+
+def run(settings: Namespace) -> int:
+    return run_training("finetune", FinetuneConfig, _ABOUT, settings, _load)
+
+
+def _load() -> Callable[..., Any]:
+    from subspan.training.finetuning.run import Finetuning
+
+    return Finetuning

@@ -1,0 +1,428 @@
+"""A run: everything is checked and loaded first, then trained, measured and saved. What is trained is a ``Task``."""
+
+import json
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from subspan import distributed
+from subspan.backward import project_backward
+from subspan.carriers import layer_of
+from subspan.factory import create
+from subspan.optimizer import SubspaceOptimizer
+from subspan.shapes import layout_of
+from subspan.training import checkpoint as checkpoints
+from subspan.training.errors import InputError
+from subspan.training.files import write_text
+from subspan.training.finetuning.resolve import ResolvedFinetune
+from subspan.training.integrity import seal
+from subspan.training.metrics import Meter, Metrics
+from subspan.training.parallel import Ranks
+from subspan.training.probes import Probes, check_probes
+from subspan.training.progress import ProgressLine, say
+from subspan.training.resolve import ResolvedConfig
+from subspan.training.rundir import claim, locate
+from subspan.training.saved import SavedBytes
+from subspan.training.schedule import lr_factor
+from subspan.training.signals import RunInterruptedError, collect_signals
+from subspan.training.task import Task
+
+
+class Reported(Protocol):
+    """What a finished run reports."""
+
+    def as_json(self) -> dict[str, Any]: ...
+
+
+R = TypeVar("R", bound=Reported)
+
+
+class RunDivergedError(RuntimeError):
+    """The loss, or a weight, is no longer a number."""
+
+
+class Training(ABC, Generic[R]):
+    """A run that is ready to start. Building it reads, checks and loads; it writes nothing but caches.
+
+    Args:
+        config: its settings.
+        open_task: reads what is trained. One rank of each machine calls it first.
+        ranks: the processes that share the work, each of which builds this and runs it.
+
+    Raises:
+        ValueError: a setting is wrong; the message names it.
+    """
+
+    command: str
+    """Of ``subspan``, which continues the run."""
+
+    def __init__(self, config: ResolvedConfig | ResolvedFinetune, open_task: Callable[[], Task], ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.settings = _plain(asdict(config))
+        if config.batch_size % ranks.size:
+            raise InputError(f"batch_size={config.batch_size}: expected a multiple of the {ranks.size} processes that share it")
+        # Said by one rank: others may still be looking when it has begun to write.
+        out, checkpoint = ranks.from_first(lambda: [path and str(path) for path in locate(config, self.settings)])
+        self.out, self._resumed = Path(out), checkpoint and Path(checkpoint)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+
+        with ranks.one_first():
+            self.task = open_task()
+        self.tokenizer, self.data = self.task.tokenizer, self.task.data
+        model = self.task.build_model()
+        if config.gradient_checkpointing:
+            # The second name is that of transformers before 5.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()  # type: ignore[operator]  # transformers' method
+        if config.precision == "bf16":
+            for p in model.parameters():  # not the buffers: rotary frequencies in bf16 would be another model
+                p.data = p.data.to(torch.bfloat16)
+        if config.backward_side:
+            project_backward(
+                model,
+                rank=config.rank,
+                targets=config.optim.targets,
+                share=config.optim.share,
+                merge=config.optim.merge,
+                select_from=config.optim.select_from,
+            )
+        self.model: nn.Module = ranks.place(model, config.device).train()
+        self.optimizer = _build_optimizer(config, self.model)
+        self.probes: Probes | None = None
+        if config.probes.subspace:
+            check_probes(config.probes, self.optimizer, config.optimizer, config.parallel, config.batch_size)
+        self.wrapped = ranks.wrap(self.model)
+        if ranks.rank:  # rank 0 draws what one process would
+            torch.manual_seed((config.seed * 1_000_003 + ranks.rank) % 2**63)
+        steps, plan = config.steps, config.schedule
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda t: lr_factor(t, steps, plan.warmup_steps, plan.min_lr_ratio, plan.shape)
+        )
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.best: dict[str, Any] | None = None
+        """The best evaluation so far: its ``step``, what it ``measured``, and how many since were not better (``waited``)."""
+        self.judged = 0
+        """The step of the last evaluation."""
+        self.saved_bytes: int | None = None
+        """What a forward pass keeps for the backward pass: of the first part of the second batch, when no basis is new."""
+        if self._resumed:
+            self._load(self._resumed)
+
+    @abstractmethod
+    def summarise(self, measured: dict[str, float]) -> R:
+        """What the finished run reports; ``measured`` is the last evaluation."""
+
+    def run(self) -> R:
+        """Train to the last step, or to where nothing gets better.
+
+        Raises:
+            RunInterruptedError: SIGTERM or SIGINT came; the run is saved and can be resumed.
+            RunDivergedError: the loss or a weight is not finite.
+        """
+        config, ranks = self.config, self.ranks
+        self.out = Path(ranks.from_first(self._claim))
+        self._announce()
+        began = time.monotonic() - self.seconds
+        with (
+            ProgressLine(config.steps, self.step, shown=ranks.first) as progress,
+            Metrics(self.out, self.step, config.tensorboard) if ranks.first else nullcontext() as metrics,
+            self._open_probes() if ranks.first and config.probes.subspace else nullcontext() as self.probes,
+            collect_signals() as received,
+        ):
+            meter = Meter()
+            measured: dict[str, float] = {}
+            if self.task.selects and self._due() and self.judged != self.step:  # a signal came in between
+                self._evaluate(metrics)
+            while not self._over():
+                meter.start()
+                loss, norm, lr, tokens = self._train_step()
+                meter.stop(loss, tokens)
+                self.seconds = time.monotonic() - began
+                last = self.step == config.steps
+                signum = self._signal(received)
+                stopping = bool(signum) and not last
+                saving = stopping or last or self.step % config.checkpoint.every == 0
+                if saving or self.step % config.log_every == 0:  # nothing is saved whose loss is not known to be finite
+                    row = {"step": self.step, "tokens": self.tokens, **meter.read(), "grad_norm": float(norm), "lr": lr}
+                    row["loss"] = ranks.sum(row["loss"])
+                    self._check_finite(row["loss"])
+                    if metrics:
+                        metrics.write(row | {"seconds": round(self.seconds, 3)})
+                    progress.note(row["loss"], row["tokens_per_second"])
+                progress.update(self.step)
+                if last:
+                    break
+                if self._due() and not stopping:  # who stops a run does not want to wait
+                    measured = self._evaluate(metrics)
+                    progress.say(f"step {self.step}: {self.task.words(measured)}")
+                    if self._over():
+                        break
+                    signum = self._signal(received)
+                    stopping = bool(signum)
+                if saving or stopping or self._is_best():
+                    self._save()
+                if stopping:
+                    raise RunInterruptedError(signum, self.step, str(self.out), ranks.size, self.command)
+            if not measured or self.judged != self.step:
+                measured = self._evaluate(metrics)
+            self.seconds = time.monotonic() - began
+            self._save()
+        summary = self.summarise(measured)
+        if ranks.first:
+            write_text(self.out / "summary.json", json.dumps(summary.as_json()) + "\n")
+        ranks.barrier()
+        return summary
+
+    def _due(self) -> bool:
+        """Whether this step, which is neither the first nor the last, ends in an evaluation."""
+        return 0 < self.step < self.config.steps and self.step % self.config.evaluation.every == 0
+
+    def _over(self) -> bool:
+        """Whether the run is at its last step, or has waited long enough for a better evaluation."""
+        patience = getattr(self.config.evaluation, "patience", None)
+        return self.step >= self.config.steps or bool(patience and self.best and self.best["waited"] >= patience)
+
+    def _is_best(self) -> bool:
+        return self.best is not None and self.best["step"] == self.step
+
+    def _open_probes(self) -> Probes:
+        assert isinstance(self.optimizer, SubspaceOptimizer)  # check_probes has seen to that
+        return Probes(self.config.probes, self.optimizer, self.out, self.step)
+
+    def _claim(self) -> str:
+        """The run's directory, made if this is not the continuation of the run there; with its best checkpoint."""
+        out = self.out
+        if not (self.config.resume and (out / "config.yaml").exists()):
+            out = claim(out, self.settings, numbered=self.config.out is None)
+        if self.best and self._resumed:
+            checkpoints.adopt(self._resumed.parent / checkpoints.name_of(self.best["step"]), out / "checkpoints")
+        return str(out)
+
+    def _signal(self, received: list[int]) -> int:
+        """The signal that a rank has received, the same on every rank, or 0.
+
+        Asked at every step: it is one sum of eight bytes between CPUs, and torchrun gives processes 30 seconds to save.
+        """
+        return self.ranks.largest(received[0] if received else 0)
+
+    def _train_step(self) -> tuple[torch.Tensor, torch.Tensor, float, int]:
+        """One optimizer step: this rank's share of the mean token loss, the norm of the gradient before clipping, the learning
+        rate, the tokens of all ranks."""
+        config, ranks = self.config, self.ranks
+        batch = self.data.next_batch(config.batch_size)
+        weight, tokens = batch.weight(), batch.tokens()
+        total = torch.zeros((), device=config.device)
+        parts = batch.part(ranks.rank, ranks.size).split(config.micro_batch_size)
+        if self.probes:
+            self.probes.noise(
+                self.step + 1, batch, lambda part: self.task.losses(self.model, part.to(config.device)), self.model
+            )
+        for number, part in enumerate(parts, 1):
+            with ranks.accumulating(self.wrapped, last=number == len(parts)):
+                with self._autocast(), self._counting(number) as saved:
+                    # Over the whole batch's targets, so that accumulation changes nothing, padding or not.
+                    loss = self.task.losses(self.wrapped, part.to(config.device)) / max(1, weight)
+                if saved:
+                    self.saved_bytes = saved.total
+                (loss * ranks.size).backward()  # gradients are averaged over the ranks
+            total += loss.detach()
+        norm = ranks.whole_norm(nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf))
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        if self.probes:
+            self.probes.step(self.step + 1, self.optimizer.step)
+        else:
+            self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.tokens += tokens
+        return total, norm, lr, tokens
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.config.device, torch.bfloat16, enabled=self.config.precision == "bf16-mixed")
+
+    def _counting(self, part: int) -> AbstractContextManager[SavedBytes | None]:
+        if not self.task.selects or self.ranks.size > 1 or (self.step, part) != (1, 1):
+            return nullcontext()
+        state = [value for held in self.optimizer.state.values() for value in held.values() if isinstance(value, torch.Tensor)]
+        return SavedBytes(self.model, [], state)
+
+    def _evaluate(self, metrics: Metrics | None) -> dict[str, float]:
+        began = time.monotonic()
+        measured = self.task.evaluate(self.model, self.config.micro_batch_size, self._autocast(), self.ranks)
+        seconds = round(time.monotonic() - began, 3)
+        self._check_finite(measured["val_loss"])
+        if metrics:
+            metrics.write({"step": self.step, "tokens": self.tokens, **measured, "val_seconds": seconds})
+        if self.task.selects and self.judged != self.step:
+            if self.best is None or self.task.worth(measured) > self.task.worth(self.best["measured"]):
+                self.best = {"step": self.step, "measured": measured, "waited": 0}
+            else:
+                self.best["waited"] += 1
+        self.judged = self.step
+        return measured
+
+    def _check_finite(self, loss: float) -> None:
+        if not loss < self.task.largest_loss:
+            raise self._diverged(f"loss {loss}")
+
+    def _check_weights(self) -> None:
+        """Nothing is saved of weights that are no numbers: the loss of a step is that of the weights before it."""
+        finite = torch.stack([distributed.local(p.detach()).isfinite().all() for p in self.model.parameters()]).all()
+        if self.ranks.largest(not finite):
+            raise self._diverged("weights that are not finite")
+
+    def _diverged(self, what: str) -> RunDivergedError:
+        return RunDivergedError(
+            f"{what} at step {self.step}: the run diverged; try a lower --lr (now {self.config.lr}) "
+            f"or a longer --schedule.warmup_steps (now {self.config.schedule.warmup_steps})"
+        )
+
+    def _announce(self) -> None:
+        config, ranks = self.config, self.ranks
+        if not ranks.first:
+            return
+        number = sum(p.numel() for p in self.model.parameters())
+        say(f"{config.model}: {number:,} parameters in {config.precision} on {config.device}; {self.data.describe()}")
+        summary = getattr(self.optimizer, "summary", None)
+        say(f"{config.optimizer}: {summary()}" if summary else f"{config.optimizer}: torch.optim.AdamW on every parameter")
+        if full := _uncompressed(self.optimizer):
+            say(f"rank={config.rank}: reaches the shorter side of {full} matrices, which are trained at full rank")
+        if self.step:
+            say(f"continues at step {self.step}" if self.step < config.steps else f"already complete at step {self.step}")
+        if ranks.size > 1:
+            share = config.batch_size // ranks.size
+            say(f"{ranks.size} processes, {ranks.mode}: each takes {share} of {config.batch_size} sequences")
+        say(f"writes to {self.out}")
+
+    def _save(self) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            RunDivergedError: a weight is not finite; nothing is written.
+        """
+        self._check_weights()
+        ranks = self.ranks
+        rng = {"cpu": ranks.gather(torch.get_rng_state())}
+        if self.config.device == "cuda":
+            rng["cuda"] = ranks.gather(torch.cuda.get_rng_state())
+        training = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "data": self.data.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": {kind: states[0] for kind, states in rng.items()},
+            "rng_of_other_ranks": [{kind: states[rank] for kind, states in rng.items()} for rank in range(1, ranks.size)],
+            "settings": self.settings,
+            "best": self.best,
+            "judged": self.judged,
+            "saved_bytes": self.saved_bytes,
+        }
+        folder, keep, best = self.out / "checkpoints", self.config.checkpoint.keep, self.best["step"] if self.best else None
+        if ranks.sharded:
+            self._save_shards(folder, keep, best, training)
+        elif ranks.first:
+            parts = {"optimizer": self.optimizer.state_dict(), "training": training}
+            checkpoints.save(folder, self.step, keep, self.model, self.tokenizer, parts, best)
+        ranks.barrier()
+
+    def _save_shards(self, folder: Path, keep: int, best: int | None, training: dict[str, Any]) -> None:
+        from subspan.training.publish import open_scratch, publish
+        from subspan.training.sharded import save_sharded
+
+        scratch = open_scratch(folder)
+        save_sharded(scratch, self.model, self.optimizer)
+        if self.ranks.first:
+            self.model.config.save_pretrained(scratch)  # type: ignore[union-attr, operator]  # transformers' method
+            self.tokenizer.save_pretrained(scratch)
+            torch.save(training, scratch / "training.pt")
+            seal(scratch, but="*.safetensors")
+        publish(scratch, step=self.step, keep=keep, best=best)
+
+    def _load(self, folder: Path) -> None:
+        training = checkpoints.load_part(folder, "training")
+        if not (folder / "optimizer.pt").exists():  # ranks have saved their parts
+            from subspan.training.sharded import load_sharded
+
+            load_sharded(folder, self.model, self.optimizer)
+        elif self.ranks.sharded:
+            raise InputError(
+                f"parallel='fsdp': the checkpoint {folder} holds the whole model in one file; continue it with --parallel ddp "
+                "or in one process, or start anew with another --out"
+            )
+        else:
+            optimizer = checkpoints.load_part(folder, "optimizer")
+            checkpoints.load_weights(folder, self.model)
+            self.optimizer.load_state_dict(optimizer)
+        self.scheduler.load_state_dict(training["scheduler"])
+        self.data.load_state_dict(training["data"])
+        states = [training["rng"], *training.get("rng_of_other_ranks", [])]
+        if self.ranks.rank < len(states):  # a rank that the run did not have keeps its own
+            rng = states[self.ranks.rank]
+            torch.set_rng_state(rng["cpu"])
+            if "cuda" in rng and self.config.device == "cuda":
+                torch.cuda.set_rng_state(rng["cuda"])
+        self.step, self.tokens, self.seconds = training["step"], training["tokens"], training["seconds"]
+        self.judged, self.saved_bytes = training.get("judged", 0), training.get("saved_bytes")
+        self.best = training.get("best")
+        if self.best and not (folder.parent / checkpoints.name_of(self.best["step"])).exists():
+            say(f"checkpoint {folder}: the best one, of step {self.best['step']}, is gone; the best from here on is kept")
+            self.best = None
+
+
+def _build_optimizer(config: ResolvedConfig | ResolvedFinetune, model: nn.Module) -> torch.optim.Optimizer:
+    return create(
+        config.optimizer,
+        model,
+        lr=config.lr,
+        rank=config.rank,
+        update_proj_gap=config.update_proj_gap,
+        scale=config.scale,
+        proj_type=config.optim.proj_type,
+        transfer=config.optim.transfer,
+        selector=config.optim.selector,
+        rule=config.optim.rule,
+        residual=config.optim.residual,
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+        weight_decay=config.weight_decay,
+        stagger=config.optim.stagger,
+        eta=config.optim.eta,
+        proximal=config.optim.proximal,
+        state_dtype=config.optim.state_dtype,
+        min_8bit_size=config.optim.min_8bit_size,
+        bf16_stochastic_round=config.optim.bf16_stochastic_round,
+        lr_full=config.optim.lr_full,
+        seed=config.seed,
+        total_steps=config.steps,
+        targets=config.optim.targets,
+    )
+
+
+def _uncompressed(optimizer: torch.optim.Optimizer) -> int:
+    """How many matrices that should be projected have a side no longer than the rank."""
+    shapes = [
+        layout_of(p.shape, group["rank"], group["proj_type"], group["flatten"])
+        for group in optimizer.param_groups
+        if group.get("rank") is not None
+        for p in group["params"]
+        if layer_of(p) is None
+    ]
+    return sum(layout.side is None and len(layout.shape) > 1 for layout in shapes)
+
+
+def _plain(value: Any) -> Any:
+    """Lists for tuples, so that settings equal what YAML and a checkpoint give back."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
