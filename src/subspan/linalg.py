@@ -18,7 +18,7 @@ LARGE = 512
 
 
 def spectral_dtype(device: torch.device, n: int = 0) -> torch.dtype:
-    """The least precision of a factorisation over ``n`` columns: fp64 on a CPU, unless they are ``LARGE`` or more; fp32 elsewhere.
+    """The least precision of a factorisation over ``n`` columns: fp64 on a CPU if they are fewer than ``LARGE``, else fp32.
 
     The Gram matrix squares the condition number, so in fp32 singular values below ``3e-4`` of the largest are noise of that
     size. fp64 takes twice the time on a CPU, which is nothing where matrices are small, and far more on other devices.

@@ -23,8 +23,6 @@ from subspan.rows import ALL_HERE, Rows
 from subspan.rules._adam import Adam, correction
 from subspan.state import State
 
-_LONG_AGO = 1e30  # steps after which beta^step is 0
-
 
 @dataclass(frozen=True)
 class AdamW(Adam):
@@ -46,13 +44,11 @@ class AdamW(Adam):
         M, V = state["exp_avg"], state["exp_avg_sq"]
         if R.device.type != "cpu" or not R.dtype == M.dtype == V.dtype or not R.is_contiguous():
             return super().update_(R, state, rows)
-        # One pass of torch's fused kernel in place of seven. To a weight of zero and at an infinite step, where its own bias
-        # corrections are one, it adds -lr M / (sqrt(V) + eps).
-        (beta1, beta2), step = self.betas, state["step"].add_(1)
-        c1, root_c2 = correction(beta1, step), correction(beta2, step).sqrt()
-        U, late = torch.zeros_like(M), torch.full((), _LONG_AGO)
-        adamw([U], [R], [M], [V], [], [late], fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=-1.0, weight_decay=0.0,
-              eps=float(root_c2) * self.eps, maximize=False)  # fmt: skip
+        # One pass of torch's fused kernel in place of seven: to a weight of zero it adds -lr (M / c1) / (sqrt(V / c2) + eps).
+        (beta1, beta2), step, U = self.betas, state["step"], torch.zeros_like(M)
+        c1, root_c2 = correction(beta1, step + 1), correction(beta2, step + 1).sqrt()
+        adamw([U], [R], [M], [V], [], [step], fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=-c1 / root_c2,
+              weight_decay=0.0, eps=self.eps, maximize=False)  # fmt: skip
         return U, root_c2 / c1
 
     def memory(self, shape: tuple[str, ...], rows: int) -> dict[str, str]:
