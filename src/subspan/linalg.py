@@ -13,12 +13,22 @@ from torch import Tensor
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch does not declare it
 
 
-def spectral_dtype(device: torch.device) -> torch.dtype:
-    """The precision factorisations run in: fp64 on a CPU, where it costs twice; fp32 elsewhere, where it costs far more.
+LARGE = 512
+"""Columns from which on factorisations on a CPU are in fp32."""
 
-    The Gram matrix squares the condition number, so in fp32 singular values below ``3e-4`` of the largest are noise.
+
+def spectral_dtype(device: torch.device, n: int = 0) -> torch.dtype:
+    """The least precision of a factorisation over ``n`` columns: fp64 on a CPU if they are fewer than ``LARGE``, else fp32.
+
+    The Gram matrix squares the condition number, so in fp32 singular values below ``3e-4`` of the largest are noise of that
+    size. fp64 takes twice the time on a CPU, which is nothing where matrices are small, and far more on other devices.
     """
-    return torch.float64 if device.type == "cpu" else torch.float32
+    return torch.float64 if device.type == "cpu" and n < LARGE else torch.float32
+
+
+def _dtype_for(G: Tensor) -> torch.dtype:
+    """The precision of a factorisation of ``G (..., m, n)``."""
+    return torch.promote_types(G.dtype, spectral_dtype(G.device, min(G.shape[-2:])))
 
 
 @dataclass(frozen=True)
@@ -53,8 +63,22 @@ class Gram:
 
 def gram(G: Tensor) -> Tensor:
     """``GᵀG``, in ``spectral_dtype``."""
-    G = G.to(spectral_dtype(G.device))
-    return G.mT @ G
+    return _squared(G.to(torch.promote_types(G.dtype, spectral_dtype(G.device, G.shape[-1]))))
+
+
+def _squared(G: Tensor) -> Tensor:
+    """``GᵀG`` of a large matrix in blocks: it is symmetric, so those below the diagonal need not be computed."""
+    n = G.shape[-1]
+    if n < LARGE or G.ndim > 2:
+        return G.mT @ G
+    half = n // 2
+    left, right = G[:, :half], G[:, half:]
+    S = G.new_empty(n, n)
+    S[:half, :half] = _squared(left)
+    S[half:, half:] = _squared(right)
+    torch.mm(left.mT, right, out=S[:half, half:])
+    S[half:, :half] = S[:half, half:].mT
+    return S
 
 
 def column_norms(G: Tensor | Gram) -> Tensor:
@@ -88,7 +112,7 @@ def right_singular(G: Tensor | Gram, method: str = "gram", dtype: torch.dtype | 
     if isinstance(G, Gram):
         A, ways = G.matrix, (_eigh, _svd_of_gram)
     else:
-        A, ways = G.to(dtype or spectral_dtype(G.device)), (_svd, _gram) if method == "svd" else (_gram, _svd)
+        A, ways = G.to(dtype or _dtype_for(G)), (_svd, _gram) if method == "svd" else (_gram, _svd)
     for factorise in ways:
         try:
             sigma, V = factorise(A)
@@ -112,7 +136,7 @@ def _gram(G: Tensor) -> tuple[Tensor, Tensor]:
     largest = torch.linalg.vector_norm(G, ord=torch.inf, dim=(-2, -1), keepdim=True)
     G = G / largest.clamp_min(torch.finfo(G.dtype).tiny)
     m, n = G.shape[-2:]
-    sigma, vectors = _eigh(G.mT @ G if n <= m else G @ G.mT)
+    sigma, vectors = _eigh(_squared(G if n <= m else G.mT))
     # V = Gᵀ U / sigma: the QR does the division, and stays orthonormal where sigma is (nearly) zero.
     return sigma * largest.squeeze(-1), vectors if n <= m else orthonormalise(G.mT @ vectors)
 

@@ -178,7 +178,7 @@ class Residual(Protocol):
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether it reads more of the gradient than ``R``."""
+        """Whether it reads more of the gradient than ``R``. Law: if not, ``combine`` is ``scale * back(U)``."""
 
     @property
     def takes_rows(self) -> bool:

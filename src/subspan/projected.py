@@ -71,6 +71,12 @@ class ProjectedSteps:
             R = G if work.low_rank else self.selector.project(G, state)
             U, factor = rule.update_(prox.pull(R, state, group), moments, rows)
             prox.move_(U, factor, state, group)
+            if self._lifts_in_place(p, layout, group):
+                if moments is not state:
+                    quantization.store_(state, moments, rule.moments)
+                self._decay(p, group)
+                self.selector.subtract_(layout.enter(p), U.mul_(group["scale"] * group["lr"] * factor), state)
+                return
             D = self.residual.combine(G, R, U, group["scale"], lambda A: self.selector.project_back(A, state), state, rows)
         if moments is not state:
             quantization.store_(state, moments, rule.moments)
@@ -79,9 +85,19 @@ class ProjectedSteps:
             generator = linalg.keyed_generator("round", *work.key, *distributed.place_of(work.p), device=p.device)
             add_rounded_(p, D.neg_(), 1 - group["lr"] * group["weight_decay"], generator)
             return
+        self._decay(p, group)
+        p.sub_(D)
+
+    def _lifts_in_place(self, p: Tensor, layout: Layout, group: Mapping[str, Any]) -> bool:
+        """Whether the weight takes ``U Qᵀ`` without another tensor of its size: nothing else is added to it, it is seen as
+        matrices without a copy, and nothing is to be rounded at random."""
+        rounded = group["bf16_stochastic_round"] and p.dtype == torch.bfloat16
+        return not (self.residual.needs_gradient or rounded) and (p.ndim == len(layout.shape) or p.is_contiguous())
+
+    @staticmethod
+    def _decay(p: Tensor, group: Mapping[str, Any]) -> None:
         if group["weight_decay"] != 0:
             p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.sub_(D)
 
     def _due(self, state: State, group: Mapping[str, Any], order: int) -> bool:
         period = self.selector.period(group["update_proj_gap"], state)

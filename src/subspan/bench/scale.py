@@ -85,7 +85,7 @@ def compute(machines: Machines) -> dict[str, Any]:
 
 def _rows(machines: Machines, model: Llama, rank: int, name: str, world: int) -> Iterator[dict[str, Any]]:
     way, links = WAYS[name], machines.links if world > machines.node else machines.links[:1]
-    traffic = Traffic(model, rank, world, way, width=4, gathered_width=2, gram_width=4)
+    traffic = Traffic(model, rank, world, way, width=4, gathered_width=2, device=torch.device("cuda"))
     step, refresh = traffic.step().wire(world), traffic.refresh().wire(world)
     held, seconds = memory(traffic), _seconds(machines, traffic)
     wire = amortised(step, refresh, machines.period)

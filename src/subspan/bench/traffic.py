@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from subspan.bench.collectives import Sent
 from subspan.bench.shapes import Layer, Llama, padded
+from subspan.linalg import spectral_dtype
 from subspan.shapes import layout_of
 
 
@@ -56,8 +59,8 @@ class Traffic:
     gathered_width: int = 4
     """Of a weight as ``fully_shard`` gathers it."""
     select_from: Literal["owner", "mean"] = "owner"
-    gram_width: int = 8
-    """Of a Gram matrix: fp64 on a CPU, fp32 elsewhere."""
+    device: torch.device = torch.device("cpu")
+    """What a Gram matrix is made on, which decides its precision."""
 
     def step(self) -> Sent:
         """An ordinary step."""
@@ -83,7 +86,7 @@ class Traffic:
         elif self.way.sharded:
             for layer in self.model.block * self.model.layers:
                 if (n := self.compressed(layer)) is not None:
-                    sent.add("all_reduce", self.gram_width * n * n)
+                    sent.add("all_reduce", spectral_dtype(self.device, n).itemsize * n * n)
                     sent.add("broadcast", self._basis(n))
         else:  # whole gradients, and each rank chooses the same basis from them
             sent.bytes["all_reduce"] = self.width * self.model.numel

@@ -15,7 +15,13 @@ Deviations: none from ``torch.optim.AdamW``. GaLore's code adds epsilon before t
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from subspan.rules._adam import Adam
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from subspan.rows import ALL_HERE, Rows
+from subspan.rules._adam import Adam, correction
+from subspan.state import State
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,17 @@ class AdamW(Adam):
 
     def blocks(self, shape: tuple[int, ...], rows: int) -> tuple[int, ...]:
         return shape
+
+    def update_(self, R: Tensor, state: State, rows: Rows = ALL_HERE) -> tuple[Tensor, Tensor]:
+        M, V = state["exp_avg"], state["exp_avg_sq"]
+        if R.device.type != "cpu" or not R.dtype == M.dtype == V.dtype or not R.is_contiguous():
+            return super().update_(R, state, rows)
+        # One pass of torch's fused kernel in place of seven: to a weight of zero it adds -lr (M / c1) / (sqrt(V / c2) + eps).
+        (beta1, beta2), step, U = self.betas, state["step"], torch.zeros_like(M)
+        c1, root_c2 = correction(beta1, step + 1), correction(beta2, step + 1).sqrt()
+        adamw([U], [R], [M], [V], [], [step], fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=-c1 / root_c2,
+              weight_decay=0.0, eps=self.eps, maximize=False)  # fmt: skip
+        return U, root_c2 / c1
 
     def memory(self, shape: tuple[str, ...], rows: int) -> dict[str, str]:
         size = "*".join(shape)
