@@ -126,7 +126,7 @@ def _row(setting: RefreshSetting, shape: str) -> tuple[dict[str, Any], dict[str,
         "svd_fp32": keep("svd_fp32", lambda: _svd(weight, layout.side)),
     }
     seconds = timing.rounds(contenders, setting.pairs, budget=setting.budget)
-    chosen = {"gram_fp64": linalg.right_singular(G, "gram", torch.float64)} | chosen  # on a CPU that of a refresh
+    chosen = {"gram_fp64": linalg.right_singular(G, "gram", torch.float64)} | chosen  # that of a refresh below 512 columns
     exact = _svd(weight.double(), layout.side)
     return {
         "shape": shape,
