@@ -27,15 +27,16 @@ VARIABLES = {
 }
 
 
-def formulas(selector: Selector | None, rule: Rule, residual: Residual, state_dtype: str) -> dict[str, str]:
+def formulas(selector: Selector | None, rule: Rule, residual: Residual, state_dtype: str, width: int = 4) -> dict[str, str]:
     """Bytes of state of one parameter: ``projected`` (not of a full-rank method), ``matrix`` and ``vector``.
 
     Of a method with a subspace also ``basis``, of what ``projected`` holds of it and of each basis that backward-side layers
     share; and where the method can make its gradient in the backward pass ``carrier``, of a weight of ``rows x columns``.
+    ``width``: bytes of a number of a moment that is not in 8 bits; torch's own AdamW has that of the weights.
     """
 
     def total(*parts: Mapping[str, str]) -> str:
-        return _sum([entry for part in parts for entry in part.values()], state_dtype)
+        return _sum([entry for part in parts for entry in part.values()], state_dtype, width)
 
     found = {"matrix": total(rule.memory(("a", "b"), -2)), "vector": total(rule.memory(("k",), -2))}
     if selector is None:
@@ -122,23 +123,36 @@ def _numel(shape: tuple[int, ...], rows: int) -> int:
 
 
 def _state(
-    formula: Mapping[str, str], shape: tuple[int, ...], rows: int, sharded: bool, group: Mapping[str, Any]
+    formula: Mapping[str, str],
+    shape: tuple[int, ...],
+    rows: int,
+    sharded: bool,
+    group: Mapping[str, Any],
 ) -> tuple[int, int]:
     """Bytes of the state of an ordinary parameter of which ``rows`` are here: all but its basis, and the basis."""
     smallest, rank = group.get("min_8bit_size", SMALLEST), group.get("rank")
     if len(shape) < 2:
         return _value(formula["vector"], smallest, k=rows), 0
-    whole, columns = shape
-    side = layout_of(shape, rank, group.get("proj_type", "std")).side
-    if side is None or rank is None:
-        return _value(formula["matrix"], smallest, whole, a=rows, b=columns), 0
-    # "rows >= columns" in a formula says that the columns are compressed, as those of a tall matrix are.
-    if sharded or side == "right":
-        sizes = {"m": rows, "n": columns, "r": rank, "rows": 1, "columns": 0}
+    layout = layout_of(shape, rank, group.get("proj_type", "std"), group.get("flatten", False))
+    if len(layout.shape) == 3:  # a stack, of which ``rows`` matrices are here: each has moments and a basis of its own
+        stack, (whole, columns) = shape[0], layout.shape[1:]
+        number, rows = rows, whole
     else:
-        whole, sizes = columns, {"m": columns, "n": rows, "r": rank, "rows": 0, "columns": 1}
-    basis = _value(formula["basis"], smallest, columns=sizes["n"], r=rank)
-    return _value(formula["projected"], smallest, whole, **sizes) - basis, basis
+        stack, number, (whole, columns) = 1, 1, layout.shape
+    if layout.side is None or rank is None:
+        sizes, kind = {"a": rows, "b": columns}, "matrix"
+    # "rows >= columns" in a formula says that the columns are compressed, as those of a tall matrix are.
+    elif sharded or layout.side == "right":
+        sizes, kind = {"m": rows, "n": columns, "r": rank, "rows": 1, "columns": 0}, "projected"
+    else:
+        sizes, kind = {"m": columns, "n": rows, "r": rank, "rows": 0, "columns": 1}, "projected"
+        whole = columns
+    counters = _value(formula[kind], smallest, **dict.fromkeys(sizes, 0))  # one for the whole stack
+    state = (_value(formula[kind], smallest, whole * stack, **sizes) - counters) * number + counters
+    if kind == "matrix":
+        return state, 0
+    basis = _value(formula["basis"], smallest, columns=sizes["n"], r=sizes["r"]) * number
+    return state - basis, basis
 
 
 def _value(expression: str, smallest: int, whole: int | None = None, **sizes: int) -> int:
@@ -151,13 +165,13 @@ def _value(expression: str, smallest: int, whole: int | None = None, **sizes: in
     return int(eval(expression, {"__builtins__": {}}, names))  # written by the parts, never read from outside
 
 
-def _sum(terms: Iterable[str], state_dtype: str) -> str:
+def _sum(terms: Iterable[str], state_dtype: str, width: int) -> str:
     """``["4", "M(m*r)", "M(m*r)", "4*n*r"]`` as ``8*m*r + 4*n*r + 4``."""
     factors: dict[str, int] = {}
     for term in terms:
         if moment := re.fullmatch(r"M\((.*)\)", term):
             packed = state_dtype == "int8" and "*" in moment[1]  # vectors are not
-            term = f"q({moment[1].replace('*', ', ')})" if packed else f"4*{moment[1]}"
+            term = f"q({moment[1].replace('*', ', ')})" if packed else f"{width}*{moment[1]}"
         number, _, rest = term.partition("*") if term[0].isdigit() else ("1", "", term)
         factors[rest] = factors.get(rest, 0) + int(number)
     ordered = sorted(factors.items(), key=lambda item: item[0] == "")  # the constant last

@@ -149,6 +149,10 @@ class ProjectedSteps:
         if not distributed.is_spread(p):
             return
         distributed.check_placement(p, f"a parameter of shape {tuple(p.shape)}")
+        self.check_spreadable(p, group)
+
+    def check_spreadable(self, p: Tensor, group: Mapping[str, Any]) -> None:
+        """Raise unless this method can train ``p`` when its rows are spread over ranks."""
         if group["rank"] is None or p.ndim < 2 or layer_of(p) is not None:
             return
         why = None

@@ -85,6 +85,26 @@ def test_whole_copies(name: str, proj_type: str) -> None:
     assert evaluate_groups(formula, meta) == held
 
 
+class Experts(nn.Module):
+    """Stacks of matrices, tall and wide, and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(3, *shape)) for shape in ((50, 40), (40, 50)))
+        self.filter = nn.Conv2d(8, 60, 3)
+
+
+@pytest.mark.parametrize("rank", [RANK, 40])
+@pytest.mark.parametrize("name", ["sara_adamw", "sara_adamw_8bit", "sara_adafactor", "galore_sgd"])
+def test_stacks_of_matrices(name: str, rank: int) -> None:
+    """Each matrix of a stack has moments and a basis of its own, or at rank 40 none."""
+    model = Experts()
+    optimizer = subspan.create(name, model, rank=rank, targets=["up", "down", "filter.weight"], min_8bit_size=SMALLEST)
+    held = evaluate_groups(describe(name)["state_formula"], optimizer.param_groups)
+    assert held["states"] + held["bases"] == state_bytes(optimizer)
+    assert held["bases"] == sum(here(state["basis"]) for state in optimizer.state.values() if "basis" in state)
+
+
 def test_the_parts_of_all_ranks_are_the_whole() -> None:
     groups = subspan.create("sara_adamw", build(), rank=RANK, proj_type="right").param_groups
     formula = describe("sara_adamw")["state_formula"]

@@ -67,21 +67,12 @@ def build_model(
     setting: Setting, backward_side: bool, select_from: Literal["owner", "mean"] = "owner"
 ) -> tuple[nn.Module, Handle | None]:
     """The model with fresh weights, and the handle of its backward-side layers if it has them."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    preset = PRESETS[setting.model]
+    from subspan.bench.shapes import Llama  # it needs the vocabulary
+
     torch.manual_seed(setting.seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=preset.hidden,
-            intermediate_size=preset.mlp,
-            num_hidden_layers=preset.layers,
-            num_attention_heads=preset.heads,
-            max_position_embeddings=max(1024, setting.sequence_length),
-            tie_word_embeddings=False,
-        )
-    ).train()
+    model = LlamaForCausalLM(Llama.of(PRESETS[setting.model]).config(setting.sequence_length)).train()
     return model, project_backward(model, rank=setting.rank, select_from=select_from) if backward_side else None
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from subspan.bench.setting import VOCABULARY
 from subspan.training.presets import Preset
@@ -36,6 +37,21 @@ class Llama:
     def of(cls, preset: Preset) -> "Llama":
         """The shapes of a preset."""
         return cls(preset.hidden, preset.mlp, preset.layers, preset.heads, kv=preset.hidden)
+
+    def config(self, sequence_length: int) -> Any:
+        """Of transformers' LLaMA, with as many positions as the sequences need."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            vocab_size=self.v,
+            hidden_size=self.d,
+            intermediate_size=self.f,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv * self.heads // self.d,
+            max_position_embeddings=max(1024, sequence_length),
+            tie_word_embeddings=False,
+        )
 
     @property
     def sharing(self) -> list[list[Layer]]:

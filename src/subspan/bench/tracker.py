@@ -1,10 +1,10 @@
 """What lives in memory during a step, counted storage by storage, on any device."""
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -15,34 +15,33 @@ class LiveBytes(TorchDispatchMode):
     Exact but for what an operation allocates and frees within itself, such as the workspace of a factorisation.
     """
 
-    def __init__(self, held: Iterable[Tensor]) -> None:
-        """``held``: what is there before."""
+    def __init__(self, held: Iterable[Tensor], device: str | None = None) -> None:
+        """``held``: what is there before. ``device``: its kind; tensors elsewhere do not count."""
         super().__init__()
-        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._device = device
+        self._storages: dict[int, Any] = {}  # of those alive, a reference that says when one has gone
         self.now = self.peak = 0
         for tensor in held:
             self._add(tensor)
         self.peak = self.now
 
     def _add(self, tensor: Tensor) -> None:
+        if self._device not in (None, tensor.device.type):
+            return
         storage = tensor.untyped_storage()
-        reference = StorageWeakRef(storage)
-        if reference.cdata not in self._storages:
-            self._storages[reference.cdata] = (reference, storage.nbytes())
-            self.now += storage.nbytes()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._storages:
+            self._storages[key] = weakref.ref(storage, lambda _: self._drop(key, size))
+            self.now += size
+
+    def _drop(self, key: int, size: int) -> None:
+        if self._storages.pop(key, None) is not None:
+            self.now -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._add(leaf)
-        if self.now > self.peak:  # only then does it matter what has gone meanwhile
-            self._drop_dead()
-            self.peak = max(self.peak, self.now)
+        self.peak = max(self.peak, self.now)
         return out
-
-    def _drop_dead(self) -> None:
-        for key, (reference, size) in list(self._storages.items()):
-            if reference.expired():
-                del self._storages[key]
-                self.now -= size

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from subspan import __version__
-from subspan.cli import bench, finetune, inspect, listing, pretrain, report, study, theory
+from subspan.cli import bench, finetune, inspect, listing, plan, pretrain, report, study, theory
 from subspan.cli.parsing import Command, Parser, fail, spelled
 
 COMMANDS = {
+    "plan": plan,
     "pretrain": pretrain,
     "finetune": finetune,
     "study": study,

@@ -81,13 +81,16 @@ def say(message: str) -> None:
     print(f"subspan: {message}", file=sys.stderr, flush=True)
 
 
+_SWITCHES = ("--backward_side", "--checkpointing", "--step_in_backward")
+
+
 def spelled(argv: Sequence[str]) -> list[str]:
-    """Flags as jsonargparse has them: with underscores, and ``--backward_side`` without a value is true."""
+    """Flags as jsonargparse has them: with underscores, and a switch such as ``--backward_side`` without a value is true."""
     words = []
     for position, word in enumerate(argv):
         name, equals, value = word.partition("=")
         if word.startswith("--"):
             word = name.replace("-", "_").replace("_", "-", 2) + equals + value
         following = argv[position + 1] if position + 1 < len(argv) else "--"
-        words.append(f"{word}=true" if word == "--backward_side" and following.startswith("--") else word)
+        words.append(f"{word}=true" if word in _SWITCHES and following.startswith("--") else word)
     return words

@@ -1,0 +1,85 @@
+"""The memory of one step under many methods, and what a paper reports, which stands apart."""
+
+from dataclasses import replace
+from typing import Any
+
+from subspan.bench.scale import groups
+from subspan.bench.shapes import Llama
+from subspan.bench.traffic import Way
+from subspan.memory import evaluate_groups
+from subspan.planning.plan import Planner
+from subspan.planning.setting import PlanSetting
+from subspan.recipes import describe
+from subspan.training.presets import PRESETS
+
+METHODS = (
+    ("adamw", False),
+    ("adamw_8bit", False),
+    ("galore_adamw", False),
+    ("galore_adamw_8bit", False),
+    ("sara_adamw", False),
+    ("sara_adamw", True),
+    ("golore_adamw", False),
+    ("fira_adamw", False),
+    ("sara_adafactor", False),
+    ("sara_adam_mini", False),
+    ("rso_adamw", True),
+)
+"""Optimizers, and whether the backward pass makes their low-rank gradient."""
+
+SOURCE = (
+    "GaLore, arXiv 2403.03507, table 2: an estimate of weights and optimizer states in bf16, at ranks 128, 256, 256 and 512"
+)
+REPORTED = {  # GB
+    "adamw": {"llama-60m": 0.36, "llama-130m": 0.76, "llama-350m": 2.06, "llama-1b": 7.80},
+    "galore_adamw": {"llama-60m": 0.24, "llama-130m": 0.52, "llama-350m": 1.22, "llama-1b": 4.38},
+}
+
+
+def compare(setting: PlanSetting) -> dict[str, Any]:
+    """A row for each of ``METHODS``; of ``setting`` the optimizer, its state and its side do not count."""
+    found: dict[Any, int] = {}  # passes that methods share
+    rows = []
+    for name, backward_side in METHODS:
+        stepping = setting.step_in_backward and name != "adamw"
+        own = replace(setting, optimizer=name, backward_side=backward_side, state=None, step_in_backward=stepping)
+        planner = Planner(own, found)
+        costs = planner.costs(planner.rank, own.batch)
+        rows.append({
+            "name": name,
+            "backward_side": backward_side,
+            "bytes": costs.bytes | {"activations": planner.saved(planner.rank, own.batch), "total": costs.total},
+            "fits": None if own.budget is None else costs.total <= own.budget,
+            "papers_way_bytes": papers_way(own.model, name, planner.rank),
+            "reported_bytes": _reported(own.model, name, planner.rank),
+        })  # fmt: skip
+    return {
+        "model": setting.model,
+        "rank": planner.rank,
+        "batch": setting.batch,
+        "seq": planner.seq,
+        "dtype": setting.dtype,
+        "per_rank": {"world": setting.world, "parallel": setting.parallel if setting.world > 1 else None},
+        "gpu_bytes": setting.budget,
+        "rows": rows,
+        "reported": SOURCE,
+        "assumptions": planner.assumptions(),
+    }
+
+
+def papers_way(model: str, optimizer: str, rank: int) -> int | None:
+    """Weights, moments and bases as GaLore's table counts them, two bytes a number.
+
+    ``None`` where moments have one byte, and of a model that is no preset.
+    """
+    formula = describe(optimizer)
+    if model not in PRESETS or formula["parts"]["state_dtype"] != "float32":
+        return None
+    way = Way(optimizer)
+    held = evaluate_groups(formula["state_formula"], groups(Llama.of(PRESETS[model]), rank, way))
+    return (held["weights"] + held["states"] + held["bases"]) // 2  # of fp32, as all closed forms are
+
+
+def _reported(model: str, optimizer: str, rank: int) -> int | None:
+    size = REPORTED.get(optimizer, {}).get(model)
+    return None if size is None or rank != PRESETS[model].rank else round(size * 1e9)

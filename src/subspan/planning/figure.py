@@ -1,0 +1,33 @@
+"""Bars of a comparison as a picture."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from subspan.planning.report import name_of, parts_of
+
+
+def draw(found: Mapping[str, Any], out: Path) -> None:
+    """Stacked bars of the peaks, one for each method, in the format that the ending of ``out`` names."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = found["rows"]
+    figure, axes = pyplot.subplots(figsize=(9, 0.4 * len(rows) + 1.5), layout="constrained")
+    left = [0.0] * len(rows)
+    for kind in parts_of(rows[0]):
+        sizes = [parts_of(row)[kind] / 2**30 for row in rows]
+        if not any(sizes):
+            continue
+        label = "gradients, activations, temporaries" if kind == "passing" else kind
+        axes.barh([name_of(row) for row in rows], sizes, left=left, label=label)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    if found["gpu_bytes"]:
+        axes.axvline(found["gpu_bytes"] / 2**30, color="black", linestyle="--", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"GiB at the peak of a step, computed: {found['model']}, rank {found['rank']}, {found['dtype']}")
+    axes.legend(loc="lower right", fontsize="small")
+    figure.savefig(out)
+    pyplot.close(figure)

@@ -1,0 +1,220 @@
+"""The model and its optimizer without memory, and what they hold."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subspan.backward import Handle, project_backward
+from subspan.bench.scale import MODELS
+from subspan.bench.shapes import Llama
+from subspan.factory import create
+from subspan.memory import evaluate_groups, formulas
+from subspan.optimizer import SubspaceOptimizer
+from subspan.planning.setting import PlanSetting
+from subspan.planning.shapes import ShapesOnly
+from subspan.recipes import find
+from subspan.shapes import layout_of
+from subspan.training.errors import InputError, first_line
+from subspan.training.model import preset_of
+from subspan.training.presets import PRESETS
+
+LARGER = {"llama-70b": MODELS["70B"]}
+"""Models that are no presets of a run: their shapes, and a rank."""
+_STEPS = 10_000  # of the run: a hybrid wants to know, and its memory does not depend on it
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A model's config, and what a setting leaves to it."""
+
+    config: Any
+    rank: int
+    seq: int
+
+
+def choose(setting: PlanSetting) -> Chosen:
+    """Find the model.
+
+    Raises:
+        InputError: there is none of this name, or it has too few positions.
+    """
+    if setting.model in LARGER:
+        llama, rank = LARGER[setting.model]
+        return Chosen(llama.config(setting.seq or 4096), setting.rank or rank, setting.seq or 4096)
+    preset = preset_of(setting.model)
+    if preset is not None:
+        seq = setting.seq or preset.sequence_length
+        return Chosen(Llama.of(preset).config(seq), setting.rank or preset.rank, seq)
+    from transformers import AutoConfig
+
+    path = Path(setting.model)
+    try:
+        config = AutoConfig.from_pretrained(path if path.exists() else setting.model)
+    except Exception as error:  # configs can be wrong in a dozen ways, each with an error class of its own
+        raise InputError(
+            f"model {setting.model!r} cannot be read: {first_line(error)}; give a config.json, a directory with one, or one of "
+            f"{', '.join(PRESETS)}"
+        ) from error
+    positions = getattr(config, "max_position_embeddings", None)
+    if setting.seq and isinstance(positions, int) and positions < setting.seq:
+        raise InputError(f"seq={setting.seq}: the model {setting.model!r} has {positions} positions; give fewer tokens")
+    return Chosen(config, setting.rank or 128, setting.seq or min(1024, positions if isinstance(positions, int) else 1024))
+
+
+def shapes_of(setting: PlanSetting, config: Any) -> nn.Module:
+    """The model, in the dtype of its weights, on ``meta``."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:
+        raise InputError(f"model {setting.model!r} cannot be built: {first_line(error)}; give that of a causal LM") from error
+    if setting.dtype == "bf16":
+        for p in model.parameters():  # not the buffers, as in a run
+            p.data = p.data.to(torch.bfloat16)
+    return model.train()
+
+
+class Planned:
+    """A model and its optimizer at one rank, on ``meta``.
+
+    Attributes:
+        held: bytes that one rank holds, by kind (``memory.evaluate_groups``), and of the buffers.
+        step: most that a step of the optimizer has beside that, whatever the parameter.
+        refresh: likewise, where a basis is chosen; 0 if there is none.
+        sides: of each matrix that is to be projected, the largest rank that leaves it projected.
+    """
+
+    def __init__(self, setting: PlanSetting, config: Any, rank: int) -> None:
+        self.setting, self.rank = setting, rank
+        self.model = shapes_of(setting, config)
+        self.handle: Handle | None = None
+        if setting.is_backward_side:
+            self.handle = project_backward(self.model, rank=rank)
+        given: dict[str, Any] = {"8bit": {"state_dtype": "int8"}, "32bit": {"state_dtype": "float32"}}.get(
+            setting.state or "", {}
+        )
+        if find(setting.optimizer).selector is not None and setting.sharded:
+            given["proj_type"] = "right"
+        self.optimizer = create(setting.optimizer, self.model, rank=rank, total_steps=_STEPS, **given)
+        self.held = self._held()
+        self.sides = self._sides()
+        self.step, self.refresh = self._transients()
+
+    # --- what stays ---------------------------------------------------------------------------------------------------
+
+    def _held(self) -> dict[str, int]:
+        optimizer, setting = self.optimizer, self.setting
+        if isinstance(optimizer, SubspaceOptimizer):
+            selector = None if find(setting.optimizer).selector is None else optimizer.selector
+            state_dtype = optimizer.param_groups[0]["state_dtype"]
+            formula = formulas(selector, optimizer.rule, optimizer.residual, state_dtype)
+            for group in optimizer.param_groups if setting.sharded else ():
+                for p in group["params"]:
+                    optimizer.check_spreadable(p, group)
+        else:  # torch's AdamW
+            recipe = find(setting.optimizer)
+            width = next(self.model.parameters()).element_size()
+            formula = formulas(None, recipe.rule, recipe.residual, "float32", width)
+        held = evaluate_groups(formula, optimizer.param_groups, parallel=setting.parallel, world=setting.world)
+        return held | {"buffers": sum(b.numel() * b.element_size() for b in self.model.buffers())}
+
+    def _sides(self) -> list[int]:
+        """Of every matrix that is to be projected, the largest rank that leaves it projected."""
+        if self.handle is not None:
+            return [layer.in_features for layer in self.handle.layers]
+        groups = [group for group in self.optimizer.param_groups if group.get("rank") is not None]
+        shapes = [layout_of(p.shape, None, "std", group["flatten"]).shape for group in groups for p in group["params"]]
+        return [min(shape[-2:]) - 1 for shape in shapes]
+
+    def counts(self) -> dict[str, int]:
+        """Everything that is linear in the number of blocks."""
+        full = sum(side < self.rank for side in self.sides)
+        return self.held | {"step": self.step, "refresh": self.refresh, "full": full, "matrices": len(self.sides)}
+
+    # --- what comes and goes ------------------------------------------------------------------------------------------
+
+    def _transients(self) -> tuple[int, int]:
+        states = [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        self._there = [*self.model.parameters(), *self.model.buffers(), *states]
+        if not isinstance(self.optimizer, SubspaceOptimizer):
+            return self._step_of_torch(), 0
+        step = refresh = 0
+        for p, projected in self._representatives():
+            p.grad = torch.empty_like(p)
+            first, second = self._stepping([p.grad]), self._stepping([p.grad])
+            p.grad = None
+            share = self.setting.world if self.setting.sharded and not projected else 1
+            step = max(step, second // share)
+            if projected:
+                refresh = max(refresh, first)
+        if self.handle is not None:
+            refresh = max(self._choosing(projection) for projection in self._projections())
+        return step, refresh
+
+    def _representatives(self) -> list[tuple[Tensor, bool]]:
+        """One parameter of each shape in each group, and whether it is projected by the optimizer."""
+        found: dict[Any, tuple[Tensor, bool]] = {}
+        for number, group in enumerate(self.optimizer.param_groups):
+            for p in group["params"]:
+                side = layout_of(p.shape, group["rank"], group["proj_type"], group["flatten"]).side
+                found.setdefault((number, p.shape), (p, side is not None and self.handle is None))
+        return list(found.values())
+
+    def _stepping(self, gradients: list[Tensor]) -> int:
+        with ShapesOnly([*self._there, *gradients], "meta") as live:
+            before = live.now
+            self.optimizer.step()
+        return live.peak - before
+
+    def _step_of_torch(self) -> int:
+        """Its way on an accelerator: all parameters at once."""
+        for group in self.optimizer.param_groups:
+            group["foreach"] = True
+        for p in self.model.parameters():
+            p.grad = torch.empty_like(p)
+        self.optimizer.step()  # makes its state
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        taken = self._stepping([*(p.grad for p in self.model.parameters() if p.grad is not None), *states])
+        self.optimizer.zero_grad(set_to_none=True)
+        return taken // (self.setting.world if self.setting.sharded else 1)
+
+    def _projections(self) -> list[Any]:
+        """One of each kind of shared basis."""
+        assert self.handle is not None
+        kinds = {tuple(layer.weight.shape for layer in p.layers): p for p in self.handle.projections}
+        return list(kinds.values())
+
+    def largest_projection(self) -> Any:
+        """The one that takes most to be chosen."""
+        return max(self._projections(), key=self._choosing)
+
+    def _choosing(self, projection: Any) -> int:
+        """Bytes to choose its basis: the gradients of its layers, those stacked, and what the selector takes."""
+        optimizer = self.optimizer
+        assert isinstance(optimizer, SubspaceOptimizer)
+        if not optimizer.selector.needs_gradient:
+            return self.selecting(projection)
+        return 2 * self._formed.itemsize * sum(layer.weight.numel() for layer in projection.layers) + self.selecting(projection)
+
+    @property
+    def _formed(self) -> torch.dtype:
+        """Of a gradient that the backward pass forms: that of activations."""
+        return torch.float32 if self.setting.dtype == "fp32" else torch.bfloat16
+
+    def selecting(self, projection: Any) -> int:
+        """Of these, what the selector takes, and the moments as they follow."""
+        optimizer, first = self.optimizer, projection.layers[0].weight
+        assert isinstance(optimizer, SubspaceOptimizer)
+        G = None
+        if optimizer.selector.needs_gradient:
+            rows = sum(layer.out_features for layer in projection.layers)
+            G = torch.empty(rows, first.shape[1], dtype=self._formed, device="meta")
+        with ShapesOnly([*self._there, *([] if G is None else [G])], "meta") as live:
+            before = live.now
+            optimizer.refresh_projection(projection, G)
+        return live.peak - before

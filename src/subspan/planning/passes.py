@@ -1,0 +1,197 @@
+"""Forward and backward passes on shapes alone: what autograd saves, and what lives at the peak."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from subspan.optimizer import SubspaceOptimizer
+from subspan.planning.model import Planned
+from subspan.planning.shapes import ShapesOnly
+from subspan.training.batches import Batch
+from subspan.training.errors import InputError, first_line
+from subspan.training.evaluation import token_losses
+from subspan.training.parallel import blocks_of
+from subspan.training.saved import SavedBytes
+
+
+class Passes:
+    """The passes of a planned model, which is of no use for anything else from here on."""
+
+    def __init__(self, planned: Planned, seq: int) -> None:
+        self.planned, self.setting, self.seq = planned, planned.setting, seq
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._chooser: _Chooser | None = None
+        if planned.handle is not None:
+            self._chooser = _Chooser(planned)
+        self.blocks = blocks_of(planned.model)
+        self._checkpointing = False
+        with self._fake:
+            planned.model.to_empty(device="cpu")
+            if (tie := getattr(planned.model, "tie_weights", None)) is not None:
+                tie()
+        if not self.setting.keeps_gradients:
+            for p in planned.model.parameters():
+                if p.requires_grad:
+                    p.register_post_accumulate_grad_hook(_forget)
+        with self._fake:
+            self._bases = [] if self._chooser is None else self._chooser.bind()
+
+    def saved(self, batch: int) -> int:
+        """Bytes that autograd keeps for the backward pass of an ordinary step, parameters apart. With checkpointing, of those
+        of the blocks their inputs, and one block's whole."""
+        with self._fake, self._as_in_a_run():
+            self._checkpoint(False)
+            if self._chooser is not None:
+                self._chooser.keep()
+            saved, within = self._forward(batch)
+            if not self.setting.checkpointing:
+                return saved
+            self._checkpoint(True)
+            return self._forward(batch)[0] + within
+
+    def peaks(self, batch: int) -> list[int]:
+        """Most that lives at once beside what was there before the forward pass, in a step in which, of backward-side layers,
+        the basis that takes most is chosen: until the gradients of the last block are there, then of the one before, ..."""
+        model = self.planned.model
+        with self._fake, self._as_in_a_run():
+            self._checkpoint(self.setting.checkpointing)
+            if self._chooser is not None:
+                self._chooser.choose()
+            given = self._batch(batch)
+            with ShapesOnly([*model.parameters(), *model.buffers(), *self._bases, given.inputs, given.targets]) as live:
+                before, segments = live.now, []
+
+                def passed() -> None:
+                    segments.append(live.peak - before)
+                    live.peak = live.now
+
+                hooks = [hook for block in self.blocks[1:] for hook in _when_done(block, passed)]
+                with self._autocast():
+                    loss = token_losses(model, given)
+                loss.backward()
+                del loss
+                segments.append(live.peak - before)
+            for hook in hooks:
+                hook.remove()
+            model.zero_grad(set_to_none=True)
+        return segments
+
+    def of_a_block(self) -> int:
+        """Bytes of the gradients of a block that stay."""
+        trained = [p.numel() * p.element_size() for p in self.blocks[0].parameters() if p.requires_grad]
+        return sum(trained) if self.setting.keeps_gradients else 0
+
+    def gathered(self) -> int:
+        """Bytes that ``fully_shard`` has of other ranks' parts at most: two blocks' weights, and what is outside of blocks;
+        the whole gradients of a block and of what is outside, and a copy of the block's to send."""
+        inside = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in self.blocks]
+        trained = [sum(p.numel() * p.element_size() for p in block.parameters() if p.requires_grad) for block in self.blocks]
+        outside = sum(p.numel() * p.element_size() for p in self.planned.model.parameters()) - sum(inside)
+        return 2 * max(inside, default=0) + 2 * outside + 2 * max(trained, default=0)
+
+    def _forward(self, batch: int) -> tuple[int, int]:
+        """Saved bytes of all, and of the first block but for its input."""
+        model, entered, block = self.planned.model, [0], self.blocks[:1]
+        given = self._batch(batch)
+
+        def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            entered[0] = hidden.numel() * hidden.element_size()
+
+        hooks = [part.register_forward_pre_hook(enter, with_kwargs=True) for part in block]
+        # The mode answers where code asks for a value.
+        with ShapesOnly([]), SavedBytes(model, block, self._bases) as saved, self._autocast():
+            token_losses(model, given)
+        for hook in hooks:
+            hook.remove()
+        return saved.total, saved.by_layers - entered[0]
+
+    def _batch(self, batch: int) -> Batch:
+        ids = torch.zeros(batch, self.seq, dtype=torch.long)
+        return Batch(ids, ids.clone())
+
+    def _checkpoint(self, wanted: bool) -> None:
+        if wanted == self._checkpointing:
+            return
+        model: Any = self.planned.model
+        how = "enable" if wanted else "disable"
+        # The second name is that of transformers before 5.
+        change = getattr(model, f"activation_checkpointing_{how}", None) or getattr(
+            model, f"gradient_checkpointing_{how}", None
+        )
+        if change is None:
+            raise InputError(f"checkpointing=True: {type(model).__name__} knows none; leave it out")
+        change()
+        self._checkpointing = wanted
+
+    @contextlib.contextmanager
+    def _as_in_a_run(self) -> Iterator[None]:
+        from transformers.utils import import_utils
+
+        try:
+            # Of fake tensors transformers thinks that they are traced, and then makes masks that a real step does without.
+            with mock.patch.object(import_utils, "is_fake_tensor", return_value=False, create=True):
+                yield
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            raise InputError(
+                f"model {self.setting.model!r} does not run on shapes alone: {first_line(error)}; measure a step of it instead"
+            ) from error
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.setting.dtype == "bf16-mixed")
+
+
+class _Chooser:
+    """Stands in for the optimizer where a backward-side layer wants a basis: it takes the memory that choosing one takes."""
+
+    def __init__(self, planned: Planned) -> None:
+        assert planned.handle is not None
+        assert isinstance(planned.optimizer, SubspaceOptimizer)
+        self._projections, self._selector = planned.handle.projections, planned.optimizer.selector
+        self._largest = planned.largest_projection()
+        self._takes = planned.selecting(self._largest)
+
+    def bind(self) -> list[Tensor]:
+        """Give every projection a basis."""
+        bases = []
+        for projection in self._projections:
+            state = self._selector.init(projection.layers[0].weight, projection.rank)
+            projection.bind(self._selector, state, self)
+            bases += [value for value in state.values() if isinstance(value, Tensor)]
+        return bases
+
+    def keep(self) -> None:
+        """Let the next pass keep all bases."""
+        for projection in self._projections:
+            projection.expect("keep")
+
+    def choose(self) -> None:
+        """Let it choose one."""
+        self.keep()
+        self._largest.expect("form" if self._selector.needs_gradient else "draw")
+
+    def refresh_projection(self, projection: Any, G: Tensor | None) -> None:
+        """Take the memory, and let the basis be as it was."""
+        torch.empty(self._takes, dtype=torch.uint8)
+        projection.plan = "keep"
+
+
+def _forget(p: Tensor) -> None:
+    p.grad = None
+
+
+def _when_done(block: nn.Module, then: Callable[[], None]) -> list[Any]:
+    """Hooks that call ``then`` once all gradients of ``block`` have come."""
+    waiting = {id(p) for p in block.parameters() if p.requires_grad}
+
+    def receive(p: Tensor) -> None:
+        waiting.discard(id(p))
+        if not waiting:
+            then()
+
+    return [p.register_post_accumulate_grad_hook(receive) for p in block.parameters() if p.requires_grad]

@@ -1,0 +1,242 @@
+"""The plan: bytes by kind, the peak of a step, whether it fits, and the largest batch and rank that do."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from subspan.bench.setting import VOCABULARY
+from subspan.planning.depth import FEW, extended, peak_of, shortened, with_blocks
+from subspan.planning.model import LARGER, Planned, choose, shapes_of
+from subspan.planning.passes import Passes
+from subspan.planning.setting import PlanSetting
+from subspan.recipes import find
+from subspan.training.presets import PRESETS
+
+ALWAYS = ("weights", "carriers", "states", "bases", "buffers", "communication")
+"""Kinds of what is there all the time."""
+_MOST_SEQUENCES = 2**20
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes of one rank.
+
+    Attributes:
+        bytes: by kind.
+        backward: the most in a forward and backward pass.
+        step: the most in the step of the optimizer.
+    """
+
+    bytes: dict[str, int]
+    backward: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return max(self.backward, self.step)
+
+
+def plan(setting: PlanSetting) -> dict[str, Any]:
+    """The plan of a setting.
+
+    Raises:
+        ValueError: a model, method or rank that there is not, or that do not go together.
+    """
+    return Planner(setting).report()
+
+
+class Planner:
+    """Plans one setting, and others that differ in rank and batch alone.
+
+    Args:
+        passes: what was found for settings that differ in the optimizer alone.
+    """
+
+    def __init__(self, setting: PlanSetting, passes: dict[Any, int] | None = None) -> None:
+        self.setting = setting
+        chosen = choose(setting)
+        self.rank, self.seq, self._config = chosen.rank, chosen.seq, chosen.config
+        self.blocks = shortened(self._config, shapes_of(setting, self._config))
+        self._passes = {} if passes is None else passes
+        self._at: dict[int, _AtRank] = {}
+
+    def at(self, rank: int) -> "_AtRank":
+        """What does not depend on the batch."""
+        if rank not in self._at:
+            self._at[rank] = _AtRank(self.setting, self._config, rank, self.seq, self.blocks)
+        return self._at[rank]
+
+    def costs(self, rank: int, batch: int) -> Costs:
+        """Of one rank of the world, the first."""
+        setting, here = self.setting, self.at(rank)
+        peak = self._once(("peak", batch, rank), lambda: here.peak(batch))
+        held = {kind: here.counts[kind] for kind in ("weights", "carriers", "gradients", "states", "bases", "buffers")}
+        sending = 0
+        if setting.world > 1:
+            sending = here.gathered if setting.sharded else held["gradients"]  # ddp's buckets
+        in_backward = setting.step_in_backward and setting.accumulate == 1
+        gradients = 0 if in_backward else held["gradients"]
+        there = sum(value for kind, value in held.items() if kind != "gradients") + sending
+        # Backward-side layers choose their bases in the backward pass, and the peak of that has it already.
+        stepping = here.counts["step"] if setting.is_backward_side else max(here.counts["step"], here.counts["refresh"])
+        backward = there + peak + (0 if setting.keeps_gradients else gradients) + stepping * setting.step_in_backward
+        found = held | {"gradients": gradients, "refresh_peak": here.counts["refresh"], "communication": sending}
+        return Costs(found, backward, there + gradients + stepping)
+
+    def saved(self, rank: int, batch: int) -> int:
+        """Bytes that autograd keeps for the backward pass of an ordinary step."""
+        return self._once(("saved", batch, rank), lambda: self.at(rank).saved(batch))
+
+    def _once(self, what: tuple[str, int, int], count: Callable[[], int]) -> int:
+        setting = self.setting
+        # Where gradients are the backward pass's own, methods and ranks do not differ in it.
+        kind = (setting.optimizer, what[2]) if setting.is_backward_side else ()
+        key = (*what[:2], *kind, setting.keeps_gradients)
+        if key not in self._passes:
+            self._passes[key] = count()
+        return self._passes[key]
+
+    def largest_batch(self, budget: int) -> int:
+        """Sequences in a forward pass; 0 if not even one fits."""
+        return largest(lambda batch: self.costs(self.rank, batch).total, budget, self.setting.batch, _MOST_SEQUENCES)
+
+    def largest_rank(self, budget: int) -> int | None:
+        """The largest rank at which something is projected; 0 if none fits, ``None`` of a full-rank method."""
+        if find(self.setting.optimizer).selector is None:
+            return None
+        sides = self.at(self.rank).sides
+        top = min(sides) if self.setting.is_backward_side else max(sides)
+        return largest(lambda rank: self.costs(rank, self.setting.batch).total, budget, min(self.rank, top), top)
+
+    def report(self) -> dict[str, Any]:
+        """As ``subspan plan --json`` prints it."""
+        setting = self.setting
+        costs = self.costs(self.rank, setting.batch)
+        budget = setting.budget
+        full_rank = find(setting.optimizer).selector is None
+        return {
+            "model": setting.model,
+            "optimizer": setting.optimizer,
+            "rank": None if full_rank else self.rank,
+            "backward_side": setting.is_backward_side,
+            "dtype": setting.dtype,
+            "batch": setting.batch,
+            "seq": self.seq,
+            "accumulate": setting.accumulate,
+            "checkpointing": setting.checkpointing,
+            "step_in_backward": setting.step_in_backward,
+            "per_rank": {"world": setting.world, "parallel": setting.parallel if setting.world > 1 else None},
+            "bytes": costs.bytes | {"activations": self.saved(self.rank, setting.batch), "total": costs.total},
+            "peaks": {"backward": costs.backward, "step": costs.step},
+            "gpu_bytes": budget,
+            "fits": None if budget is None else costs.total <= budget,
+            "largest_batch": None if budget is None else self.largest_batch(budget),
+            "largest_rank": None if budget is None else self.largest_rank(budget),
+            "notes": self.notes(),
+            "assumptions": self.assumptions(),
+        }
+
+    def notes(self) -> list[str]:
+        """What became of the rank."""
+        full, matrices = (self.at(self.rank).counts[key] for key in ("full", "matrices"))
+        if not full or self.setting.is_backward_side:
+            return []
+        rest = "none is left: this is full-rank training" if full == matrices else f"{matrices - full} are projected"
+        return [
+            f"rank {self.rank} is no smaller than a side of {full} of {matrices} matrices, which are trained full rank; {rest}"
+        ]
+
+    def assumptions(self) -> list[str]:
+        """What the figures rest on, and what they leave out."""
+        setting = self.setting
+        found = [
+            "not counted: the CUDA context, workspaces of cuBLAS and cuSOLVER (an eigendecomposition's among them), NCCL's "
+            "buffers, and what the allocator loses to fragments; leave room",
+            "attention by a fused kernel, which keeps no scores; the loss as in subspan pretrain, from all logits, in fp32",
+            "the peak is of a step in which the basis that takes most memory is chosen, in fp32",
+        ]
+        if setting.model in PRESETS or setting.model in LARGER:
+            found.append(f"{VOCABULARY:,} words")
+        if self.blocks:
+            found.append(
+                f"{self.blocks} blocks that are alike: {FEW} are run, and what the others add is what one of those does"
+            )
+        if setting.dtype == "bf16-mixed":
+            found.append("autocast as on a CPU, whose list of operations in fp32 differs a little from CUDA's")
+        if find(setting.optimizer).name == "adamw" and setting.state != "8bit":
+            found.append("torch's AdamW steps on all parameters at once (foreach), as it does by default on CUDA")
+        if setting.checkpointing:
+            found.append("activations: the inputs of the blocks, and all that one block saves when it is run again")
+        if setting.world > 1 and not setting.sharded:
+            found.append("ddp: a copy of all gradients in its buckets")
+        if setting.sharded:
+            found.append(
+                "fsdp: an upper bound; weights of two blocks and of what is outside of blocks gathered, gradients of one block "
+                "and of what is outside whole, and a copy of the block's to send; projected matrices step as if they were whole"
+            )
+        if setting.accumulate > 1:
+            found.append("gradients of earlier passes are there in later ones")
+        if setting.step_in_backward:
+            found.append("steps in the backward pass: an upper bound, the largest while most activations live")
+            if setting.accumulate > 1:
+                found.append("all gradients are there, as in a step in which all bases are chosen")
+        return found
+
+
+class _AtRank:
+    """A setting at one rank, from all of its blocks or a few."""
+
+    def __init__(self, setting: PlanSetting, config: Any, rank: int, seq: int, blocks: int | None) -> None:
+        self._blocks, self._seq = blocks, seq
+        depths = [None] if blocks is None else [FEW, FEW - 1]
+        self._planned = [Planned(setting, config if n is None else with_blocks(config, n), rank) for n in depths]
+        counts = [one.counts() for one in self._planned]
+        self.counts = counts[0] if blocks is None else extended(counts[0], counts[1], blocks)
+        self.sides = self._planned[0].sides
+        self._made: dict[int, Passes] = {}
+
+    def _passes(self, number: int = 0) -> Passes:
+        if number not in self._made:
+            self._made[number] = Passes(self._planned[number], self._seq)
+        return self._made[number]
+
+    @property
+    def gathered(self) -> int:
+        """What ``fully_shard`` has of other ranks' parts."""
+        return self._passes().gathered()
+
+    def saved(self, batch: int) -> int:
+        """Bytes that autograd keeps."""
+        found = [{"saved": self._passes(number).saved(batch)} for number in range(len(self._planned))]
+        return found[0]["saved"] if self._blocks is None else extended(found[0], found[1], self._blocks)["saved"]
+
+    def peak(self, batch: int) -> int:
+        """Of the passes, beside what was there before."""
+        peaks = self._passes().peaks(batch)
+        return max(peaks) if self._blocks is None else peak_of(peaks, self._passes().of_a_block(), self._blocks)
+
+
+def largest(total: Callable[[int], int], budget: int, start: int, top: int) -> int:
+    """The largest number from 1 to ``top`` with ``total <= budget``; 0 if there is none.
+
+    ``total`` grows, nearly along straight lines: they say where it is evaluated next, and where they mislead, halving does.
+    """
+    known = {start: total(start)}
+    if known[start] > budget and start > 1:
+        known[1] = total(1)
+    moved = ""
+    while True:
+        low = max((x for x, size in known.items() if size <= budget), default=0)
+        high = min((x for x, size in known.items() if size > budget), default=top + 1)
+        if high - low <= 1 or low == 0:
+            return low
+        if high not in known:
+            guess = min(2 * low, top)
+        elif len(moved) > 2 and len(set(moved[-2:])) == 1:
+            guess = (low + high) // 2
+        else:
+            guess = low + (budget - known[low]) * (high - low) // (known[high] - known[low])
+        guess = min(max(guess, low + 1), high - 1)
+        known[guess] = total(guess)
+        moved += "l" if known[guess] <= budget else "h"

@@ -1,0 +1,172 @@
+"""Verdicts, limits, refusals, and what the command prints."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from planning.common import llama_directory
+
+from subspan.cli import main
+from subspan.planning.compare import METHODS, compare, papers_way
+from subspan.planning.plan import Planner, largest, plan
+from subspan.planning.report import comparison, parts_of
+from subspan.planning.setting import PlanSetting, bytes_of
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return llama_directory(tmp_path_factory.mktemp("model"), 3)
+
+
+def test_bytes_by_hand(model: str) -> None:
+    """d 64, MLP 176, 300 words, 3 blocks, rank 8, bf16, backward-side: every layer has a carrier out x 8."""
+    found = plan(PlanSetting(model, rank=8, seq=16, backward_side=True))["bytes"]
+    d, f, v, blocks, r = 64, 176, 300, 3, 8
+    others = 2 * v * d + d + blocks * 2 * d
+    outputs = 5 * d + 2 * f
+    assert found["weights"] == 2 * (others + blocks * (4 * d * d + 3 * d * f))
+    assert found["carriers"] == 4 * blocks * r * outputs
+    assert found["gradients"] == 2 * others + found["carriers"]
+    matrices, vectors = blocks * 7 + 2, blocks * 2 + 1
+    assert found["states"] == 8 * others + 2 * found["carriers"] + 4 * (matrices + vectors)
+    assert found["bases"] == 4 * blocks * r * (3 * d + f)
+
+
+@pytest.mark.parametrize("backward_side", [False, True])
+def test_limits_are_the_largest_that_fit(model: str, backward_side: bool) -> None:
+    """One more sequence, or one more dimension, and the peak is beyond the memory there is."""
+    setting = PlanSetting(model, rank=8, batch=2, seq=32, backward_side=backward_side, gpu="3MB")
+    planner = Planner(setting)
+    found, budget = planner.report(), 3_000_000
+    assert found["fits"] is (planner.costs(8, 2).total <= budget)
+    batch, rank = found["largest_batch"], found["largest_rank"]
+    assert planner.costs(8, batch).total <= budget < planner.costs(8, batch + 1).total
+    assert planner.costs(rank, 2).total <= budget
+    top = 64 if backward_side else 63
+    assert rank == top or budget < planner.costs(rank + 1, 2).total
+
+
+@pytest.mark.parametrize("limit", [0, 3, 10, 49, 50, 51, 777, 1000, 5000])
+@pytest.mark.parametrize("start", [1, 50, 1000])
+def test_search(limit: int, start: int) -> None:
+    """Against every number tried, of a total with a bend."""
+
+    def total(x: int) -> int:
+        return max(3 * x, 7 * x - 200)
+
+    found = largest(total, limit, start, 1000)
+    assert found == max((x for x in range(1, 1001) if total(x) <= limit), default=0)
+
+
+def test_nothing_fits(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A clear no, and no error."""
+    assert main(["plan", "--model", model, "--rank", "8", "--gpu", "0.1MB", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["fits"], found["largest_batch"], found["largest_rank"]) == (False, 0, 0)
+    assert found["gpu_bytes"] == 100_000
+    kinds = {"weights", "carriers", "gradients", "states", "bases", "activations", "refresh_peak", "communication", "total"}
+    assert kinds <= found["bytes"].keys()
+    assert main(["plan", "--model", model, "--rank", "8", "--gpu", "0.1MB"]) == 0
+    assert "It does not fit" in capsys.readouterr().out
+
+
+def test_a_rank_above_a_side_is_full_rank(model: str) -> None:
+    found = plan(PlanSetting(model, rank=64, seq=16))
+    assert "rank 64 is no smaller than a side of 21 of 21 matrices" in found["notes"][0]
+    assert "full-rank training" in found["notes"][0]
+    assert found["bytes"]["bases"] == 0
+
+
+def test_ranks(model: str) -> None:
+    """Of two fsdp ranks each holds half of the weights, and more is sent than under ddp there is to average."""
+    alone, ddp, fsdp = (
+        Planner(PlanSetting(model, rank=8, seq=16, world=world, parallel=parallel)).costs(8, 1).bytes
+        for world, parallel in ((1, "ddp"), (2, "ddp"), (2, "fsdp"))
+    )
+    assert alone["communication"] == 0
+    assert ddp["communication"] == ddp["gradients"] == alone["gradients"]
+    assert 2 * fsdp["weights"] == alone["weights"]
+    assert fsdp["bases"] == 4 * 3 * 8 * (6 * 64 + 176)  # columns are compressed, and each matrix has its own
+
+
+def test_accumulation_and_steps_in_the_backward_pass(model: str) -> None:
+    """Gradients that stay are there in the second forward pass; those that are stepped on at once are not."""
+    setting = PlanSetting(model, rank=8, seq=32)
+    once, twice, at_once = (
+        Planner(replace(setting, **change)).costs(8, 8) for change in ({}, {"accumulate": 2}, {"step_in_backward": True})
+    )
+    assert once.backward < twice.backward
+    assert at_once.bytes["gradients"] == 0
+    assert at_once.step < once.step == twice.step
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model": "llama-6b"}, "model 'llama-6b' is unknown; did you mean llama-7b"),
+        ({"gpu": "24 potatoes"}, "gpu='24 potatoes': expected a size above zero"),
+        ({"gpu": "0GiB"}, "gpu='0GiB': expected a size above zero"),
+        ({"gpu": "-3GiB"}, "gpu='-3GiB': expected a size above zero"),
+        ({"optimizer": "sara_adam"}, "optimizer 'sara_adam' is unknown; did you mean"),
+        ({"batch": 0}, "batch=0: expected a whole number >= 1"),
+        ({"seq": 100}, "seq=100: the model .* has 64 positions; give fewer tokens"),
+        ({"rank": 65, "backward_side": True}, "rank=65: above the 64 input features"),
+        ({"optimizer": "adamw", "backward_side": True}, "backward_side=True: adamw is full rank"),
+        ({"optimizer": "fira_adamw", "backward_side": True}, "needs every gradient"),
+        ({"optimizer": "adamw", "step_in_backward": True}, "step_in_backward=True: adamw is torch's own"),
+        ({"optimizer": "ldadam_adamw", "world": 2, "parallel": "fsdp"}, "does not work where the rows of a weight are spread"),
+    ],
+)
+def test_refusals(model: str, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        plan(PlanSetting(**{"model": model, "rank": 8} | settings))
+
+
+def test_8_bits_are_refused_without_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    from subspan import recipes
+    from subspan.rules import Adafactor
+
+    bare = recipes.RECIPES["galore_adafactor"]._replace(rule=Adafactor(beta1=0.0))
+    monkeypatch.setitem(recipes.RECIPES, "galore_adafactor", bare)
+    with pytest.raises(ValueError, match="state='8bit': galore_adafactor keeps no moments"):
+        PlanSetting("llama-nano", "galore_adafactor", state="8bit")
+
+
+def test_sizes() -> None:
+    assert bytes_of("24GiB") == 24 * 2**30
+    assert bytes_of("80 gb") == 80 * 10**9
+    assert bytes_of("1.5MiB") == 3 * 2**19
+
+
+def test_a_damaged_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
+    with pytest.raises(ValueError, match=r"cannot be read: .*give a config\.json"):
+        plan(PlanSetting(str(tmp_path)))
+
+
+def test_comparison(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bars are as long as the peaks; the picture names every method."""
+    found = compare(PlanSetting(model, rank=8, seq=16, gpu="1MB"))
+    assert [(row["name"], row["backward_side"]) for row in found["rows"]] == list(METHODS)
+    for row in found["rows"]:
+        assert sum(parts_of(row).values()) == row["bytes"]["total"]
+        assert min(parts_of(row).values()) >= 0
+        assert row["fits"] is (row["bytes"]["total"] <= 1_000_000)
+        assert row["reported_bytes"] is None  # papers report nothing of this model
+    from subspan.planning.figure import draw
+
+    draw(found, tmp_path / "memory.svg")
+    assert "</svg>" in (tmp_path / "memory.svg").read_text()
+    assert "sara_adamw backward-side" in comparison(found)
+    with pytest.raises(SystemExit):
+        main(["plan", "--model", model, "--out", str(tmp_path / "no.svg")])
+    assert "add --compare" in capsys.readouterr().err
+
+
+def test_papers_way_of_counting() -> None:
+    """GaLore's table 2 to its last digit or two where nothing is projected: 3 x 2 bytes a weight."""
+    assert papers_way("llama-60m", "adamw", 128) == pytest.approx(0.36e9, rel=0.04)
+    assert papers_way("llama-1b", "adamw", 512) == pytest.approx(7.80e9, rel=0.04)
+    assert papers_way("llama-60m", "adamw_8bit", 128) is None
