@@ -170,8 +170,9 @@ def test_step_row_by_row():
     assert found["largest_weight_bytes"] == 4 * 64 * 172
     assert rows["adamw_fused"]["extra_weights"] == 0
     assert rows["adamw_fused"]["refresh_seconds"] is None
-    # U Qᵀ of the largest weight is one; what a refresh holds besides is in fp64.
-    assert 1 <= rows["sara_adamw"]["extra_weights"] < rows["sara_adamw"]["refresh_extra_weights"]
+    # R and U (m, r) of the largest weight, which takes U Qᵀ in place; what a refresh holds besides is in fp64.
+    assert rows["sara_adamw"]["extra_weights"] == pytest.approx(2 * STEP.rank / 64, abs=0.01)
+    assert rows["sara_adamw"]["refresh_extra_weights"] > 1
     sara = rows["sara_adamw"]
     mean = sara["ordinary_seconds"] + (sara["refresh_seconds"] - sara["ordinary_seconds"]) / 200
     assert sara["amortised_seconds"] == pytest.approx(mean)
