@@ -8,6 +8,7 @@ import torch
 from helpers import RANK, SHAPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from subspan import linalg
 from subspan.selectors import Importance
@@ -223,3 +224,29 @@ def test_projection_never_increases_the_norm(m, n, data, seed):
     once = linalg.project(G, Q) @ Q.T
     assert once.norm() <= G.norm() * (1 + 1e-12)
     torch.testing.assert_close(linalg.project(once, Q) @ Q.T, once, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [(700, 600), (700, 1024), (520, 513)])
+def test_large_gram_matrices_are_made_in_blocks(shape):
+    """That of the whole product, symmetric to the bit, in fp32; fewer FLOPs, as many as are said."""
+    G = gaussian(*shape).float()
+    with FlopCounterMode(display=False) as counter:
+        S = linalg.gram(G)
+    assert S.dtype == torch.float32
+    assert torch.equal(S, S.T)
+    exact = G.double().T @ G.double()
+    assert (S - exact).abs().max() < 1e-6 * exact.diagonal().max()
+    assert counter.get_total_flops() == linalg.gram_flops(*shape) <= 0.76 * 2 * shape[0] * shape[1] ** 2
+    assert linalg.gram_flops(700, 511) == 2 * 700 * 511**2
+
+
+def test_large_spectra_are_in_fp32_and_as_good_as_that():
+    """Singular values to 3e-4 of the largest, and the leading subspace, against an SVD in fp64. One in fp64 stays there."""
+    G = gaussian(700, 512) * torch.logspace(0, -4, 512, dtype=torch.float64)
+    _, exact, Vh = torch.linalg.svd(G, full_matrices=False)
+    for dtype, tolerance in ((torch.float32, 3e-4), (torch.float64, 1e-7)):
+        sigma, V = linalg.right_singular(G.to(dtype))
+        assert sigma.dtype == dtype
+        assert (sigma - exact).abs().max() < tolerance * exact[0]
+        lost = Vh[:16].T - V[:, :16].double() @ (V[:, :16].double().T @ Vh[:16].T)
+        assert lost.norm(dim=0).max() < 100 * tolerance**2 + 1e-4 * (dtype == torch.float32)

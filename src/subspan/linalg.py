@@ -14,11 +14,11 @@ LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-
 
 
 LARGE = 512
-"""Columns from which on factorisations on a CPU are in fp32."""
+"""Side of the Gram matrix from which on factorisations on a CPU are in fp32, and the Gram matrix is made in blocks."""
 
 
 def spectral_dtype(device: torch.device, n: int = 0) -> torch.dtype:
-    """The least precision of a factorisation over ``n`` columns: fp64 on a CPU if they are fewer than ``LARGE``, else fp32.
+    """The least precision of a factorisation, ``n`` the side of the Gram matrix: fp64 on a CPU if below ``LARGE``, else fp32.
 
     The Gram matrix squares the condition number, so in fp32 singular values below ``3e-4`` of the largest are noise of that
     size. fp64 takes twice the time on a CPU, which is nothing where matrices are small, and far more on other devices.
@@ -79,6 +79,14 @@ def _squared(G: Tensor) -> Tensor:
     torch.mm(left.mT, right, out=S[:half, half:])
     S[half:, :half] = S[:half, half:].mT
     return S
+
+
+def gram_flops(m: int, n: int) -> int:
+    """FLOPs of the Gram matrix of ``(m, n)``: ``2 m n²``, and of a large one nearly half."""
+    if n < LARGE:
+        return 2 * m * n * n
+    half = n // 2
+    return gram_flops(m, half) + gram_flops(m, n - half) + 2 * m * half * (n - half)
 
 
 def column_norms(G: Tensor | Gram) -> Tensor:

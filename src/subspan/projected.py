@@ -89,8 +89,8 @@ class ProjectedSteps:
         p.sub_(D)
 
     def _lifts_in_place(self, p: Tensor, layout: Layout, group: Mapping[str, Any]) -> bool:
-        """Whether the weight takes ``U Qᵀ`` without another tensor of its size: nothing else is added to it, it is seen as
-        matrices without a copy, and nothing is to be rounded at random."""
+        """Whether the selector may subtract ``U Qᵀ`` from the weight itself, if it can without a tensor of its size: nothing
+        else is added, the weight is seen as matrices without a copy, and nothing is to be rounded at random."""
         rounded = group["bf16_stochastic_round"] and p.dtype == torch.bfloat16
         return not (self.residual.needs_gradient or rounded) and (p.ndim == len(layout.shape) or p.is_contiguous())
 

@@ -209,6 +209,8 @@ def test_every_installed_peer_steps(name):
 def test_floors_and_slopes_by_hand():
     rates = {"matmul_fp32": 1e6, "matmul_fp64": 1e3, "copy": 1e9}
     assert grow.floors(16, 4, rates) == pytest.approx((4 * 256 * 4 / 1e6, 16 / 3 * 4096 / 1e3))
+    # Three of the Gram matrix's four blocks, in fp32.
+    assert grow.floors(512, 4, rates)[1] == pytest.approx((3 / 4 * 2 + 10 / 3) * 512**3 / 1e6)
     slow = rates | {"copy": 10.0}
     assert grow.floors(16, 4, slow) == pytest.approx((4 * (3 * 256 + 6 * 64) / 10, (12 * 256 + 4 * 64) / 10))
     assert grow.slope([(2, 5 * 2**3), (4, 5 * 4**3), (16, 5 * 16**3)]) == pytest.approx(3)

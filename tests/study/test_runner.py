@@ -72,11 +72,16 @@ def test_a_study_that_is_stopped_goes_on_and_loses_nothing(tmp_path: Path) -> No
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
-    rows = {"lost": {"optimizer": "adamw", "data": str(tmp_path / "absent.jsonl")}, "full": {"optimizer": "adamw"}}
+    rows = {"lost": {"optimizer": "adamw", "data": str(tmp_path / "absent.jsonl")}, "mute": {"optimizer": "sgd"},
+            "full": {"optimizer": "adamw"}}  # fmt: skip
     path = write(tmp_path, rows=rows, seeds=[0])
+    (mute,) = [row for row in make(tmp_path, rows=rows, seeds=[0]).rows if row.name == "mute"]
+    # Its log cannot be opened, so it ends before it can say anything: that is no divergence.
+    (tmp_path / f"runs/studies/small/mute/lr-{mute.lr:.4g}-seed-0/log.txt").mkdir(parents=True)
     result = subprocess.run(command(path), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "lost/lr-0.0025-seed-0/log.txt" in result.stderr
+    assert "mute/lr-" in result.stderr
     (found,) = read_records(make(tmp_path, rows=rows, seeds=[0]).results).values()
     assert found["row"] == "full"
     assert "absent.jsonl" in (tmp_path / "runs/studies/small/lost/lr-0.0025-seed-0/log.txt").read_text()

@@ -4,8 +4,9 @@ One weight ``(d, d)``, SARA with AdamW at rank ``r``. The *floor* of each is the
 same rounds: its FLOPs at that of a square matrix product, and the bytes it must move at that of a copy.
 
 A step: ``4 d² r`` FLOPs (``G Q`` and ``U Qᵀ``), ``4 (3 d² + 6 d r)`` bytes (``G`` once; ``W``, ``Q`` and two moments twice).
-Choosing a basis: ``16/3 d³`` FLOPs in fp64 (Gram matrix 2, to tridiagonal form 4/3, its vectors back 2; those of the
-tridiagonal matrix are left out), ``12 d² + 4 d r`` bytes (``G``, the Gram matrix, ``Q``).
+Choosing a basis: ``2 d³ + 10/3 d³`` FLOPs (Gram matrix, nearly half of it where that is made in blocks; to tridiagonal form
+4/3, its vectors back 2; those of the tridiagonal matrix are left out) in the precision of the factorisation, and
+``12 d² + 4 d r`` bytes (``G``, the Gram matrix, ``Q``).
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subspan import linalg
 from subspan.bench import timing
 from subspan.bench.peers import LR
 from subspan.factory import create
@@ -98,7 +100,8 @@ def floors(width: int, rank: int, rates: dict[str, float]) -> tuple[float, float
     """Seconds of a step, and of a refresh, below which ``rates`` (FLOPs and bytes a second) leave no way."""
     d, r = width, rank
     step = max(4 * d * d * r / rates["matmul_fp32"], 4 * (3 * d * d + 6 * d * r) / rates["copy"])
-    refresh = max(16 / 3 * d**3 / rates["matmul_fp64"], (12 * d * d + 4 * d * r) / rates["copy"])
+    dtype = "matmul_fp64" if linalg.spectral_dtype(torch.device("cpu"), d) == torch.float64 else "matmul_fp32"
+    refresh = max((linalg.gram_flops(d, d) + 10 / 3 * d**3) / rates[dtype], (12 * d * d + 4 * d * r) / rates["copy"])
     return step, refresh
 
 

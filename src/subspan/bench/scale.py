@@ -21,6 +21,7 @@ from subspan.bench.comm import amortised
 from subspan.bench.shapes import Layer, Llama
 from subspan.bench.traffic import WAYS, Traffic, Way
 from subspan.carriers import mark
+from subspan.linalg import gram_flops
 from subspan.memory import evaluate_groups
 from subspan.recipes import describe
 
@@ -142,12 +143,16 @@ def optimizer_flops(traffic: Traffic, period: int) -> float:
         return 0.0
     here = model.layers / (traffic.world if way.sharded else 1)
     if way.backward_side:  # W <- W - U Qᵀ. A Gram matrix is its owner's alone, and the others wait
-        grams = sum(sum(layer.numel for layer in group) * _smaller(group) for group in model.sharing)
-        return 2 * r * sum(layer.numel for layer in model.block) * here + 2 * grams * model.layers / period
+        grams = sum(_gram(sum(layer.numel for layer in group), _smaller(group)) for group in model.sharing)
+        return 2 * r * sum(layer.numel for layer in model.block) * here + grams * model.layers / period
     projected = [(layer.numel, n) for layer in model.block if (n := traffic.compressed(layer)) is not None]
     products = 8 if way.hook else 4  # G Q and U Qᵀ; before them the hook's own G Q and R Qᵀ
-    refresh = sum(2 * n * (numel + r * r) for numel, n in projected)  # the Gram matrix; the new basis on the old one
+    refresh = sum(_gram(numel, n) + 2 * n * r * r for numel, n in projected)  # the Gram matrix; the new basis on the old one
     return here * (sum(products * numel * r for numel, _ in projected) + refresh / period)
+
+
+def _gram(numel: int, n: int) -> int:
+    return gram_flops(numel // n, n)
 
 
 def eigh_flops(traffic: Traffic) -> float:

@@ -9,9 +9,9 @@ and sorted ascending, so that column j of the new basis stays close in rank to c
 Source: SARA (Zhang et al. 2025, arXiv 2502.05790), Algorithm 2, is ``power=1, floor=0``.
 Deviations from the paper: the spectrum comes from the Gram matrix unless ``method="svd"``; the draw is keyed, not taken from
 a live generator; where fewer than r singular values are positive the rest of the basis is filled up from the others
-(``torch.multinomial`` would raise); signs are aligned with the old basis; ``power`` and ``floor`` are additions. Off the CPU
-the Gram matrix is in fp32, where a sigma below 3e-4 of the largest is noise of that size: such directions are drawn a little
-too often.
+(``torch.multinomial`` would raise); signs are aligned with the old basis; ``power`` and ``floor`` are additions.
+Off the CPU, and on it where the Gram matrix is of side 512 or more, that is in fp32, where a sigma below 3e-4 of the largest is
+noise of that size: such directions are drawn a little too often.
 """
 
 import math

@@ -30,7 +30,7 @@ from subspan.training.metrics import read_metrics
 from subspan.training.progress import say
 from subspan.training.signals import RunInterruptedError, collect_signals
 
-_DIVERGED = 1
+_DIVERGED = 3  # not 1, with which Python ends a process that fails before it runs
 _OF_FINETUNING = ("metric", "majority", "saved_activation_bytes", "trainable", "best_step")
 _MODULES = [
     "subspan.training.pretrain",

@@ -33,7 +33,7 @@ TRANSFERS: tuple[Transfer, ...] = ("keep", "rotate", "moments", "reset")
 
 @dataclass(frozen=True)
 class Momentum:
-    """Re-projected momentum stays nearer to the gradient than momentum that is kept or reset (SARA, Lemma A.4)."""
+    """Momentum that is re-projected stays nearer to a slowly turning gradient than if kept or reset (SARA, Lemma A.4)."""
 
     n: int = 16
     """Columns of the gradient, which are compressed."""
@@ -80,12 +80,14 @@ class Momentum:
         claims = []
         for selector in SELECTORS:
             for period in self.periods:
-                keep, rotate = errors[selector, "keep", period], errors[selector, "rotate", period]
-                words = f"{selector}, period {period}: rotated momentum is nearer to the gradient than kept"
-                claims.append(Claim(words, f"{rotate:.4f} and {keep:.4f}", rotate < keep))
+                rotate = errors[selector, "rotate", period]
+                for transfer in ("keep", "reset"):
+                    other = errors[selector, transfer, period]
+                    words = f"{selector}, period {period}: rotated momentum is nearer to the gradient than after {transfer}"
+                    claims.append(Claim(words, f"{rotate:.4f} and {other:.4f}", rotate < other))
         same = max(abs(errors[s, "rotate", p] - errors[s, "moments", p]) for s in SELECTORS for p in self.periods)
         claims.append(Claim("with one moment, moments is rotate", f"off by {same:.1g}", same == 0))
-        # Half of a random subspace's error is what it does not hold of the gradient, whatever the momentum.
+        # What a random subspace does not hold of the gradient is lost, whatever the momentum.
         held = min(errors["random", t, p] for t in TRANSFERS for p in self.periods)
         claims.append(
             Claim(

@@ -20,6 +20,7 @@ from subspan.factory import create
 from subspan.optimizer import SubspaceOptimizer
 from subspan.shapes import layout_of
 from subspan.training import checkpoint as checkpoints
+from subspan.training.batches import Batch
 from subspan.training.errors import InputError
 from subspan.training.files import write_text
 from subspan.training.finetuning.resolve import ResolvedFinetune
@@ -223,9 +224,7 @@ class Training(ABC, Generic[R]):
         total = torch.zeros((), device=config.device)
         parts = batch.part(ranks.rank, ranks.size).split(config.micro_batch_size)
         if self.probes:
-            self.probes.noise(
-                self.step + 1, batch, lambda part: self.task.losses(self.model, part.to(config.device)), self.model
-            )
+            self.probes.noise(self.step + 1, batch, self._loss_of, self.model)
         for number, part in enumerate(parts, 1):
             with ranks.accumulating(self.wrapped, last=number == len(parts)):
                 with self._autocast(), self._counting(number) as saved:
@@ -246,6 +245,10 @@ class Training(ABC, Generic[R]):
         self.step += 1
         self.tokens += tokens
         return total, norm, lr, tokens
+
+    def _loss_of(self, batch: Batch) -> torch.Tensor:
+        with self._autocast():
+            return self.task.losses(self.model, batch.to(self.config.device))
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.config.device, torch.bfloat16, enabled=self.config.precision == "bf16-mixed")

@@ -12,6 +12,9 @@ A row of kind ``noise`` for each projected weight every ``probes.noise_every`` s
 
     noise  = 1/(k (k - 1)) sum_i ||g_i - mean||²       unbiased for the variance of the batch's gradient
     signal = ||mean||² - noise                         unbiased for the square of its expectation
+
+The parts have as many sequences each; with padding, in fine-tuning, not as many tokens, and then each counts alike. A part goes
+through the model at once, whatever ``micro_batch_size``, and the gradients of all parts are held together.
 """
 
 import copy
