@@ -1,4 +1,4 @@
-"""What an ordinary step costs: no wait for the device, one temporary of the size of the weight."""
+"""What an ordinary step costs: no wait for the device, at most one temporary of the size of the weight."""
 
 import pytest
 import torch
@@ -73,7 +73,8 @@ def test_the_meter_counts():
 @pytest.mark.parametrize("residual", [Discard(), Fira(), Fira("official"), Fira(limiter=None)], ids=repr)
 @pytest.mark.parametrize("selector", [Dominant(), Random()], ids=repr)
 def test_one_full_size_temporary_at_a_time(dtype, shape, residual, selector):
-    """An ordinary step of a projected matrix never holds two temporaries of the size of the weight."""
+    """An ordinary step of a projected matrix never holds two temporaries of the size of the weight, and none where it can do
+    without: its residual is dropped, and the weight is as precise as the step."""
     p = parameter(shape, dtype=dtype)
     optimizer = SubspaceAdamW([p], rank=RANK, selector=selector, residual=residual, weight_decay=0.1)
     first, second = gradients(shape, 2, dtype=dtype)
@@ -81,10 +82,10 @@ def test_one_full_size_temporary_at_a_time(dtype, shape, residual, selector):
     p.grad = second
     with FullSizeMeter(p.numel() * 2) as meter:
         optimizer.step()
-    assert meter.peak == 1
+    assert meter.peak == (0 if residual == Discard() and dtype == torch.float32 else 1)
 
 
-def test_momentum_sgd_needs_one_temporary_too():
+def test_momentum_sgd_needs_none_either():
     """The same for the SGD rule."""
     p = parameter((600, 64))
     optimizer = SubspaceOptimizer([p], 1e-2, RANK, selector=Dominant(), rule=SGD(), residual=Discard())
@@ -93,7 +94,7 @@ def test_momentum_sgd_needs_one_temporary_too():
     p.grad = second
     with FullSizeMeter(p.numel() * 2) as meter:
         optimizer.step()
-    assert meter.peak == 1
+    assert meter.peak == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
