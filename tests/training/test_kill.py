@@ -12,7 +12,7 @@ from training.launching import environment, same, settings, torchrun, weights
 
 from subspan.training.metrics import read_metrics
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # not "distributed", whose tests together take minutes
 KILLS, STEPS = 10, 350
 
 
