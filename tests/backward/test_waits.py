@@ -17,7 +17,7 @@ def works_backward_side(name: str) -> bool:
 
 
 @pytest.mark.parametrize("merge", ["step", "refresh"])
-@pytest.mark.parametrize("name", filter(works_backward_side, METHODS))
+@pytest.mark.parametrize("name", [name for name in METHODS if works_backward_side(name)])
 def test_an_ordinary_training_step_never_waits(name: str, merge: str) -> None:
     """Nor does it in the model or the optimizer's plans; a step that chooses bases does."""
     torch.manual_seed(0)
