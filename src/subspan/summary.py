@@ -9,6 +9,7 @@ from subspan.carriers import layer_of
 from subspan.distributed import local
 from subspan.shapes import layout_of
 from subspan.state import State, tensor_bytes
+from subspan.text import aligned
 
 
 def table(groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, State]) -> str:
@@ -38,11 +39,4 @@ def table(groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, State]) ->
     cells: list[tuple[str, ...]] = [("group", "rank", "count", "parameters", "bytes held", "AdamW's bytes")]
     for (group_name, rank), numbers in [*rows.items(), (("total", ""), total)]:
         cells.append((group_name, rank, *(f"{number:,}" for number in numbers)))
-    widths = [max(len(row[column]) for row in cells) for column in range(6)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    )
+    return aligned(cells)

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from subspan.text import aligned
+
 
 def text(found: Mapping[str, Any]) -> str:
     """A table of memory or of what is sent, or lines on time."""
@@ -48,17 +50,6 @@ def sizes_of(sent: Mapping[str, Any]) -> dict[str, int]:
 def _collectives(counted: Mapping[str, Any]) -> str:
     words = (f"{calls or 'larger'} {operation} {size / 1e6:.1f}" for operation, (calls, size) in counted.items() if size)
     return ", ".join(words) or "-"
-
-
-def aligned(cells: list[list[str]]) -> str:
-    """Rows of cells, the first column to the left."""
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in cells
-    )
 
 
 def _time(found: Mapping[str, Any]) -> str:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from subspan.bench.report import aligned, text
+from subspan.bench.report import text
+from subspan.text import aligned
 
 
 def refresh(found: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from subspan.cli.parsing import Namespace, Parser, fail
+from subspan.text import aligned
 from subspan.theory import EXPERIMENTS
 
 
@@ -43,7 +44,5 @@ def _text(found: Mapping[str, Any]) -> str:
     rows = found["rows"]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     lines = [columns, *([cell(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    table = ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     claims = [f"{'holds' if claim['holds'] else 'FAILS'}  {claim['claim']}: {claim['found']}" for claim in found["claims"]]
-    return "\n".join([found["unit"], *table, *claims])
+    return "\n".join([found["unit"], aligned(lines, numbers=False), *claims])

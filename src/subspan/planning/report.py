@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from subspan.bench.report import aligned
 from subspan.planning.plan import ALWAYS
+from subspan.text import aligned
 
 _WIDTH = 60
 _LETTERS = {"weights": "W", "carriers": "C", "states": "S", "bases": "B", "buffers": "b", "communication": "c", "passing": "."}

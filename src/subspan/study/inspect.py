@@ -24,6 +24,7 @@ from torch import Tensor
 
 from subspan.linalg import orthonormalise
 from subspan.subspaces import angles, overlap
+from subspan.text import aligned
 from subspan.training.checkpoint import list_checkpoints, load_part, step_of
 from subspan.training.errors import InputError, first_line
 
@@ -227,7 +228,7 @@ def as_text(found: Mapping[str, Any]) -> str:
     rows = [["module", "subspaces", "overlap adjacent", "with anchor", "captured", "before refresh"]]
     for kind, row in found["types"].items():
         rows.append([kind, str(row["layers"]), *(cell(row[key]) for key in list(row)[1:])])
-    lines = [_aligned(rows)]
+    lines = [aligned(rows, numbers=False)]
     frozen = sum(layer["frozen_since"] is not None for layer in found["layers"])
     lines.append(f"{frozen} of {len(found['layers'])} subspaces stand still (adjacent overlap >= {FROZEN} to the end)")
     if "update" in found:
@@ -236,10 +237,5 @@ def as_text(found: Mapping[str, Any]) -> str:
         for layer in update["layers"]:
             by_type.setdefault(layer["type"], []).append(layer["effective_rank"])
         lines.append(f"effective rank of the change from step {update['from']} to {update['to']}:")
-        lines.append(_aligned([[kind, f"{statistics.fmean(ranks):.1f}"] for kind, ranks in by_type.items()]))
+        lines.append(aligned([[kind, f"{statistics.fmean(ranks):.1f}"] for kind, ranks in by_type.items()], numbers=False))
     return "\n".join(lines)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

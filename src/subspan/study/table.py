@@ -17,6 +17,7 @@ from subspan.study.plan import choose_lr
 from subspan.study.records import Record, read_all
 from subspan.study.spec import Row, Study
 from subspan.study.statistics import compare_pairs, holm, interval
+from subspan.text import aligned
 from subspan.training.errors import InputError
 from subspan.training.finetuning.scores import SCORES
 
@@ -164,11 +165,11 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 def as_text(table: Table) -> str:
     """For a terminal."""
     lines = [list(_COLUMNS), *map(_cells, table["rows"])]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]
-    body = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     edge = any(row["lr_at_edge"] for row in table["rows"])
     notes = ["* the best learning rate is at an end of those tried"] if edge else []
-    return "\n".join([f"{table['study']}: {table['metric']}, gaps to {table['reference']}", *body, *notes])
+    return "\n".join(
+        [f"{table['study']}: {table['metric']}, gaps to {table['reference']}", aligned(lines, numbers=False), *notes]
+    )
 
 
 def as_latex(table: Table) -> str:
