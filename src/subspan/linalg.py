@@ -26,9 +26,9 @@ def spectral_dtype(device: torch.device, n: int = 0) -> torch.dtype:
     return torch.float64 if device.type == "cpu" and n < LARGE else torch.float32
 
 
-def _dtype_for(G: Tensor) -> torch.dtype:
-    """The precision of a factorisation of ``G (..., m, n)``."""
-    return torch.promote_types(G.dtype, spectral_dtype(G.device, min(G.shape[-2:])))
+def _dtype_for(G: Tensor, side: int) -> torch.dtype:
+    """The precision of a factorisation of ``G`` over a Gram matrix of this side."""
+    return torch.promote_types(G.dtype, spectral_dtype(G.device, side))
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Gram:
 
 def gram(G: Tensor) -> Tensor:
     """``GᵀG``, in ``spectral_dtype``."""
-    return _squared(G.to(torch.promote_types(G.dtype, spectral_dtype(G.device, G.shape[-1]))))
+    return _squared(G.to(_dtype_for(G, G.shape[-1])))
 
 
 def _squared(G: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def right_singular(G: Tensor | Gram, method: str = "gram", dtype: torch.dtype | 
     if isinstance(G, Gram):
         A, ways = G.matrix, (_eigh, _svd_of_gram)
     else:
-        A, ways = G.to(dtype or _dtype_for(G)), (_svd, _gram) if method == "svd" else (_gram, _svd)
+        A, ways = G.to(dtype or _dtype_for(G, min(G.shape[-2:]))), (_svd, _gram) if method == "svd" else (_gram, _svd)
     for factorise in ways:
         try:
             sigma, V = factorise(A)

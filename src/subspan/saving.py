@@ -16,7 +16,7 @@ from subspan.state import State, copy_state_
 
 
 class Restorable(torch.optim.Optimizer):
-    """What ``SubspaceOptimizer`` does with copies of itself."""
+    """What ``SubspaceOptimizer`` does with copies of itself. The first four methods are its own, declared for those below."""
 
     def _allocate(self, p: Tensor, group: Mapping[str, Any]) -> State:
         raise NotImplementedError

@@ -42,7 +42,7 @@ def quickened(setting: S) -> S:
     """``setting`` with less work, where it has the defaults."""
     default = {field.name: field.default for field in fields(setting)}  # type: ignore[arg-type]  # settings are dataclasses
     less = {key: value for key, value in QUICK.get(type(setting), {}).items() if getattr(setting, key) == default[key]}
-    return replace(setting, **less)  # type: ignore[type-var]
+    return replace(setting, **less)  # type: ignore[type-var]  # as above
 
 
 def measure(setting: AllSetting, quick: bool, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:

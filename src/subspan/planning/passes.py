@@ -137,7 +137,7 @@ class Passes:
             # Of fake tensors transformers thinks that they are traced, and then makes masks that a real step does without.
             with mock.patch.object(import_utils, "is_fake_tensor", return_value=False, create=True):
                 yield
-        except (RuntimeError, NotImplementedError, TypeError) as error:
+        except (RuntimeError, TypeError) as error:  # NotImplementedError is one of the first
             raise InputError(
                 f"model {self.setting.model!r} does not run on shapes alone: {first_line(error)}; measure a step of it instead"
             ) from error

@@ -95,9 +95,18 @@ class TrackingSelector(MatrixSelector):
         return leading(G, old)
 
 
-def check_method(method: str) -> None:
-    if method not in ("gram", "svd"):
-        raise ValueError(f"method={method!r}: expected 'gram' (eigh of the Gram matrix) or 'svd' (the slow reference)")
+class SpectralSelector(MatrixSelector):
+    """Chooses among the singular vectors of the gradient; a subclass is a dataclass with the field ``method``."""
+
+    method: str
+
+    def __post_init__(self) -> None:
+        if self.method not in ("gram", "svd"):
+            raise ValueError(f"method={self.method!r}: expected 'gram' (eigh of the Gram matrix) or 'svd' (the slow reference)")
+
+    @property
+    def takes_gram(self) -> bool:
+        return self.method == "gram"
 
 
 def leading(G: Tensor | Gram, old: Tensor, method: str = "gram") -> Tensor:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from subspan.linalg import Gram
 from subspan.parts import Key
-from subspan.selectors._matrix import MatrixSelector, check_method, leading
+from subspan.selectors._matrix import SpectralSelector, leading
 
 
 @dataclass(frozen=True)
-class Dominant(MatrixSelector):
+class Dominant(SpectralSelector):
     """The ``r`` leading singular vectors.
 
     Args:
@@ -25,13 +25,6 @@ class Dominant(MatrixSelector):
     """
 
     method: str = "gram"
-
-    def __post_init__(self) -> None:
-        check_method(self.method)
-
-    @property
-    def takes_gram(self) -> bool:
-        return self.method == "gram"
 
     def choose(self, G: Tensor | Gram, old: Tensor, key: Key) -> Tensor:
         return leading(G, old, self.method)

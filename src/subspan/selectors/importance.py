@@ -24,11 +24,11 @@ from subspan import linalg
 from subspan.linalg import Gram
 from subspan.parts import Key
 from subspan.ranges import LARGEST, is_factor, is_number
-from subspan.selectors._matrix import MatrixSelector, check_method, columns
+from subspan.selectors._matrix import SpectralSelector, columns
 
 
 @dataclass(frozen=True)
-class Importance(MatrixSelector):
+class Importance(SpectralSelector):
     """Importance-sampled singular vectors (SARA).
 
     The paper's convergence constant ``delta`` is the least probability with which a direction is selected. With
@@ -46,7 +46,7 @@ class Importance(MatrixSelector):
     method: str = "gram"
 
     def __post_init__(self) -> None:
-        check_method(self.method)
+        super().__post_init__()
         if not is_factor(self.power):
             raise ValueError(f"power={self.power!r}: expected a number from 0 to {LARGEST:g} (1 is SARA, 0 samples uniformly)")
         if not is_number(self.floor) or not 0 <= self.floor <= 1:
@@ -62,10 +62,6 @@ class Importance(MatrixSelector):
             return log_w
         uniform = torch.full_like(log_w, math.log(self.floor / sigma.shape[-1]))
         return uniform if self.floor == 1 else torch.logaddexp(log_w + math.log1p(-self.floor), uniform)
-
-    @property
-    def takes_gram(self) -> bool:
-        return self.method == "gram"
 
     def choose(self, G: Tensor | Gram, old: Tensor, key: Key) -> Tensor:
         sigma, V = linalg.right_singular(G, self.method)

@@ -20,11 +20,11 @@ from torch import Tensor
 from subspan import linalg
 from subspan.linalg import Gram
 from subspan.parts import Key
-from subspan.selectors._matrix import MatrixSelector, check_method, columns
+from subspan.selectors._matrix import SpectralSelector, columns
 
 
 @dataclass(frozen=True)
-class Stratified(MatrixSelector):
+class Stratified(SpectralSelector):
     """Singular vectors spread over the spectrum.
 
     Args:
@@ -32,13 +32,6 @@ class Stratified(MatrixSelector):
     """
 
     method: str = "gram"
-
-    def __post_init__(self) -> None:
-        check_method(self.method)
-
-    @property
-    def takes_gram(self) -> bool:
-        return self.method == "gram"
 
     def choose(self, G: Tensor | Gram, old: Tensor, key: Key) -> Tensor:
         sigma, V = linalg.right_singular(G, self.method)

@@ -15,12 +15,10 @@ from torch import nn
 
 from subspan import distributed
 from subspan.backward import project_backward
-from subspan.carriers import layer_of
-from subspan.factory import create
 from subspan.optimizer import SubspaceOptimizer
-from subspan.shapes import layout_of
 from subspan.training import checkpoint as checkpoints
 from subspan.training.batches import Batch
+from subspan.training.building import build_optimizer, uncompressed
 from subspan.training.errors import InputError
 from subspan.training.files import write_text
 from subspan.training.finetuning.resolve import ResolvedFinetune
@@ -97,7 +95,7 @@ class Training(ABC, Generic[R]):
                 select_from=config.optim.select_from,
             )
         self.model: nn.Module = ranks.place(model, config.device).train()
-        self.optimizer = _build_optimizer(config, self.model)
+        self.optimizer = build_optimizer(config, self.model)
         self.probes: Probes | None = None
         if config.probes.subspace:
             check_probes(config.probes, self.optimizer, config.optimizer, config.parallel, config.batch_size)
@@ -298,7 +296,7 @@ class Training(ABC, Generic[R]):
         say(f"{config.model}: {number:,} parameters in {config.precision} on {config.device}; {self.data.describe()}")
         summary = getattr(self.optimizer, "summary", None)
         say(f"{config.optimizer}: {summary()}" if summary else f"{config.optimizer}: torch.optim.AdamW on every parameter")
-        if full := _uncompressed(self.optimizer):
+        if full := uncompressed(self.optimizer):
             say(f"rank={config.rank}: reaches the shorter side of {full} matrices, which are trained at full rank")
         if self.step:
             say(f"continues at step {self.step}" if self.step < config.steps else f"already complete at step {self.step}")
@@ -381,47 +379,6 @@ class Training(ABC, Generic[R]):
         if self.best and not (folder.parent / checkpoints.name_of(self.best["step"])).exists():
             say(f"checkpoint {folder}: the best one, of step {self.best['step']}, is gone; the best from here on is kept")
             self.best = None
-
-
-def _build_optimizer(config: ResolvedConfig | ResolvedFinetune, model: nn.Module) -> torch.optim.Optimizer:
-    return create(
-        config.optimizer,
-        model,
-        lr=config.lr,
-        rank=config.rank,
-        update_proj_gap=config.update_proj_gap,
-        scale=config.scale,
-        proj_type=config.optim.proj_type,
-        transfer=config.optim.transfer,
-        selector=config.optim.selector,
-        rule=config.optim.rule,
-        residual=config.optim.residual,
-        betas=config.optim.betas,
-        eps=config.optim.eps,
-        weight_decay=config.weight_decay,
-        stagger=config.optim.stagger,
-        eta=config.optim.eta,
-        proximal=config.optim.proximal,
-        state_dtype=config.optim.state_dtype,
-        min_8bit_size=config.optim.min_8bit_size,
-        bf16_stochastic_round=config.optim.bf16_stochastic_round,
-        lr_full=config.optim.lr_full,
-        seed=config.seed,
-        total_steps=config.steps,
-        targets=config.optim.targets,
-    )
-
-
-def _uncompressed(optimizer: torch.optim.Optimizer) -> int:
-    """How many matrices that should be projected have a side no longer than the rank."""
-    shapes = [
-        layout_of(p.shape, group["rank"], group["proj_type"], group["flatten"])
-        for group in optimizer.param_groups
-        if group.get("rank") is not None
-        for p in group["params"]
-        if layer_of(p) is None
-    ]
-    return sum(layout.side is None and len(layout.shape) > 1 for layout in shapes)
 
 
 def _plain(value: Any) -> Any:
