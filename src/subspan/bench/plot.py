@@ -5,21 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from subspan.bench.grow import share_name
+from subspan.drawing import COLOURS, style
 
 _GREY = "#808080"
-_COLOURS = ("#3b82c4", "#d9772b", "#3f9b5f", "#b0508e", "#8a7a2f", "#6f62c9")
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "subspan",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-    "legend.frameon": False,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), _GREY),
-}
+_STYLE = style(_GREY) | {"grid.color": _GREY}
 
 
 def growth(found: Mapping[str, Any]) -> str:
@@ -41,7 +30,7 @@ def growth(found: Mapping[str, Any]) -> str:
             axes = figure.add_subplot(1, 2, place + 1)
             for number, share in enumerate(shares):
                 rows = [row for row in found["rows"] if row["share"] == share]
-                widths, colour = [row["width"] for row in rows], _COLOURS[number % len(_COLOURS)]
+                widths, colour = [row["width"] for row in rows], COLOURS[number % len(COLOURS)]
                 axes.plot(widths, [1e3 * row[f"{kind}_seconds"] for row in rows], "o-", ms=4, color=colour,
                           label=f"r/d = {share_name(share)}")  # fmt: skip
                 axes.plot(widths, [1e3 * row[f"{kind}_floor_seconds"] for row in rows], "--", lw=1, color=colour)

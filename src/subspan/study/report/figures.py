@@ -11,35 +11,11 @@ import matplotlib
 from cycler import cycler
 from matplotlib.figure import Figure
 
+from subspan.drawing import COLOURS, style
 from subspan.study.report.gather import KINDS, Curve, MemoryPart, RunPart
 
 _INK = "#010203"  # replaced by the page's own colour
-_COLOURS = (
-    "#3b82c4",
-    "#d9772b",
-    "#3f9b5f",
-    "#b0508e",
-    "#8a7a2f",
-    "#6f62c9",
-    "#c24b4b",
-    "#3a9aa5",
-    "#7d7d7d",
-    "#a06a3c",
-    "#5b8f2a",
-)
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "subspan",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.prop_cycle": cycler(color=_COLOURS),
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-    "legend.frameon": False,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
-}
+_STYLE = style(_INK) | {"axes.prop_cycle": cycler(color=COLOURS)}
 
 
 def _draw(draw: Callable[[Figure], None], title: str, size: tuple[float, float] = (7.2, 4.0)) -> str:
@@ -86,7 +62,7 @@ def differences(rows: Sequence[Mapping[str, Any]], title: str) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         for place, row in enumerate(shown):
-            colour = _COLOURS[2] if row["difference"] < 0 else _COLOURS[6]
+            colour = COLOURS[2] if row["difference"] < 0 else COLOURS[6]
             if row["difference_low"] is not None:
                 axes.plot([row["difference_low"], row["difference_high"]], [place, place], color=colour, lw=2)
             axes.plot([row["difference"]], [place], "o", color=colour)
@@ -140,7 +116,7 @@ def spectra(update: Mapping[str, Any], title: str) -> str:
         colours: dict[str, str] = {}
         for layer in update["layers"]:
             label = None if layer["type"] in colours else layer["type"]
-            colour = colours.setdefault(layer["type"], _COLOURS[len(colours) % len(_COLOURS)])
+            colour = colours.setdefault(layer["type"], COLOURS[len(colours) % len(COLOURS)])
             axes.plot(range(1, len(layer["singular_values"]) + 1), layer["singular_values"], color=colour, lw=0.9, label=label)
         axes.set_yscale("log")
         axes.set_ylim(1e-4, 1.3)
