@@ -163,6 +163,8 @@ def test_parts_as_settings_or_objects():
     assert (optimizer.selector, optimizer.residual) == (Importance(power=2.0, floor=0.1), Fira("official", None))
     optimizer = build("galore_adamw", net(), selector=Random(), residual=Fira())
     assert (optimizer.selector, optimizer.residual) == (Random(), Fira())
+    assert build("galore_adamw", net(), selector={"name": "importance", "power": 0.0}).selector == Importance(power=0.0)
+    assert build("rso_adamw", net(), selector={"name": "gaussian"}).selector == Gaussian()
     optimizer = build("golore_hybrid_adamw", net(), selector={"at": 0.5}, total_steps=40)
     assert optimizer.selector == Switch(Dominant(), Random(), at=0.5, total_steps=40)
 
@@ -179,6 +181,9 @@ def test_parts_as_settings_or_objects():
             "selector setting 'temperature'=1.0: Importance has power, floor, method",
         ),
         ("flora_adamw", {"selector": {"power": 1.0}}, "selector setting 'power'=1.0: Gaussian has no settings"),
+        ("sara_adamw", {"selector": {"name": "cyclc"}}, "selector='cyclc': did you mean cyclic"),
+        ("sara_adamw", {"selector": {"name": 3}}, "selector='3': known are dominant"),
+        ("sara_adamw", {"selector": {"name": "random", "power": 1.0}}, "'power'=1.0: Random has scaled"),
         ("fira_adamw", {"residual": {"gamma": 1.0}}, "residual setting 'gamma'=1.0: Fira has mode, limiter"),
         ("sara_adamw", {"selector": {"floor": 2.0}}, "floor=2.0"),
         ("golore_hybrid_adamw", {"total_steps": None}, "pass total_steps"),

@@ -7,6 +7,7 @@ from helpers import EVERY_SELECTOR, RANK, SHAPES, NoSync, assert_same, gradients
 from subspan.parts import Key, Momentum
 from subspan.selectors import (
     Coordinates,
+    Cyclic,
     Dominant,
     Gaussian,
     Importance,
@@ -332,6 +333,27 @@ def test_stratified_takes_one_of_each_part_of_the_spectrum(rank):
         share = 1 / len(part)
         error = (draws * share * (1 - share)) ** 0.5
         assert (counts[list(part)] - draws * share).abs().max() <= 5 * error
+
+
+@pytest.mark.parametrize("rank", [4, 6, 20])
+def test_cyclic_visits_every_direction_once_in_a_cycle(rank):
+    """Of 20 directions, five cycles on a gradient that stays: once each, but for the few that fill up the last refresh; in
+    another order in the next cycle; whatever the steps between refreshes."""
+    (G,) = gradients(SHAPES["tall"], 1)
+    V, turns, orders = right_vectors(G), -(-20 // rank), []
+    state = Cyclic().init(G, rank)
+    for cycle in range(5):
+        visits = torch.zeros(20, dtype=torch.long)
+        for turn in range(turns):
+            Q = basis(Cyclic(), G, Key(0, "w", 7 * turn + cycle**2), rank, state)
+            index = (V.mT @ Q).abs().argmax(0)
+            assert (V.mT @ Q).abs().amax(0).min() > 1 - 1e-9
+            assert index.tolist() == sorted(set(index.tolist()))
+            visits[index] += 1
+            orders.append(tuple(index.tolist()))
+        assert visits.min() == 1
+        assert (visits - 1).sum() == turns * rank - 20
+    assert rank == 20 or len(set(orders[::turns])) > 1
 
 
 def test_random_ignores_the_gradient():

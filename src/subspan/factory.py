@@ -62,7 +62,8 @@ def create(
         name: one of ``list_optimizers()``. Full-rank ones ignore what concerns subspaces; ``adamw`` is torch's.
         model: its ``nn.Linear`` weights are projected, except those that ``exclude`` names.
         lr: learning rate; ``None`` is the recipe's own, as is ``None`` for scale, transfer, betas, eps and state_dtype.
-        selector: another selector, its name, or settings for the recipe's own such as ``{"power": 2.0, "floor": 0.1}``.
+        selector: another selector, its name, or settings for the recipe's own such as ``{"power": 2.0, "floor": 0.1}``; with
+            a ``"name"`` among them, for the selector of that name.
         rule: likewise, such as ``{"momentum": 0.95}``.
         residual: likewise, such as ``{"mode": "official"}``.
         betas, eps: the rule's, short for ``rule={"betas": ..., "eps": ...}``.
@@ -180,6 +181,9 @@ def _with(
         return part
     if not isinstance(change, Mapping):
         return look_up(change, table, what)
+    if "name" in change:
+        part = look_up(str(change["name"]), table, what)
+        change = {key: value for key, value in change.items() if key != "name"}
     allowed = [field.name for field in fields(part)]  # type: ignore[arg-type]  # every part is a dataclass
     for key, value in change.items():
         if key not in allowed:

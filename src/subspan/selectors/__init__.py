@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from subspan.parts import Selector
 from subspan.selectors.coordinates import Coordinates
+from subspan.selectors.cyclic import Cyclic
 from subspan.selectors.dominant import Dominant
 from subspan.selectors.gaussian import Gaussian
 from subspan.selectors.importance import Importance
@@ -23,12 +24,14 @@ SELECTORS: dict[str, Callable[[], Selector]] = {
     "online_pca": OnlinePCA,
     "power_iteration": PowerIteration,
     "stratified": Stratified,
+    "cyclic": Cyclic,
 }
 """By name, with their papers' settings. ``Switch`` and ``Lazy`` are made of others."""
 
 __all__ = [
     "SELECTORS",
     "Coordinates",
+    "Cyclic",
     "Dominant",
     "Gaussian",
     "Importance",

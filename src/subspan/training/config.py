@@ -21,7 +21,7 @@ class OptimConfig:
     transfer: Literal["keep", "rotate", "moments", "reset"] | None = None
     """What becomes of the moments at a refresh; null is the recipe's own."""
     selector: dict[str, Any] | None = None
-    """Settings of the recipe's selector, such as {power: 2.0, floor: 0.1}."""
+    """Settings of the recipe's selector, such as {power: 2.0, floor: 0.1}; or of another, {name: gaussian}."""
     residual: dict[str, Any] | None = None
     """Settings of the recipe's residual, such as {mode: official}."""
     stagger: bool | None = None
