@@ -29,7 +29,7 @@ COMMANDS = {
     "pretrain": Entry(pretrain, "train", "pretrain a language model"),
     "finetune": Entry(finetune, "train", "fine-tune a model on a task"),
     "inspect": Entry(inspect, "look and compare", "look at the subspaces of a run"),
-    "study": Entry(study, "look and compare", "run many runs and compare them with paired statistics"),
+    "study": Entry(study, "look and compare", "run many runs, and compare them with paired tests"),
     "report": Entry(report, "look and compare", "write a page of studies, runs and measurements"),
     "bench": Entry(bench, "measure and test", "measure memory, time and traffic of training steps"),
     "theory": Entry(theory, "measure and test", "put a theoretical claim to the test"),
