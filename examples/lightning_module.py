@@ -17,7 +17,7 @@ import subspan
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "README.md")
-parser.add_argument("--out", default="lightning", help="where the checkpoint goes")
+parser.add_argument("--out", default="runs/lightning", help="where the checkpoint goes")
 args = parser.parse_args()
 
 

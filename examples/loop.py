@@ -17,7 +17,7 @@ import subspan
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "README.md")
-parser.add_argument("--checkpoint", type=Path, default=Path("loop.pt"))
+parser.add_argument("--checkpoint", type=Path, default=Path("runs/loop.pt"))
 args = parser.parse_args()
 text = torch.tensor(list(args.text.read_bytes()))
 
@@ -35,13 +35,13 @@ optimizer = subspan.create("sara_adamw", model, lr=1e-2, rank=16, update_proj_ga
 scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=10)
 parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
 step, first = 0, None
+args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
 if args.checkpoint.exists():
     saved = torch.load(args.checkpoint, weights_only=True)
     step, first = saved["step"], saved["first"]
     for name, part in parts.items():
         part.load_state_dict(saved[name])
     print(f"goes on at step {step}")
-
 while step < args.steps:
     loss = model(input_ids=batch(step), labels=batch(step)).loss
     loss.backward()

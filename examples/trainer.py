@@ -18,7 +18,7 @@ from subspan.integrations.transformers import Subspace
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "README.md")
-parser.add_argument("--out", default="trainer", help="where checkpoints go")
+parser.add_argument("--out", default="runs/trainer", help="where checkpoints go")
 parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint there")
 args = parser.parse_args()
 

@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,7 @@ def parsers(parser: Parser, name: str = "") -> Iterator[tuple[str, Parser]]:
             yield from parsers(below, f"{name} {word}".strip())
 
 
+ROOT = Path(__file__).parents[2]
 PARSER = make_parser()
 PARSERS = dict(parsers(PARSER))
 
@@ -97,3 +99,20 @@ def test_mistyped(arguments: list[str], words: str, capsys: pytest.CaptureFixtur
     assert out == ""
     assert words in err
     assert err.count("\n") == 1
+
+
+def test_the_page_of_the_command_line() -> None:
+    """It names every command and every variable that is read, and what it shows is understood."""
+    page = (ROOT / "docs" / "cli.md").read_text()
+    assert all(f"| `{name}` |" in page for name in COMMANDS)
+    source = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    read = set(re.findall(r'os\.environ(?:\.get\(|\[)"(\w+)"', source))
+    assert {"SUBSPAN_CACHE", "SUBSPAN_DEBUG"} <= read
+    assert all(f"`{name}" in page for name in read)
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    trained = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("subspan pretrain")]
+    assert len(trained) == 2
+    for words in trained:
+        PARSER.parse_args(
+            spelled([word.replace("configs", str(ROOT / "configs")) for word in words if word != "--print_config"])
+        )

@@ -41,7 +41,7 @@ class Parser(ArgumentParser):
     """
 
     def __init__(self, *args: Any, examples: Sequence[str] = (), **settings: Any) -> None:
-        super().__init__(*args, formatter_class=Formatter, **settings)
+        super().__init__(*args, **{"formatter_class": Formatter, **settings})
         self.examples = examples
 
     def format_help(self, formatter: Any = None) -> str:
@@ -90,8 +90,8 @@ class Parser(ArgumentParser):
 
 def fail(message: str) -> NoReturn:
     """End with status 2 and one line on stderr."""
-    trace()
     if os.environ.get("LOCAL_RANK", "0") == "0":  # of many processes that read the same settings, one says what is wrong
+        trace()
         say(f"error: {' '.join(message.split())}")
     raise SystemExit(2)
 
