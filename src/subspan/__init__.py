@@ -1,5 +1,9 @@
 """Train large language models with the optimizer's state in a small, moving subspace of every weight matrix."""
 
+# Before torch: it minds Ctrl-C while the command starts.
+from subspan import starting as _starting  # noqa: F401
+
+# isort: split
 from subspan import comm, residuals, rules, selectors
 from subspan.adamw import SubspaceAdamW
 from subspan.backward import project_backward

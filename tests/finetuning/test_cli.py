@@ -51,6 +51,19 @@ def test_a_run_goes_on_with_its_own_settings(
     assert "seed was 0, is 3" in capsys.readouterr().err
 
 
+def test_print_config_is_a_config(
+    bert: Path, data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it prints, given back as a file, runs; a later flag wins over the file."""
+    with pytest.raises(SystemExit) as caught:
+        main([*flags(bert, data, tmp_path / "run"), "--print_config"])
+    assert caught.value.code == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert main(["finetune", f"--config={tmp_path / 'printed.yaml'}", "--steps=2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["best_step"] <= 2
+    assert "batch_size: 8" in (tmp_path / "run" / "config.yaml").read_text()
+
+
 @pytest.mark.parametrize(
     ("extra", "words"),
     [

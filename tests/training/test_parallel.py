@@ -178,7 +178,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(corpus: Path, tmp_path: Path
     done = launch(2, [*arguments, "--parallel=ddp"], what="terminate", step=7)
     assert done.returncode != 0
     assert done.stderr.count("subspan: SIGTERM: saved at step 7") == 1
-    assert "torchrun ... -m subspan pretrain --config" in done.stderr
+    assert "torchrun --nproc-per-node 2 -m subspan pretrain --config" in done.stderr
     assert "exitcode  : 143" in done.stderr
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000007"]
     assert main([*arguments, "--resume=auto"]) == 0
@@ -187,7 +187,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(corpus: Path, tmp_path: Path
 
 ENDS = {
     "bad data": ["subspan: error: data 'moon': is made of cheese; expected stone"],
-    "bug": ["subspan: rank 1 failed:", "ZeroDivisionError: a mistake of ours"],
+    "bug": ["subspan: error: rank 1 failed: ZeroDivisionError: a mistake of ours; the traceback is in "],
     "kill": ["rank 0 has lost another process", "repeat the command with --resume auto", "SIGKILL"],
 }
 

@@ -27,12 +27,15 @@ _WHAT: dict[str, tuple[type, str]] = {
 }
 
 
-def add_to(commands: Any, name: str) -> None:
-    bench = Parser(description="Measure memory, time and traffic of training steps.")
-    commands.add_subcommand(name, bench, help="measure memory, time and traffic of training steps")
-    benches = bench.add_subcommands(required=True, dest="what")
-    for what, (setting, about) in _WHAT.items():
-        measured = Parser(description=f"{about[0].upper()}{about[1:]}.")
+def add_to(commands: Any, name: str, about: str) -> None:
+    bench = Parser(
+        description="Measure memory, time and traffic of training steps.",
+        examples=["subspan bench memory --model llama-60m --tokens 4096", "subspan bench all --quick"],
+    )
+    commands.add_subcommand(name, bench, help=about)
+    benches = bench.add_subcommands(required=True, dest="what", title="measurements", description=None)
+    for what, (setting, measures) in _WHAT.items():
+        measured = Parser(description=f"{measures[0].upper()}{measures[1:]}.", examples=[f"subspan bench {what} --json"])
         measured.add_argument("--json", action="store_true", help="print JSON")
         measured.add_argument("--out", type=str, default=None, help="write the JSON to a file too")
         measured.add_class_arguments(setting)
@@ -42,7 +45,7 @@ def add_to(commands: Any, name: str) -> None:
             measured.add_argument("--pairs", type=int, default=PAIRS, help="pairs of steps")
         if what in ("grow", "all"):
             measured.add_argument("--plot", type=str, default=None, help="draw how costs grow, as an .svg")
-        benches.add_subcommand(what, measured, help=about)
+        benches.add_subcommand(what, measured, help=measures)
 
 
 def run(settings: Namespace) -> int:

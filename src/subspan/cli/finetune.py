@@ -8,10 +8,14 @@ from subspan.cli.running import run_parser, run_training
 from subspan.training.config import FinetuneConfig
 
 _ABOUT = "Fine-tune a model on labelled examples, or a causal language model on prompts and answers."
+_EXAMPLES = (
+    "subspan finetune --optimizer sara_adamw --task bundled --steps 50",
+    "subspan finetune --model MODEL --task classification --data train.jsonl --validation_data val.jsonl",
+)
 
 
-def add_to(commands: Any, name: str) -> None:
-    commands.add_subcommand(name, run_parser(FinetuneConfig, _ABOUT), help="fine-tune a model on a task")
+def add_to(commands: Any, name: str, about: str) -> None:
+    commands.add_subcommand(name, run_parser(FinetuneConfig, _ABOUT, _EXAMPLES), help=about)
 
 
 def run(settings: Namespace) -> int:

@@ -6,9 +6,10 @@ from typing import Any
 from subspan.cli.parsing import Namespace, Parser, fail, path_of
 
 
-def add_to(commands: Any, name: str) -> None:
+def add_to(commands: Any, name: str, about: str) -> None:
     parser = Parser(
-        description="Overlap of the subspaces of a run, what they held of the gradient, and the rank of its updates."
+        description="Overlap of the subspaces of a run, what they held of the gradient, and the rank of its updates.",
+        examples=["subspan inspect runs/probed", "subspan inspect runs/probed --begin 100 --end 300 --json"],
     )
     parser.add_argument("run", type=str, help="the directory of a run")
     parser.add_argument(
@@ -16,7 +17,7 @@ def add_to(commands: Any, name: str) -> None:
     )
     parser.add_argument("--end", type=int, default=None, help="step of the checkpoint up to which; the last")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    commands.add_subcommand(name, parser, help="look at the subspaces of a run")
+    commands.add_subcommand(name, parser, help=about)
 
 
 def run(settings: Namespace) -> int:

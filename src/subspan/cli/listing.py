@@ -9,11 +9,11 @@ from subspan.memory import VARIABLES
 from subspan.recipes import describe, list_optimizers
 
 
-def add_to(commands: Any, name: str) -> None:
-    listing = Parser(description="List what is known by name.")
+def add_to(commands: Any, name: str, about: str) -> None:
+    listing = Parser(description="List what is known by name.", examples=["subspan list", "subspan list models --json"])
     listing.add_argument("--json", action="store_true", help="print JSON: of optimizers, parts, paper and state formula")
     listing.add_argument("what", nargs="?", choices=["optimizers", "models"], default="optimizers", help="optimizers or models")
-    commands.add_subcommand(name, listing, help="list optimizers or models")
+    commands.add_subcommand(name, listing, help=about)
 
 
 def run(settings: Namespace) -> int:

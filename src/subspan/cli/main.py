@@ -4,53 +4,112 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 from subspan import __version__
 from subspan.cli import bench, finetune, inspect, listing, plan, pretrain, report, study, theory
-from subspan.cli.parsing import Command, Parser, fail, spelled
+from subspan.cli.completion import SHELLS, script
+from subspan.cli.helping import overview
+from subspan.cli.parsing import Command, Parser, fail, say, spelled
+from subspan.starting import begun
+from subspan.training.errors import unexpected
+
+
+class Entry(NamedTuple):
+    """A command, and what the list of commands says of it."""
+
+    module: Any
+    group: str
+    about: str
+
 
 COMMANDS = {
-    "plan": plan,
-    "pretrain": pretrain,
-    "finetune": finetune,
-    "study": study,
-    "inspect": inspect,
-    "report": report,
-    "theory": theory,
-    "bench": bench,
-    "list": listing,
+    "plan": Entry(plan, "before training", "tell whether a model fits in memory"),
+    "list": Entry(listing, "before training", "list optimizers or models"),
+    "pretrain": Entry(pretrain, "train", "pretrain a language model"),
+    "finetune": Entry(finetune, "train", "fine-tune a model on a task"),
+    "inspect": Entry(inspect, "look and compare", "look at the subspaces of a run"),
+    "study": Entry(study, "look and compare", "run many runs, and compare them with paired tests"),
+    "report": Entry(report, "look and compare", "write a page of studies, runs and measurements"),
+    "bench": Entry(bench, "measure and test", "measure memory, time and traffic of training steps"),
+    "theory": Entry(theory, "measure and test", "put a theoretical claim to the test"),
 }
+_ABOUT = "Train large language models with the optimizer's state in a small, moving subspace of every weight matrix."
+_OPTIONS = {
+    "-h, --help": "show this message and exit",
+    "--version": "print the version and exit",
+    "--debug": "show tracebacks; so does SUBSPAN_DEBUG=1",
+    "--print-completion SHELL": "print a script for bash, zsh or tcsh",
+}
+_EXAMPLES = (
+    "subspan pretrain --model llama-nano --optimizer sara_adamw --steps 300 --out runs/first",
+    "subspan plan --model llama-7b --rank 1024 --compare",
+    'eval "$(subspan --print-completion bash)"',
+)
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="subspan", description="Train large language models inside moving subspaces.", version=__version__)
+class Top(Parser):
+    """The parser of ``subspan`` itself."""
+
+    def format_help(self, formatter: Any = None) -> str:
+        groups: dict[str, dict[str, str]] = {}
+        for name, entry in COMMANDS.items():
+            groups.setdefault(entry.group, {})[name] = entry.about
+        return overview(_ABOUT, groups, _OPTIONS, _EXAMPLES)
+
+
+def make_parser() -> Parser:
+    """The parser of every command."""
+    parser = Top(prog="subspan", description=_ABOUT, version=__version__, allow_abbrev=False)
+    parser.add_argument("--print_completion", choices=SHELLS, help="print a completion script")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subcommands(required=True, dest="command")
-    for name, command in COMMANDS.items():
-        command.add_to(commands, name)
+    for name, entry in COMMANDS.items():
+        entry.module.add_to(commands, name, entry.about)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    return _piped(lambda: _run(sys.argv[1:] if argv is None else argv))
+    """Run the command; returns the exit status, or raises ``SystemExit``."""
+    return _ended(lambda: _run(spelled(sys.argv[1:] if argv is None else argv)))
 
 
-def _run(argv: Sequence[str]) -> int:
+def _run(words: list[str]) -> int:
+    if "--debug" in words:
+        words = [word for word in words if word != "--debug"]
+        os.environ["SUBSPAN_DEBUG"] = "1"  # which the processes of a study see too
+    if not words:
+        fail(f"expected a command: {', '.join(COMMANDS)}; see subspan --help")
+    parser = make_parser()
+    if words[:1] and words[0].partition("=")[0] == "--print_completion":
+        shell = (words[0].partition("=")[2] or " ".join(words[1:])).strip()
+        if shell not in SHELLS:
+            fail(f"print_completion={shell!r}: expected {', '.join(SHELLS)}")
+        print(script(parser, shell))
+        return 0
     try:
-        given = _parser().parse_args(spelled(argv))
+        given = parser.parse_args(words)
     except (TypeError, ValueError) as error:  # a config file that is no text
         fail(f"the settings cannot be read: {error}")
-    return cast(Command, COMMANDS[given.command]).run(given[given.command])
+    begun()
+    return cast(Command, COMMANDS[given.command].module).run(given[given.command])
 
 
-def _piped(run: Callable[[], int]) -> int:
-    """The status of ``run``; where the reader of its output has gone, as ``| head`` does, that of a process it has ended."""
+def _ended(run: Callable[[], int]) -> int:
+    """The status of ``run``, however it ends."""
     try:
         status = run()
         sys.stdout.flush()
-    except BrokenPipeError:
+    except (
+        BrokenPipeError
+    ):  # the reader of the output has gone, as ``| head`` does: the status of a process that this has ended
         # Python flushes once more as it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        say("stopped")
+        return 128 + signal.SIGINT
+    except Exception as error:
+        say(f"error: {unexpected(error)}")
+        return 1
     return status

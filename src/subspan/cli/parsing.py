@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -15,25 +16,50 @@ try:
 except ImportError as error:  # the library was installed without the harness
     raise SystemExit(f"subspan: error: {error}; the command line comes with an extra: pip install 'subspan[train]'") from error
 
+from subspan.cli.helping import Formatter, framed, plain
+from subspan.training.errors import debugging
+
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class Command(Protocol):
     """A module of this package that is a command. Importing one is cheap; what takes seconds is imported in ``run``."""
 
-    def add_to(self, commands: Any, name: str) -> None:
-        """Add a parser of its arguments; nested ones after it, as jsonargparse wants."""
+    def add_to(self, commands: Any, name: str, about: str) -> None:
+        """Add a parser of its arguments, known as ``about``; nested ones after it, as jsonargparse wants."""
 
     def run(self, settings: Namespace) -> int:
         """Do it; returns the exit status."""
 
 
 class Parser(ArgumentParser):
-    """Exits with 2 after one line; where a name is unknown the line holds those near it."""
+    """Exits with 2 after one line; where a name is unknown the line holds those near it.
+
+    Args:
+        description: what the command does, with which its help begins.
+        examples: commands, with which it ends.
+    """
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **settings: Any) -> None:
+        super().__init__(*args, **{"formatter_class": Formatter, **settings})
+        self.examples = examples
+
+    def format_help(self, formatter: Any = None) -> str:
+        about, self.description = self.description or "", None
+        for group in self._action_groups:
+            if group.title and about.rstrip(".") == group.title.rstrip("."):  # jsonargparse names it after the class
+                group.title = "settings"
+        try:
+            body = super().format_help()
+        finally:
+            self.description = about
+        return framed(about, body, self.examples)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        command = " ".join(self.prog.replace("[options]", "").split())
-        wrong = re.search(r'Parser key "([^"]+)":(.*?)(?:Given value|Got value): (.*)', " ".join(message.split()))
+        command = plain(self.prog)
+        wrong = re.search(
+            r'Parser key "([^"]+)":(.*?)(?:Given value type: \S+ \S+ )?(?:Given|Got) value: (.*)', " ".join(message.split())
+        )
         if wrong:
             kinds = re.findall(r"<class '(\w+)'>|Literal\[(.*?)\]", wrong[2])
             allowed = dict.fromkeys("null" if kind == "NoneType" else kind or choices for kind, choices in kinds)
@@ -65,8 +91,15 @@ class Parser(ArgumentParser):
 def fail(message: str) -> NoReturn:
     """End with status 2 and one line on stderr."""
     if os.environ.get("LOCAL_RANK", "0") == "0":  # of many processes that read the same settings, one says what is wrong
+        trace()
         say(f"error: {' '.join(message.split())}")
     raise SystemExit(2)
+
+
+def trace() -> None:
+    """When debugging, show where an error comes from."""
+    if debugging():
+        print(traceback.format_exc() if sys.exc_info()[0] else "".join(traceback.format_stack()), file=sys.stderr)
 
 
 def path_of(name: str, given: str) -> Path:

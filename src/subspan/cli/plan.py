@@ -9,15 +9,21 @@ from subspan.cli.parsing import Namespace, Parser, fail, say
 from subspan.planning.setting import PlanSetting
 
 
-def add_to(commands: Any, name: str) -> None:
-    parser = Parser(description="The memory of a training step, computed on shapes alone: no weights, no device.")
+def add_to(commands: Any, name: str, about: str) -> None:
+    parser = Parser(
+        description="The memory of a training step, computed on shapes alone: no weights, no device.",
+        examples=[
+            "subspan plan --model llama-7b --optimizer sara_adamw --rank 1024 --backward_side --gpu 24GiB",
+            "subspan plan --model llama-7b --rank 1024 --compare",
+        ],
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--compare", action="store_true", help="a table over methods, beside what papers report")
     parser.add_argument(
         "--out", type=str, default=None, help="with --compare: draw the bars into this file, such as memory.svg"
     )
     parser.add_class_arguments(PlanSetting)
-    commands.add_subcommand(name, parser, help="tell whether a model fits, before training")
+    commands.add_subcommand(name, parser, help=about)
 
 
 def run(settings: Namespace) -> int:

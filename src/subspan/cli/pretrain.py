@@ -8,10 +8,14 @@ from subspan.cli.running import run_parser, run_training
 from subspan.training.config import PretrainConfig
 
 _ABOUT = "Pretrain a language model."
+_EXAMPLES = (
+    "subspan pretrain --model llama-nano --optimizer sara_adamw --steps 300 --out runs/first",
+    "subspan pretrain --model llama-nano --optimizer sara_adamw --steps 300 --out runs/first --resume auto",
+)
 
 
-def add_to(commands: Any, name: str) -> None:
-    commands.add_subcommand(name, run_parser(PretrainConfig, _ABOUT), help="pretrain a language model")
+def add_to(commands: Any, name: str, about: str) -> None:
+    commands.add_subcommand(name, run_parser(PretrainConfig, _ABOUT, _EXAMPLES), help=about)
 
 
 def run(settings: Namespace) -> int:

@@ -5,8 +5,11 @@ from typing import Any
 from subspan.cli.parsing import Namespace, Parser, fail, path_of, say
 
 
-def add_to(commands: Any, name: str) -> None:
-    parser = Parser(description="Write one self-contained HTML page of studies, runs and measurements.")
+def add_to(commands: Any, name: str, about: str) -> None:
+    parser = Parser(
+        description="Write one self-contained HTML page of studies, runs and measurements.",
+        examples=["subspan report studies --out report.html", "subspan report runs/first results/memory.json"],
+    )
     parser.add_argument(
         "sources",
         type=str,
@@ -15,7 +18,7 @@ def add_to(commands: Any, name: str) -> None:
     )
     parser.add_argument("--out", type=str, default="report.html", help="the page to write")
     parser.add_argument("--title", type=str, default="subspan report", help="its title")
-    commands.add_subcommand(name, parser, help="write a page of studies and runs")
+    commands.add_subcommand(name, parser, help=about)
 
 
 def run(settings: Namespace) -> int:

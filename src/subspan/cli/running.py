@@ -2,11 +2,11 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from subspan.cli.parsing import Namespace, Parser, fail, say
+from subspan.cli.parsing import Namespace, Parser, fail, say, trace
 from subspan.training.config import FinetuneConfig, PretrainConfig
 from subspan.training.errors import InputError
 from subspan.training.signals import RunInterruptedError, interrupt_ends_process
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 Config = type[PretrainConfig] | type[FinetuneConfig]
 
 
-def run_parser(kind: Config, about: str) -> Parser:
+def run_parser(kind: Config, about: str, examples: Sequence[str] = ()) -> Parser:
     """A parser of the settings ``kind``."""
-    parser = Parser(description=about, allow_abbrev=False)
+    parser = Parser(description=about, examples=examples, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a YAML file of settings; later flags override it")
     parser.add_argument("--json", action="store_true", help="print one line of JSON last")
     parser.add_class_arguments(kind)
@@ -63,6 +63,8 @@ def _train(
 ) -> int:
     def end(status: int, message: str) -> int:
         if ranks.speaks():
+            if status in (1, 2):
+                trace()
             say(message)
         return status
 

@@ -6,14 +6,18 @@ from subspan.cli.parsing import Namespace, Parser, fail, path_of
 
 _METRICS = ["val_loss", "val_ppl", "accuracy", "f1", "matthews", "pearson", "spearman"]
 _ABOUT = {"run": "Run what is missing of a study.", "table": "Compare the rows of a study over its seeds."}
+_EXAMPLES = {
+    "run": "subspan study run studies/table1_nano.yaml --jobs 2",
+    "table": "subspan study table studies/table1_nano.yaml --json",
+}
 
 
-def add_to(commands: Any, name: str) -> None:
-    study = Parser(description="Run many runs and compare them with paired statistics.")
-    commands.add_subcommand(name, study, help="run many runs and compare them")
-    kinds = study.add_subcommands(required=True, dest="what")
-    for what, about in _ABOUT.items():
-        parser = Parser(description=about)
+def add_to(commands: Any, name: str, about: str) -> None:
+    study = Parser(description="Run many runs and compare them with paired statistics.", examples=[*_EXAMPLES.values()])
+    commands.add_subcommand(name, study, help=about)
+    kinds = study.add_subcommands(required=True, dest="what", title="what to do", description=None)
+    for what, does in _ABOUT.items():
+        parser = Parser(description=does, examples=[_EXAMPLES[what]])
         parser.add_argument("file", type=str, help="a study file, such as studies/table1_nano.yaml")
         if what == "run":
             parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
@@ -23,7 +27,7 @@ def add_to(commands: Any, name: str) -> None:
             form = parser.add_mutually_exclusive_group()
             form.add_argument("--json", action="store_true", help="print JSON")
             form.add_argument("--latex", action="store_true", help="print a LaTeX table")
-        kinds.add_subcommand(what, parser, help=about[0].lower() + about[1:-1])
+        kinds.add_subcommand(what, parser, help=does[0].lower() + does[1:-1])
 
 
 def run(settings: Namespace) -> int:

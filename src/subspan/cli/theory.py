@@ -12,16 +12,18 @@ from subspan.text import aligned
 from subspan.theory import EXPERIMENTS
 
 
-def add_to(commands: Any, name: str) -> None:
-    theory = Parser(description="Put a theoretical claim to the test.")
-    commands.add_subcommand(name, theory, help="put a theoretical claim to the test")
-    experiments = theory.add_subcommands(required=True, dest="what")
+def add_to(commands: Any, name: str, about: str) -> None:
+    theory = Parser(
+        description="Put a theoretical claim to the test.", examples=["subspan theory nonconvergence --n 10 --r 4 --seed 0"]
+    )
+    commands.add_subcommand(name, theory, help=about)
+    experiments = theory.add_subcommands(required=True, dest="what", title="claims", description=None)
     for what, experiment in EXPERIMENTS.items():
-        about = (experiment.__doc__ or "").strip()
-        parser = Parser(description=about)
+        claim = (experiment.__doc__ or "").strip()
+        parser = Parser(description=claim, examples=[f"subspan theory {what} --json"])
         parser.add_argument("--json", action="store_true", help="print JSON")
         parser.add_class_arguments(experiment)
-        experiments.add_subcommand(what, parser, help=about)
+        experiments.add_subcommand(what, parser, help=claim)
 
 
 def run(settings: Namespace) -> int:

@@ -16,7 +16,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import subspan
@@ -27,7 +26,7 @@ from subspan.training.config import CheckpointConfig
 from subspan.training.errors import InputError
 from subspan.training.finetuning.scores import SCORES
 from subspan.training.metrics import read_metrics
-from subspan.training.progress import say
+from subspan.training.progress import duration, say, terminal
 from subspan.training.signals import RunInterruptedError, collect_signals
 
 _DIVERGED = 3  # not 1, with which Python ends a process that fails before it runs
@@ -215,9 +214,9 @@ class _Bar:
     def __init__(self, study: Study) -> None:
         self._study, self._last, self._began, self._first = study, "", time.monotonic(), -1
         self._bar = None
-        if sys.stderr.isatty():
+        if console := terminal():
             columns = (TextColumn(study.name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-            self._bar = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))
+            self._bar = Progress(*columns, TimeElapsedColumn(), console=console)
             self._task = self._bar.add_task("", note="")
 
     def __enter__(self) -> "_Bar":
@@ -244,5 +243,4 @@ class _Bar:
         new = done - self._first
         if new <= 0 or done >= whole:
             return ""
-        minutes = (time.monotonic() - self._began) / new * (whole - done) / 60
-        return f"; some {minutes:.0f} min left"
+        return f"; some {duration((time.monotonic() - self._began) / new * (whole - done))} left"

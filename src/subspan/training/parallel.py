@@ -12,7 +12,6 @@ import gc
 import json
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from subspan.training.errors import InputError, first_line
+from subspan.training.errors import InputError, first_line, unexpected
 
 Mode = Literal["none", "ddp", "fsdp"]
 _PATIENCE = timedelta(hours=6)  # of ranks that wait for another to tokenise or to save; a lost rank is noticed at once
@@ -229,8 +228,7 @@ def _say_why(error: BaseException, rank: int) -> None:
             file=sys.stderr,
         )
     else:
-        print(f"subspan: rank {rank} failed:", file=sys.stderr)
-        traceback.print_exception(error)
+        print(f"subspan: error: rank {rank} failed: {unexpected(error)}", file=sys.stderr)
 
 
 def _end(status: int) -> NoReturn:

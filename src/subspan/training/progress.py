@@ -17,14 +17,15 @@ class ProgressLine:
         self.every = max(1, total // 20)
         self._note, self._fresh, self._said = "", False, done
         self.bar: Progress | None = None
-        if shown and sys.stderr.isatty():
+        console = terminal()
+        if shown and console:
             self.bar = Progress(
                 TextColumn("step"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"),
                 TimeRemainingColumn(),
-                console=Console(stderr=True),
+                console=console,
             )
             self.task = self.bar.add_task("", total=total, completed=done, note="")
 
@@ -47,7 +48,7 @@ class ProgressLine:
             self.bar.update(self.task, completed=step, note=self._note)
         elif self.shown and self._fresh and (step >= self._said + self.every or step == self.total):
             left = (time.monotonic() - self.began) / max(1, step - self.start) * (self.total - step)
-            say(f"step {step}/{self.total}  {self._note}  {left:.0f} s left")
+            say(f"step {step}/{self.total}  {self._note}" + (f"  {duration(left)} left" if step < self.total else ""))
             self._said, self._fresh = step, False
 
     def say(self, text: str) -> None:
@@ -56,6 +57,19 @@ class ProgressLine:
             self.bar.console.print(text, highlight=False)
         elif self.shown:
             say(text)
+
+
+def terminal() -> Console | None:
+    """Standard error, where it is a terminal on which a bar can be drawn. It has no colours under NO_COLOR."""
+    console = Console(stderr=True)
+    return console if sys.stderr.isatty() and not console.is_dumb_terminal else None
+
+
+def duration(seconds: float) -> str:
+    """In the unit that a person would use."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def say(text: str) -> None:

@@ -1,0 +1,40 @@
+"""Completion scripts for shells, made by the package shtab from the parser itself."""
+
+import argparse
+from collections.abc import Iterator
+
+from subspan.cli.parsing import Parser, fail
+
+SHELLS = ("bash", "zsh", "tcsh")
+_FILES = {"config", "file", "sources", "data", "validation_data", "plot"}
+_FOLDERS = {"run", "runs", "resume"}
+
+
+def script(parser: Parser, shell: str) -> str:
+    """What ``shell`` reads to complete commands, flags, names of optimizers and models, and paths. ``parser`` is used up."""
+    try:
+        import shtab
+    except ImportError as error:
+        fail(f"{error}; completion comes with an extra: pip install 'subspan[train]'")
+    from subspan.recipes import list_optimizers
+    from subspan.training.presets import PRESETS
+
+    for action in _actions(parser):
+        if action.dest == "optimizer":
+            action.choices = list(list_optimizers())
+        elif action.dest == "model":
+            action.choices = list(PRESETS)
+        elif action.dest in _FILES:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]  # shtab looks for it
+        elif action.dest in _FOLDERS:
+            action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+    made: str = parser.get_completion_script(f"shtab-{shell}")
+    return made
+
+
+def _actions(parser: Parser) -> Iterator[argparse.Action]:
+    """Those of the parser and of all below it."""
+    for action in parser._actions:
+        yield action
+        for below in action.choices.values() if isinstance(action.choices, dict) else ():
+            yield from _actions(below)
