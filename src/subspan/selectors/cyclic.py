@@ -5,8 +5,8 @@ places, and its refresh number ``t`` takes the next ``r`` of them,
 
     Q = V[:, I],    I = { pi[(t r + j) mod k] : 0 <= j < r },    sorted ascending
 
-so what uniform sampling visits on average is visited for certain: no direction waits for more than two cycles. The last refresh of
-a cycle begins ``pi`` anew where ``r`` does not divide ``k``.
+so what uniform sampling visits on average is visited for certain: no place waits for more than two cycles. The last refresh
+of a cycle begins ``pi`` anew where ``r`` does not divide ``k``.
 
 Source: sampling without replacement over time (random reshuffling), in place of SARA's weighted draw (Zhang et al. 2025,
 arXiv 2502.05790, Alg. 2).
