@@ -13,9 +13,10 @@ fill_docs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fill_docs)
 
 
-def test_evidence_is_what_the_studies_say(monkeypatch):
+@pytest.mark.parametrize("page", ["docs/evidence.md", "README.md"])
+def test_a_page_is_what_the_studies_say(page, monkeypatch):
     monkeypatch.chdir(ROOT)
-    page = (ROOT / "docs" / "evidence.md").read_text()
+    page = (ROOT / page).read_text()
     assert len(fill_docs.BLOCK.findall(page)) >= 1
     assert fill_docs.filled(page) == page
 
