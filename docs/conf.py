@@ -1,4 +1,4 @@
-"""The site: ``make docs`` builds it, and fails on a missing docstring, a broken link or a figure of speech Sphinx cannot read."""
+"""The site: ``make docs`` builds it, and fails on a missing docstring, a broken link or markup that cannot be read."""
 
 import os
 import sys

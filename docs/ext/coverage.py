@@ -1,8 +1,8 @@
 """Which public names have no docstring. It needs no Sphinx: tests call it too.
 
-Public is what a module lists in ``__all__``, or, where it has none, what it defines under a name without an underscore; of a class
-every method and property of such a name, its bases' included as far as they are ours. A method may inherit the docstring of the
-protocol or base that it fulfils: one text, one place.
+Public is what a module lists in ``__all__``, or, where it has none, what it defines under a name without an underscore; of a
+class every method and property of such a name, its bases' included as far as they are ours. A method may inherit the docstring
+of the protocol or base that it fulfils: one text, one place.
 """
 
 import ast
@@ -10,6 +10,7 @@ import importlib
 import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -94,7 +95,7 @@ def _described(module: ModuleType) -> set[str]:
     """Names that a string follows where they are set."""
     body = ast.parse(inspect.getsource(module)).body
     described: set[str] = set()
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in pairwise(body):
         text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
         if text and isinstance(following.value.value, str):  # type: ignore[attr-defined]
             targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]

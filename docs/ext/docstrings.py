@@ -16,28 +16,25 @@ from ext import coverage
 
 
 def literal_blocks(lines: list[str]) -> list[str]:
-    """``lines`` with ``::`` before each block that is indented further by four spaces, after a blank line."""
+    """``lines`` with ``::`` before each block that a blank line and four more spaces set apart."""
     out: list[str] = []
-    inside = False
+    block: int | None = None  # the indentation of the one we are in
+    before = ""  # the last line that is not blank
     for line in lines:
-        indent = len(line) - len(line.lstrip())
         if line.strip():
-            before = next((old for old in reversed(out) if old.strip()), "")
-            level = len(before) - len(before.lstrip())
-            if inside and indent < start:
-                inside = False
-            apart = bool(out) and not out[-1].strip()
-            if (
-                not inside
-                and apart
-                and indent >= level + 4
-                and not re.match(r"\s*(>>>|[-*] )", line)
-                and not before.endswith("::")
-            ):
-                out += [" " * level + "::", ""]
-                inside, start = True, indent
+            if block is not None and _indent(line) < block:
+                block = None
+            apart = bool(out) and not out[-1].strip() and _indent(line) >= _indent(before) + 4
+            if block is None and apart and not before.endswith("::") and not re.match(r"\s*(>>>|[-*] )", line):
+                out += [" " * _indent(before) + "::", ""]
+                block = _indent(line)
+            before = line
         out.append(line)
     return out
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 def _tidy(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

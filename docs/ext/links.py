@@ -1,13 +1,14 @@
 """Every relative link of every Markdown file of the repository leads to a file, and to a heading of it.
 
-Sphinx sees the pages of the site alone, and of these not where they lead outside of it. Nothing is fetched: a link with a scheme is
-taken as it is.
+Sphinx sees the pages of the site alone, and of these not where they lead outside of it. Nothing is fetched: a link with a
+scheme is taken as it is.
 """
 
 import os
 import re
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -67,7 +68,7 @@ def _links(page: Path) -> Iterator[str]:
 def _anchors(page: Path) -> set[str]:
     """Headings as links name them; the second of a name ends with ``-1``."""
     tokens, found = _tokens(page), set[str]()
-    for token, inline in zip(tokens, tokens[1:], strict=False):
+    for token, inline in pairwise(tokens):
         if token.type == "heading_open":
             text = "".join(child.content for child in inline.children or () if child.type in ("text", "code_inline"))
             slug, number = default_slugify(text), 0
