@@ -33,6 +33,8 @@ myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 4  # links to headings, as repositories show them
 myst_dmath_double_inline = True
 
+add_module_names = False
+highlight_language = "none"  # what stands apart in a docstring is an equation, unless it is an example
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_typehints = "signature"
@@ -51,4 +53,3 @@ nitpick_ignore_regex = [
     ("py:class", r"subspan\.(saving\.Restorable|projected\.ProjectedSteps|carried\.CarriedSteps|shapes\.Layout)"),
     ("py:class", r"subspan\.backward\.(projection\.Projection|layer\.BackwardLinear)"),
 ]
-suppress_warnings = ["misc.highlighting_failure"]

@@ -40,7 +40,7 @@ def _indent(line: str) -> int:
 def _tidy(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     lines[:] = literal_blocks(lines)
     if what in ("attribute", "data", "property"):
-        lines.insert(0, "")  # napoleon takes what stands before a colon in the first line for a type
+        lines[:0] = ["..", ""]  # an empty comment: napoleon takes what stands before a colon in the first line for a type
 
 
 def _check(app: Sphinx) -> None:
