@@ -1,4 +1,4 @@
-# The commands: `make train`, `make check` and `make distributed`. They make .venv and install what they need.
+# The commands: `make train`, `make check`, `make distributed` and `make docs`. They make .venv and install what they need.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # A waiting OpenMP thread that spins makes a machine with other work on it ten times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train check distributed format clean
+.PHONY: train check distributed docs format clean
 
 train: $(VENV)/.train
 	$(BIN)/subspan pretrain --config configs/llama-tiny-sara.yaml
@@ -24,12 +24,18 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports --no-logo
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup -m "not slow and not distributed"
 
+# The site, into docs/_build/html, and the examples in it. A warning is an error.
+docs: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -q -n -W --keep-going -b html docs docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -q -n -W --keep-going -b doctest docs docs/_build/doctest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/docs
+
 format: $(VENV)/.dev
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) docs/_build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(VENV)/.torch: constraints.txt
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)

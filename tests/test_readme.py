@@ -2,25 +2,19 @@
 
 import io
 import re
-import shlex
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
+from pages import ROOT, commands, python_blocks, run
 
 from subspan.cli import main
 from subspan.training.pretrain import Pretraining
 from subspan.training.resolve import resolve
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    shlex.split(line, comments=True)[1:]
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
-    if line.startswith(("subspan pretrain --m", "subspan pretrain --c"))
-]
+COMMANDS = [words for words in commands(README) if words[0] == "pretrain" and words[1].startswith(("--m", "--c"))]
 
 
 def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,8 +23,7 @@ def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, object] = {}
     printed = io.StringIO()
     with redirect_stdout(printed):
-        for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-            exec(compile(block, "README.md", "exec"), names)
+        for _ in run(python_blocks(README), names, "README.md"):
             names.setdefault("first_model", names["model"])
     shown = re.search(r"```\n(Importance.*?)```", README, re.DOTALL)
     assert shown

@@ -2,10 +2,11 @@
 
 from torch import Tensor
 
+from subspan.parts import Residual
 from subspan.state import State
 
 
-class Plain:
+class Plain(Residual):
     """The defaults of ``parts.Residual``."""
 
     keeps_momentum = False

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspan.parts import Momentum, Transfer, check_betas
+from subspan.parts import Momentum, Rule, Transfer, check_betas
 from subspan.ranges import DIVISORS, is_divisor, is_number
 from subspan.rows import ALL_HERE, Rows
 from subspan.state import State, allocate
 
 
 @dataclass(frozen=True)
-class Adam(ABC):
+class Adam(Rule, ABC):
     """``M``, ``V``, and the direction ``M / (sqrt(V) + eps sqrt(c2))`` with the factor ``sqrt(c2) / c1``."""
 
     betas: tuple[float, float] = (0.9, 0.999)

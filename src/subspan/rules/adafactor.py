@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspan.parts import Momentum, Transfer
+from subspan.parts import Momentum, Rule, Transfer
 from subspan.ranges import DIVISORS, is_divisor, is_number
 from subspan.rows import ALL_HERE, Rows
 from subspan.state import State, allocate
@@ -30,7 +30,7 @@ _HELD = {"step", "exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"}
 
 
 @dataclass(frozen=True)
-class Adafactor:
+class Adafactor(Rule):
     """Adafactor's update.
 
     Args:

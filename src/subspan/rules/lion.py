@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspan.parts import Momentum, Transfer, check_betas
+from subspan.parts import Momentum, Rule, Transfer, check_betas
 from subspan.rows import ALL_HERE, Rows
 from subspan.rules._adam import correction
 from subspan.state import State, allocate
 
 
 @dataclass(frozen=True)
-class Lion:
+class Lion(Rule):
     """Lion's update.
 
     Args:

@@ -18,20 +18,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspan.parts import Momentum, Transfer
+from subspan.parts import Momentum, Rule, Transfer
 from subspan.ranges import is_number
 from subspan.rows import ALL_HERE, Rows
 from subspan.state import State, allocate
 
 
-class _MomentumSGD(ABC):
+class _MomentumSGD(Rule, ABC):
     @property
     @abstractmethod
-    def decay(self) -> float: ...
+    def decay(self) -> float:
+        """What is kept of ``M`` at each step."""
 
     @property
     @abstractmethod
-    def gain(self) -> float: ...
+    def gain(self) -> float:
+        """What a new gradient adds to ``M``, as a factor on it."""
 
     @property
     def moments(self) -> Mapping[str, bool]:

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from subspan import linalg
 from subspan.linalg import Gram
-from subspan.parts import Key, Momentum
+from subspan.parts import Key, Momentum, Selector
 from subspan.state import State, allocate
 
 
-class Scheduled(ABC):
+class Scheduled(Selector, ABC):
     """What every selector shares that moves at its refreshes alone, and looks at the gradient then."""
 
     @property

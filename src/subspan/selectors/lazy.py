@@ -24,7 +24,7 @@ from subspan.state import State
 
 
 @dataclass(frozen=True)
-class Lazy:
+class Lazy(Selector):
     """``selector``, refreshed less often where its subspace stands still.
 
     Args:

@@ -18,7 +18,7 @@ from subspan.state import State
 
 
 @dataclass(frozen=True)
-class Switch:
+class Switch(Selector):
     """``first``, then ``second`` from the first refresh at or past the switch.
 
     Selectors that keep their basis under the same name share its memory.

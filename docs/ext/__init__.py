@@ -1,0 +1,1 @@
+"""What the site needs beside Sphinx: a check of docstrings, one of links."""

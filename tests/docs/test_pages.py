@@ -1,0 +1,124 @@
+"""What the pages show is run: their Python; the tutorial's commands, with fewer and smaller steps; the settings of others."""
+
+import json
+import socket
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from pages import ROOT, commands, python_blocks, run
+
+from subspan.cli import main
+from subspan.cli.main import make_parser
+from subspan.cli.parsing import spelled
+
+PAGES = {str(path.relative_to(ROOT / "docs")): path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))}
+RUN = [name for name, page in PAGES.items() if python_blocks(page) and name != "tutorial.md"]
+NEW = [name for name in PAGES if name.startswith("howto/") and commands(PAGES[name])]
+SMALL = [
+    *("--steps", "4", "--checkpoint.every", "2", "--batch_size", "2"),
+    *("--sequence_length", "16", "--evaluation.tokens", "64", "--update_proj_gap", "2"),
+]
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """The globals of a page, as a module, so that its classes can be pickled; in a directory of its own."""
+    module = ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    return vars(module)
+
+
+@pytest.fixture
+def _ranks(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What torchrun tells the only process of a group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("page", [name for name in RUN if "fsdp2" not in name])
+def test_python(page: str, names: dict[str, Any]) -> None:
+    assert len(list(run(python_blocks(PAGES[page]), names, page))) == PAGES[page].count("```python")
+
+
+@pytest.mark.usefixtures("_ranks")
+def test_fsdp2(names: dict[str, Any]) -> None:
+    page = PAGES["howto/fsdp2.md"]
+    assert len(list(run(python_blocks(page), names, "howto/fsdp2.md"))) == page.count("```python") == 2
+    optimizer = names["optimizer"]
+    assert any(type(value).__name__ == "DTensor" for state in optimizer.state.values() for value in state.values())
+
+
+def test_tutorial(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Each command runs, and each block finds what they left."""
+    page = PAGES["tutorial.md"]
+    for words in commands(page):
+        assert main(words + SMALL * (words[0] == "pretrain")) == 0, words
+    assert Path("report.html").stat().st_size > 10_000
+    capsys.readouterr()
+    list(run(python_blocks(page), names, "tutorial.md"))
+    told = capsys.readouterr().out
+    losses = {run: json.loads(Path("runs", run, "summary.json").read_text())["val_loss"] for run in ("adamw", "sara")}
+    assert all(f"{name:6} validation loss {loss:.3f}, optimizer state" in told for name, loss in losses.items())
+    assert len(commands(page)) == 4
+    assert names["newest"].name == "step-000004"
+
+
+@pytest.mark.parametrize("page", NEW)
+def test_commands_are_understood(page: str) -> None:
+    """Each flag is known and each value of its kind."""
+    for words in commands(PAGES[page]):
+        given = make_parser().parse_args(spelled(words))
+        assert given.command == words[0]
+
+
+def test_a_how_tos_selector_keeps_the_laws(names: dict[str, Any]) -> None:
+    """The table's tests, for a selector that is on a page and not in the table."""
+    import test_conformance as contract
+    import test_selectors as laws
+    from helpers import SHAPES
+
+    from subspan.residuals import Discard, Fira
+    from subspan.rules import AdamW
+
+    list(run(python_blocks(PAGES["howto/selector.md"])[:1], names, "selector.md"))
+    for selector in (names["Explore"](), names["Explore"](0.0), names["Explore"](1.0)):
+        for shape in SHAPES.values():
+            laws.test_protocol(shape, selector)
+        laws.test_the_result_depends_on_gradient_state_and_key_alone(selector)
+        for residual in (Discard(), Fira()):
+            contract.test_contract((selector, AdamW(), residual, "rotate", "float32"))
+        contract.test_no_wait_and_no_trace_of_zeros((selector, AdamW(), Discard(), "rotate", "float32"))
+    with pytest.raises(ValueError, match="share=2: expected a share"):
+        names["Explore"](2)
+
+
+def test_a_how_tos_rule_keeps_the_contract(names: dict[str, Any]) -> None:
+    import test_conformance as contract
+
+    from subspan.residuals import Discard, Fira
+    from subspan.selectors import Importance
+
+    list(run(python_blocks(PAGES["howto/rule.md"])[:1], names, "rule.md"))
+    rule = names["RMSprop"]()
+    for residual, transfer, storage in (
+        (Discard(), "moments", "float32"),
+        (Fira(), "reset", "int8"),
+        (Discard(), "rotate", "int8"),
+    ):
+        contract.test_contract((Importance(), rule, residual, transfer, storage))
+    state = rule.init(torch.zeros(6, 5), (6, 4), -2)
+    assert sum(value.nbytes for value in state.values()) == eval(
+        rule.memory(("6", "4"), -2)["square_avg"], {"M": lambda k: 4 * k}
+    )

@@ -1,0 +1,142 @@
+"""The site builds without a warning, and does not where a docstring is missing or a link leads nowhere."""
+
+import importlib.util
+import io
+import sys
+from contextlib import redirect_stderr
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from pages import ROOT
+
+sys.path.insert(0, str(ROOT / "docs"))
+from ext import coverage, docstrings, links
+from sphinx.cmd.build import build_main
+
+
+@pytest.mark.timeout(900)
+def test_it_builds(tmp_path: Path) -> None:
+    """A warning is an error: a name that cannot be found, a page in no table of contents, markup that cannot be read. The
+    examples in docstrings are run."""
+    common = ["-q", "-n", "-W", "--keep-going", "-d", str(tmp_path / "trees"), str(ROOT / "docs")]
+    assert build_main(["-b", "html", *common, str(tmp_path / "html")]) == 0
+    method = (tmp_path / "html/methods/selectors.html").read_text()
+    assert "math" in method
+    api = (tmp_path / "html/api/selectors.html").read_text()
+    assert 'id="subspan.selectors.importance.Importance"' in api
+    assert "the result depends on" in api, "a method without a docstring of its own shows that of its protocol"
+    assert "w_i = (1 - floor) * sigma_i^power / sum_j sigma_j^power + floor / k" in api, "an equation keeps its line"
+    assert build_main(["-b", "doctest", *common, str(tmp_path / "doctest")]) == 0
+    ran = (tmp_path / "doctest/output.txt").read_text()
+    assert "1 items passed all tests" in ran
+    assert "0 failures in tests" in ran
+
+
+@pytest.mark.parametrize("check", [(coverage, "missing"), (links, "broken")], ids=["docstring", "link"])
+def test_it_does_not_build(check: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a check finds something the build ends with it, before a page is read."""
+    monkeypatch.setattr(*check, lambda *_: ["subspan.create"])
+    errors = io.StringIO()
+    with redirect_stderr(errors):
+        assert build_main(["-b", "html", "-q", str(ROOT / "docs"), str(tmp_path)]) == 2
+    assert "subspan.create" in errors.getvalue()
+    assert not (tmp_path / "index.html").exists()
+
+
+def load(path: Path, source: str) -> ModuleType:
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location("sample", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sample"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+SAMPLE = '''
+"""A module."""
+from dataclasses import dataclass
+
+__all__ = ["Bare", "Good", "Heir", "TABLE", "TOLD", "bare", "good"]
+TABLE = {}
+TOLD = {}
+"""By name."""
+
+
+def bare(): ...
+
+
+def good():
+    """Good."""
+
+
+@dataclass
+class Bare:
+    x: int = 0
+
+
+class Good:
+    """Good."""
+
+    def told(self):
+        """Good."""
+
+    def silent(self): ...
+
+    @property
+    def quiet(self): ...
+
+    def _private(self): ...
+
+
+class Heir(Good):
+    """Good."""
+
+    def told(self): ...
+'''
+
+
+def test_a_missing_docstring_is_found(tmp_path: Path) -> None:
+    """Of functions, classes, methods, properties, tables and modules; what is inherited, or private, is not missed."""
+    module = load(tmp_path / "sample.py", SAMPLE)
+    bare = {"Bare", "Good.silent", "Good.quiet", "TABLE", "bare"}
+    assert set(coverage.missing([module])) == {f"sample.{name}" for name in bare}
+    assert coverage.missing([load(tmp_path / "sample.py", "x = 1")]) == ["sample"]
+
+
+def test_every_public_name_has_one() -> None:
+    assert coverage.missing() == []
+    assert {"subspan.selectors", "subspan.rules", "subspan.residuals", "subspan.backward"} <= set(coverage.PUBLIC)
+
+
+def test_every_link_leads_somewhere() -> None:
+    """In every Markdown file of the repository, the README included."""
+    assert links.broken(ROOT) == []
+    assert {ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/tutorial.md"} <= set(links.pages(ROOT))
+
+
+BAD = ["nowhere.md", "b.md#three", "#four", "../../outside.md", "missing.png"]
+FINE = ["b.md", "b.md#one-two", "b.md#one-two-1", "#here", "folder/", "https://example.org/x", "mailto:a@b.c"]
+
+
+@pytest.mark.parametrize("link", BAD + FINE)
+def test_a_broken_link_is_found(link: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "b.md").write_text("# One *two*\n\n## One `two`\n\n```md\n[shown](not-a-link.md)\n```\n")
+    picture = "!" if link.endswith(".png") else ""
+    (tmp_path / "a.md").write_text(f"# Here\n\n| a |\n|---|\n| {picture}[text]({link}) |\n")
+    links._tokens.cache_clear()
+    links._anchors.cache_clear()
+    found = links.broken(tmp_path)
+    assert [line.split(": ")[:2] for line in found] == ([["a.md", link]] if link in BAD else [])
+
+
+def test_equations_keep_their_lines() -> None:
+    """What four spaces set apart is taken as it stands; arguments, examples and lists are not."""
+    text = ["Say it:", "", "    Q = V", "    R = G Q", "", "Args:", "    x: one", "        more", "", "    >>> 1"]
+    expected: list[Any] = ["Say it:", "", "::", "", "    Q = V", "    R = G Q", "", *text[5:]]
+    assert docstrings.literal_blocks(text) == expected
+    assert docstrings.literal_blocks(["Say it::", "", "    Q"]) == ["Say it::", "", "    Q"]

@@ -1,0 +1,28 @@
+"""The code on a page: its Python, run block after block as a reader would type it, and its commands, as arguments."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def python_blocks(page: str) -> list[str]:
+    """Those that are to be run; one that cannot be, on one process and without a network, is marked ``python notest``."""
+    return re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+
+
+def run(blocks: list[str], names: dict[str, object], where: str) -> Iterator[str]:
+    """Run each with ``names`` for its globals, and yield it once it has run."""
+    for block in blocks:
+        exec(compile(block, where, "exec"), names)
+        yield block
+
+
+def commands(page: str) -> list[list[str]]:
+    """The arguments of each ``subspan`` in a block of shell, torchrun's included."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    split = [shlex.split(line, comments=True) for line in lines if re.search(r"(^|-m )subspan ", line)]
+    return [words[words.index("subspan") + 1 :] for words in split]
