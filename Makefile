@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= passive
 train: $(VENV)/.train
 	$(BIN)/subspan pretrain --config configs/llama-tiny-sara.yaml
 
-# Tests that start several processes: some ten minutes on two cores.
+# Tests that start several processes: some minutes on two cores.
 distributed: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "distributed and not slow"
 

@@ -1,12 +1,28 @@
-"""One thread: the matrices here are small, and results must not depend on the machine."""
+"""One thread: the matrices here are small, and results must not depend on the machine. And what runs of all kinds read."""
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from small_runs import documents
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of tokens for each worker, and none of the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SUBSPAN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Forty short documents in one JSONL file."""
+    return documents(tmp_path / "corpus.jsonl")
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from subspan import distributed
-from subspan.carriers import layer_of
 from subspan.in_backward import Place
 from subspan.optimizer import SubspaceOptimizer
 
@@ -45,9 +44,7 @@ class LowRankAllReduce:
         return {
             place.p: place
             for place in optimizer._places()
-            if place.layout.side is not None
-            and layer_of(place.p) is None
-            and not optimizer._due(optimizer.state[place.p], place.group, place.order)
+            if optimizer._low_rank_suffices(place.p, place.layout, place.group, place.order)
         }
 
 

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from subspan import distributed
-from subspan.carriers import layer_of
-from subspan.parts import Residual, Selector
+from subspan.parts import Selector
 from subspan.projected import Work
 from subspan.ranges import DIVISORS, is_divisor
 from subspan.shapes import Layout
@@ -32,12 +31,11 @@ class Stepper(Protocol):
     param_groups: list[dict[str, Any]]
     state: Any
     selector: Selector
-    residual: Residual
 
     def _places(self) -> Iterable["Place"]: ...
     def _take(self, works: list[Work]) -> None: ...
     def _work(self, place: "Place", G: Tensor) -> Work: ...
-    def _due(self, state: Any, group: Any, order: int) -> bool: ...
+    def _low_rank_suffices(self, p: Tensor, layout: Layout, group: Any, order: int) -> bool: ...
 
 
 class Place(NamedTuple):
@@ -98,7 +96,7 @@ class StepInBackward:
                 f"gradient of {place.name!r}: the {seen}th since the last step, with accumulate={self.accumulate}; call "
                 "optimizer.step() after the last micro-batch"
             )
-        if self._in_subspace(place):
+        if self.optimizer._low_rank_suffices(p, place.layout, place.group, place.order):
             R = self.optimizer.selector.project(
                 place.layout.enter(distributed.local_gradient(p, place.name)), self.optimizer.state[p]
             )
@@ -106,13 +104,6 @@ class StepInBackward:
             p.grad = None
         if seen == self.accumulate:
             self._step(place)
-
-    def _in_subspace(self, place: Place) -> bool:
-        """Whether ``R`` is all that is needed of a gradient of this step."""
-        if place.layout.side is None or layer_of(place.p) is not None:
-            return False
-        whole = self.optimizer.residual.needs_gradient or self.optimizer.selector.tracks
-        return not whole and not self.optimizer._due(self.optimizer.state[place.p], place.group, place.order)
 
     def _step(self, place: Place) -> None:
         p = place.p

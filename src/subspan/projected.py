@@ -104,6 +104,12 @@ class ProjectedSteps:
         offset = offset_of(order, group["update_proj_gap"]) if self.stagger else 0
         return refresh_due(state["refresh_step"], group["clock"], period, offset)
 
+    def _low_rank_suffices(self, p: Tensor, layout: Layout, group: Mapping[str, Any], order: int) -> bool:
+        """Whether ``R`` is all that the coming step needs of the gradient of ``p``. Of a carrier, the gradient is ``R``."""
+        if layout.side is None or layer_of(p) is not None or self.residual.needs_gradient or self.selector.tracks:
+            return False
+        return not self._due(self.state[p], group, order)
+
     def _move_basis(self, G: Tensor, state: State, moments: State, work: Work) -> None:
         """Refresh the basis if that is due, or let it follow the gradient if it does; carry the moments along."""
         due, rule = self._due(state, work.group, work.order), work.rule

@@ -3,13 +3,11 @@
 Arguments: optimizer's name, "dense" or "backward", where its gradients select from, output file.
 """
 
-import gc
 import json
-import os
-import sys
 
 import torch
 import torch.distributed as dist
+from processes import joined
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
@@ -61,20 +59,10 @@ def train(model, name, execution, select_from):
 
 
 def main(name, execution, select_from, path):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank, model = dist.get_rank(), build()
-    report = train(model, name, execution, select_from)
-    torch.save({key: value.clone() for key, value in model.state_dict().items()}, f"{path}.{rank}.pt")
-    if rank == 0:
-        with open(f"{path}.json", "w") as file:
-            json.dump(report, file)
-    # DDP must be gone before the group is: as its last holder it would wait for gloo's threads with the interpreter locked,
-    # and a thread that frees its last work needs that lock.
-    gc.collect()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main(*sys.argv[1:])
+    with joined():
+        rank, model = dist.get_rank(), build()
+        report = train(model, name, execution, select_from)
+        torch.save({key: value.clone() for key, value in model.state_dict().items()}, f"{path}.{rank}.pt")
+        if rank == 0:
+            with open(f"{path}.json", "w") as file:
+                json.dump(report, file)

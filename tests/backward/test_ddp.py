@@ -1,28 +1,23 @@
-"""Two data-parallel processes, started by torchrun: the model of one process with the whole batch, and r/in of the bytes."""
+"""Two data-parallel processes: the model of one process with the whole batch, and r/in of the bytes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from backward import ddp_worker
 from backward.ddp_worker import RANK, batches, build, optimizer_of
+from processes import launch
 
 from subspan.groups import EXCLUDED, select_linear
 
 pytestmark = pytest.mark.distributed
-WORKER = Path(__file__).with_name("ddp_worker.py")
 
 
-def launch(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], list[dict[str, torch.Tensor]]]:
+def run(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], list[dict[str, torch.Tensor]]]:
     path = tmp_path / "-".join(arguments)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*command, *arguments, str(path)], capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(ddp_worker.main, 2, *arguments, str(path))
     weights = [torch.load(f"{path}.{rank}.pt", weights_only=True) for rank in (0, 1)]
     return json.loads(Path(f"{path}.json").read_text()), weights
 
@@ -30,7 +25,7 @@ def launch(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], list[dict[s
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What is sent of whole gradients, which no optimizer changes."""
-    return launch(tmp_path_factory.mktemp("dense"), "sara_adamw", "dense", "owner")[0]
+    return run(tmp_path_factory.mktemp("dense"), "sara_adamw", "dense", "owner")[0]
 
 
 CASES = [("golore_adamw", "owner"), ("rso_adamw", "owner"), ("sara_adamw", "mean"), ("galore_adamw", "owner")]
@@ -40,7 +35,7 @@ CASES = [("golore_adamw", "owner"), ("rso_adamw", "owner"), ("sara_adamw", "mean
 def test_two_ranks(tmp_path: Path, name: str, select_from: str, dense: dict[str, Any]) -> None:
     """The same weights on both ranks, bit for bit. With random bases, or those of the mean gradient, they are the weights of
     one process; a single rank's gradient chooses other bases."""
-    report, (first, second) = launch(tmp_path, name, "backward", select_from)
+    report, (first, second) = run(tmp_path, name, "backward", select_from)
     assert all(torch.equal(first[key], second[key]) for key in first)
     model = build()
     optimizer = optimizer_of(name, model, "backward", "owner")

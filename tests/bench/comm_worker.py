@@ -2,26 +2,19 @@
 
 import gc
 import json
-import sys
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
+from processes import joined
 
 from subspan.bench.comm import CommSetting, _row, count
 from subspan.bench.traffic import WAYS
 
 
 def main(path):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    setting, rows = CommSetting(dist.get_world_size(), "llama-nano", 16), {}
-    for name, way in WAYS.items():
-        rows[name] = _row(setting, way, *count(setting, way))
-        gc.collect()  # DDP must be gone before the group is
-    Path(f"{path}.{dist.get_rank()}.json").write_text(json.dumps(rows))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with joined():
+        setting, rows = CommSetting(dist.get_world_size(), "llama-nano", 16), {}
+        for name, way in WAYS.items():
+            rows[name] = _row(setting, way, *count(setting, way))
+            gc.collect()  # what DDP holds of one is not to be there in the next
+        Path(f"{path}.{dist.get_rank()}.json").write_text(json.dumps(rows))

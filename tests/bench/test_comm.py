@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed.launch import launch
+from bench import comm_worker
+from processes import launch
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import subspan
@@ -21,7 +22,6 @@ from subspan.cli import main
 from subspan.training.parallel import blocks_of
 from subspan.training.presets import PRESETS
 
-WORKER = Path(__file__).with_name("comm_worker.py")
 NANO = Llama.of(PRESETS["llama-nano"])
 
 
@@ -104,7 +104,7 @@ def test_mixed_precision_gathers_half_as_much(backward_side: bool) -> None:
 @pytest.mark.distributed
 def test_real_ranks_send_as_much(tmp_path: Path) -> None:
     """Two processes of gloo, whose collectives do what they say, count what the fake world of two counts."""
-    launch(WORKER, 2, str(tmp_path / "run"))
+    launch(comm_worker.main, 2, str(tmp_path / "run"))
     setting = CommSetting(2, "llama-nano", 16)
     for name, way in WAYS.items():
         with fake_world(2):

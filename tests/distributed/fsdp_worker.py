@@ -1,15 +1,16 @@
-"""One rank of a fully_shard run: trains the small model by each of the methods named, and writes what came of it.
+"""One rank of a fully_shard run: trains the small model by each of the methods named, writes what came of it; the first also
+what it sent.
 
-Arguments: a JSON object with "names" {label: [recipe, settings]}, "mesh" (sizes), "out" (path), and "backward" and
+Its argument: a JSON object with "names" {label: [recipe, settings]}, "mesh" (sizes), "out" (path), and "backward" and
 "in_backward" (settings of project_backward and of enable_step_in_backward, or null).
 """
 
 import json
-import sys
 
 import torch
 import torch.distributed as dist
 from distributed.small import RANK, SMALLEST, batches, build, loss_of
+from processes import joined
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
@@ -17,7 +18,21 @@ from torch.distributed.tensor.debug import CommDebugMode
 import subspan
 
 
+class Silent:
+    """In place of ``CommDebugMode``, which takes as long as the step it watches."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def get_comm_counts(self):
+        return {}
+
+
 def train(recipe, settings, mesh, backward, in_backward):
+    watch = CommDebugMode if dist.get_rank() == 0 else Silent
     model = build()
     if backward is not None:
         subspan.project_backward(model, rank=RANK, **backward)
@@ -36,10 +51,10 @@ def train(recipe, settings, mesh, backward, in_backward):
         x, y = x.chunk(dist.get_world_size())[dist.get_rank()], y.chunk(dist.get_world_size())[dist.get_rank()]
         for part in zip(x.chunk(parts), y.chunk(parts), strict=True):
             loss = loss_of(model, *part) / parts
-            with CommDebugMode() as backward_sent:
+            with watch() as backward_sent:
                 loss.backward()
         before = [state.get("refresh_step") for state in optimizer.state.values()]
-        with CommDebugMode() as comm:
+        with watch() as comm:
             optimizer.step()
         refreshes.append(before != [state.get("refresh_step") for state in optimizer.state.values()])
         sent.append([{str(op): count for op, count in mode.get_comm_counts().items()} for mode in (comm, backward_sent)])
@@ -56,16 +71,12 @@ def train(recipe, settings, mesh, backward, in_backward):
 
 
 def main(asked):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", tuple(asked["mesh"]), mesh_dim_names=("copies", "shards")[-len(asked["mesh"]) :])
-    for label, (recipe, settings) in asked["names"].items():
-        tensors, report = train(recipe, settings, mesh, asked["backward"], asked["in_backward"])
-        torch.save(tensors, f"{asked['out']}.{label}.{dist.get_rank()}.pt")
-        with open(f"{asked['out']}.{label}.{dist.get_rank()}.json", "w") as file:
-            json.dump(report, file)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    asked = json.loads(asked)
+    names = ("copies", "shards")[-len(asked["mesh"]) :]
+    with joined():
+        mesh = init_device_mesh("cpu", tuple(asked["mesh"]), mesh_dim_names=names)
+        for label, (recipe, settings) in asked["names"].items():
+            tensors, report = train(recipe, settings, mesh, asked["backward"], asked["in_backward"])
+            torch.save(tensors, f"{asked['out']}.{label}.{dist.get_rank()}.pt")
+            with open(f"{asked['out']}.{label}.{dist.get_rank()}.json", "w") as file:
+                json.dump(report, file)

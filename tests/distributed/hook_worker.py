@@ -1,12 +1,11 @@
 """One rank of a data-parallel run with the low-rank hook. Arguments: recipe, settings as JSON, output path."""
 
-import gc
 import json
-import sys
 
 import torch
 import torch.distributed as dist
 from distributed.small import RANK, batches, build, loss_of
+from processes import joined
 from torch.nn.parallel import DistributedDataParallel
 
 import subspan
@@ -29,14 +28,7 @@ def train(model, recipe, settings):
 
 
 def main(recipe, settings, path):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    model = build()
-    sent = train(model, recipe, json.loads(settings))
-    torch.save({"weights": dict(model.state_dict()), "sent": sent}, f"{path}.{dist.get_rank()}.pt")
-    gc.collect()  # DDP must be gone before the group is
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with joined():
+        model = build()
+        sent = train(model, recipe, json.loads(settings))
+        torch.save({"weights": dict(model.state_dict()), "sent": sent}, f"{path}.{dist.get_rank()}.pt")

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.launch import launch
+from distributed import fsdp_worker
 from distributed.small import RANK, SMALLEST, batches, build, loss_of
+from processes import launch
 from torch import Tensor
 
 import subspan
 
-WORKER = Path(__file__).with_name("fsdp_worker.py")
 pytestmark = pytest.mark.distributed
 
 
@@ -63,11 +63,12 @@ def run(
     names: dict[str, Any],
     backward: dict[str, Any] | None = None,
     in_backward: dict[str, Any] | None = None,
+    torchrun: bool = False,
 ) -> dict[str, Any]:
     out = tmp_path / "run"
     asked = {"names": names, "mesh": mesh, "backward": backward, "in_backward": in_backward, "out": str(out)}
     world = mesh[0] * (mesh[1] if len(mesh) > 1 else 1)
-    launch(WORKER, world, json.dumps(asked))
+    launch(fsdp_worker.main, world, json.dumps(asked), torchrun=torchrun)
     return {
         name: [
             (torch.load(f"{out}.{name}.{rank}.pt"), json.loads(Path(f"{out}.{name}.{rank}.json").read_text()))
@@ -93,9 +94,9 @@ def check_equal(name: str, ranks: Any, weights: dict[str, Tensor], states: dict[
 
 @pytest.mark.parametrize("mesh", [[2], [3], [2, 2]], ids=str)
 def test_equals_one_process(tmp_path: Path, mesh: list[int]) -> None:
-    """Thirty steps across refreshes: the weights and every state, also of shards that are uneven or empty, and of replicas."""
+    """Across four refreshes: the weights and every state, also of shards that are uneven or empty, and of replicas."""
     names = METHODS if mesh == [2] else {name: METHODS[name] for name in ("sara", "fira", "adafactor", "8bit")}
-    for name, ranks in run(tmp_path, mesh, names).items():
+    for name, ranks in run(tmp_path, mesh, names, torchrun=mesh == [2]).items():
         weights, states, _ = one_process(*METHODS[name])
         check_equal(name, ranks, weights, states)
         for (steps, _), refreshed in (

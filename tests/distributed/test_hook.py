@@ -6,21 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.launch import launch
+from distributed import hook_worker
 from distributed.small import RANK, batches, build, loss_of
+from processes import launch
 
 import subspan
 from subspan.comm import register
 
-WORKER = Path(__file__).with_name("hook_worker.py")
 CASES = [("sara_adamw", {}), ("golore_sgd", {"proj_type": "left"}), ("galore_adafactor", {"stagger": True})]
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("recipe", "settings"), CASES)
 def test_equals_one_process(tmp_path: Path, recipe: str, settings: dict[str, Any]) -> None:
-    """Thirty steps across refreshes; in an ordinary step a projected matrix costs R alone."""
-    launch(WORKER, 2, recipe, json.dumps(settings), str(tmp_path / "run"))
+    """Across refreshes; in an ordinary step a projected matrix costs R alone."""
+    launch(hook_worker.main, 2, recipe, json.dumps(settings), str(tmp_path / "run"))
     runs = [torch.load(f"{tmp_path}/run.{rank}.pt") for rank in (0, 1)]
     model = build()
     optimizer = subspan.create(recipe, model, **{"lr": 1e-2, "rank": RANK, "update_proj_gap": 7, **settings})

@@ -1,10 +1,11 @@
-"""A model that trains a step in milliseconds, and a cache of tokens for each worker."""
+"""A model that trains a step in milliseconds."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from small_runs import config
 
 from subspan.training.config import CheckpointConfig, EvaluationConfig, PretrainConfig
 
@@ -21,26 +22,11 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True, scope="session")
-def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SUBSPAN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A config.json: a LLaMA of one layer, hidden size 16."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps(TINY))
-    return path
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    """Forty short documents in one JSONL file."""
-    path = tmp_path / "corpus.jsonl"
-    path.write_text("".join(f'{{"text": "document {i}: {"the quick brown fox " * (5 + i)}"}}\n' for i in range(40)))
     return path
 
 
@@ -52,18 +38,12 @@ def tiny(model: Path, corpus: Path, tmp_path: Path) -> Callable[..., PretrainCon
         settings: dict[str, object] = {
             "model": str(model),
             "tokenizer": "bytes",
-            "data": str(corpus),
             "steps": 6,
             "batch_size": 2,
-            "sequence_length": 16,
-            "rank": 4,
             "update_proj_gap": 3,
-            "threads": 1,
-            "device": "cpu",
-            "out": str(tmp_path / "run"),
             "evaluation": EvaluationConfig(every=6, tokens=32),
             "checkpoint": CheckpointConfig(every=2, keep=3),
         }
-        return PretrainConfig(**{**settings, **overrides})
+        return config(corpus, tmp_path / "run", **{**settings, **overrides})
 
     return make

@@ -1,14 +1,12 @@
-"""Starts runs of several processes, as a user does."""
+"""Starts runs of several processes."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import torch
 from safetensors.torch import load_file
-
-WORKER = Path(__file__).with_name("parallel_worker.py")
+from training import parallel_worker
 
 
 def settings(data: Path | str, out: Path, **extra: object) -> list[str]:
@@ -19,20 +17,12 @@ def settings(data: Path | str, out: Path, **extra: object) -> list[str]:
     return ["pretrain", "--model=llama-nano", *(f"--{key}={value}" for key, value in given.items())]
 
 
-def torchrun(ranks: int, *arguments: str) -> list[str]:
-    """A command that starts ``arguments`` under torchrun."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *arguments]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-
-
-def launch(ranks: int, *runs: list[str], what: str = "nothing", step: int = 0) -> subprocess.CompletedProcess[str]:
+def launch(
+    ranks: int, *runs: list[str], what: str = "nothing", step: int = 0, torchrun: bool = False
+) -> subprocess.CompletedProcess[str]:
     """Let the worker do the runs, one after the other, on ``ranks`` processes."""
     arguments = [word for run in runs for word in ("then", *run)][1:]
-    command = torchrun(ranks, str(WORKER), what, str(step), *arguments)
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=600)
+    return processes.launch(parallel_worker.main, ranks, what, str(step), *arguments, torchrun=torchrun, check=False)
 
 
 def weights(out: Path, step: int) -> dict[str, torch.Tensor]:

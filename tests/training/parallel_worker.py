@@ -1,4 +1,4 @@
-"""The ``subspan`` command as torchrun starts it, once or several times over, with something that happens on the way.
+"""The ``subspan`` command as a rank runs it, once or several times over, with something that happens on the way.
 
 Arguments: what happens ("nothing", or a key of ``ACCIDENTS``), before which step, then those of ``subspan``; "then" is between
 those of one run and those of the next.
@@ -7,13 +7,12 @@ those of one run and those of the next.
 import dataclasses
 import os
 import signal
-import sys
 from itertools import groupby
 from typing import Any
 
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from subspan.cli import main
+from subspan.cli import main as subspan_main
 from subspan.training import parallel
 from subspan.training.errors import InputError
 from subspan.training.pretrain import Pretraining
@@ -78,10 +77,10 @@ def run_one_after_the_other(commands: list[list[str]]) -> int:
     ranks = join("ddp", "cpu")
     parallel.join = lambda mode, device: dataclasses.replace(ranks, mode=mode)
     parallel.run_joined = lambda ranks, body: body()
-    return run_joined(ranks, lambda: max(main(command) for command in commands))
+    return run_joined(ranks, lambda: max(subspan_main(command) for command in commands))
 
 
-if __name__ == "__main__":
-    arrange(sys.argv[1], int(sys.argv[2]))
-    commands = [list(words) for then, words in groupby(sys.argv[3:], lambda word: word == "then") if not then]
-    raise SystemExit(main(commands[0]) if len(commands) == 1 else run_one_after_the_other(commands))
+def main(what: str, step: str, *arguments: str) -> int:
+    arrange(what, int(step))
+    commands = [list(words) for then, words in groupby(arguments, lambda word: word == "then") if not then]
+    return subspan_main(commands[0]) if len(commands) == 1 else run_one_after_the_other(commands)

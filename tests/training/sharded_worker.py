@@ -1,17 +1,16 @@
-"""One rank of a ``fully_shard`` run that saves or loads sharded checkpoints. It asserts; torchrun ends the others if it fails.
+"""One rank of a ``fully_shard`` run that saves or loads sharded checkpoints. It asserts; the others end if it fails.
 
 Arguments: the scenario, a directory.
 """
 
 import json
-import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import joined
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -263,12 +262,5 @@ def publishing(folder):
 
 
 def main(scenario, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    globals()[scenario](Path(folder))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main(*sys.argv[1:])
+    with joined():
+        globals()[scenario](Path(folder))

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from training.launching import environment, same, settings, torchrun, weights
+from processes import environment, torchrun_command
+from training.launching import same, settings, weights
 
 from subspan.training.metrics import read_metrics
 
@@ -17,7 +18,7 @@ KILLS, STEPS = 10, 350
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
-    command = torchrun(2, "-m", "subspan", *arguments)
+    command = torchrun_command(2, "-m", "subspan", *arguments)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
 
 

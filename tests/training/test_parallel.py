@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_runs import documents
 from training.launching import launch, same, settings, weights
 
 from subspan.cli import main
@@ -25,11 +26,6 @@ from subspan.training.tokenizer import load_tokenizer
 
 Make = Callable[..., PretrainConfig]
 distributed = pytest.mark.distributed
-
-
-def documents(path: Path) -> Path:
-    path.write_text("".join(f'{{"text": "document {i}: {"the quick brown fox " * (5 + i)}"}}\n' for i in range(40)))
-    return path
 
 
 def short_documents(folder: Path) -> str:
@@ -63,7 +59,8 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     for name, (_, more) in CASES.items():
         given = more | {"data": data[more.get("data", "")], "steps": 20, "evaluation.every": 5}
         runs[name] = settings(given.pop("data"), folder / name, **given)
-    done = launch(2, *([*runs[name], f"--out={folder / name}-2", f"--parallel={CASES[name][0]}", "--json"] for name in CASES))
+    asked = ([*runs[name], f"--out={folder / name}-2", f"--parallel={CASES[name][0]}", "--json"] for name in CASES)
+    done = launch(2, *asked, torchrun=True)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["out"] for line in done.stdout.splitlines()] == [f"{folder / name}-2" for name in CASES]
     assert done.stderr.count("step 20/20") == len(CASES), "rank 0 alone speaks"
@@ -175,7 +172,7 @@ def two_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @distributed
 def test_a_signal_to_one_rank_stops_all_at_one_step(corpus: Path, tmp_path: Path) -> None:
     arguments = settings(corpus, tmp_path / "run", **{"checkpoint.every": 100})
-    done = launch(2, [*arguments, "--parallel=ddp"], what="terminate", step=7)
+    done = launch(2, [*arguments, "--parallel=ddp"], what="terminate", step=7, torchrun=True)
     assert done.returncode != 0
     assert done.stderr.count("subspan: SIGTERM: saved at step 7") == 1
     assert "torchrun --nproc-per-node 2 -m subspan pretrain --config" in done.stderr
@@ -197,7 +194,7 @@ ENDS = {
 def test_a_rank_that_ends_ends_the_job(what: str, corpus: Path, tmp_path: Path) -> None:
     """With one message, that of the rank that knows most, and no hang. What was saved is continued."""
     arguments = settings(corpus, tmp_path / "run")
-    done = launch(2, [*arguments, "--parallel=ddp"], what=what, step=7)
+    done = launch(2, [*arguments, "--parallel=ddp"], what=what, step=7, torchrun=what == "kill")
     assert done.returncode != 0
     for word in ENDS[what]:
         assert word in done.stderr

@@ -1,15 +1,13 @@
 """Sharded checkpoints: saved by two ranks, loaded by one, two, three and four, equal in every bit; damage is refused."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import launch
 from safetensors.torch import load_file
 from torch import nn
 from training import sharded_worker
@@ -32,16 +30,6 @@ OURS = {
 }
 
 
-def launch(count: int, scenario: str, folder: Path) -> None:
-    """Run a scenario of the worker on ``count`` ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [*command, sharded_worker.__file__, scenario, str(folder)], capture_output=True, text=True, env=environment, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
@@ -49,7 +37,7 @@ def launch(count: int, scenario: str, folder: Path) -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks have saved. On them the unbroken run is met again, and that is asserted there."""
     folder = tmp_path_factory.mktemp("sharded")
-    launch(2, "save", folder)
+    launch(sharded_worker.main, 2, "save", str(folder), torchrun=True)
     return folder
 
 
@@ -79,7 +67,7 @@ def test_an_asynchronous_save_is_the_synchronous_one(saved: Path, name: str) -> 
 @pytest.mark.parametrize("count", [3, 4])
 def test_two_ranks_then_more(saved: Path, count: int) -> None:
     """Compared on each rank there; four also as two copies of two shards. What they save again, one plain process loads."""
-    launch(count, "load", saved)
+    launch(sharded_worker.main, count, "load", str(saved))
     for name in OPTIMIZERS:
         for number in range(2 if count == 4 else 1):
             model, optimizer = build(name, sharded=False, seed=1)
@@ -98,7 +86,7 @@ def test_copies_are_written_once(saved: Path) -> None:
 
 @pytest.mark.distributed
 def test_one_rank_is_refused_what_all_are(saved: Path) -> None:
-    launch(2, "refuse", saved)
+    launch(sharded_worker.main, 2, "refuse", str(saved))
     words = [
         "broken-missing: model-00001-of-00002.safetensors is missing",
         "broken-flipped: model-00001-of-00002.safetensors is damaged",
@@ -113,7 +101,7 @@ def test_one_rank_is_refused_what_all_are(saved: Path) -> None:
 
 @pytest.mark.distributed
 def test_ranks_publish_together(tmp_path: Path) -> None:
-    launch(2, "publishing", tmp_path)
+    launch(sharded_worker.main, 2, "publishing", str(tmp_path))
 
 
 # --- one process ------------------------------------------------------------------------------------------------------
