@@ -107,7 +107,8 @@ def _by_fork(main: Callable[..., Any], ranks: int, arguments: tuple[str, ...]) -
         out, err = ("".join(Path(f"{folder}/{rank}.{kind}").read_text() for rank in range(ranks)) for kind in ("out", "err"))
         codes = [process.exitcode or 0 for process in processes]
     if any(codes):
-        err += f"exit codes of the ranks: {codes}\n"
+        why = " (255: their server was killed, and they are on their own)" if 255 in codes else ""
+        err += f"exit codes of the ranks: {codes}{why}\n"
     return subprocess.CompletedProcess([], next(filter(None, codes), 0), out, err)
 
 

@@ -11,7 +11,7 @@ def documents(path: Path) -> Path:
     return path
 
 
-def config(data: Path, out: Path, **settings: object) -> PretrainConfig:
+def config(data: Path, out: Path, /, **settings: object) -> PretrainConfig:
     """On one thread of the CPU, of rank 4, with 16 tokens a sequence; ``settings`` say the rest, or otherwise."""
     common: dict[str, object] = {"rank": 4, "sequence_length": 16, "threads": 1, "device": "cpu"}
     return PretrainConfig(**{**common, "data": str(data), "out": str(out), **settings})  # type: ignore[arg-type]
