@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-STEPS, RANK = 22, 6  # the last of them refreshes for the fourth time, every seventh being due
+STEPS, RANK = 30, 6  # every seventh step refreshes
 SMALLEST = 64  # min_8bit_size: the moments are small, and are to be kept in 8 bits where that is asked
 
 
