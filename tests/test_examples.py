@@ -2,11 +2,12 @@
 
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from distributed.launch import launch
+from processes import TIMEOUT, environment, torchrun_command
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FILES = sorted(EXAMPLES.glob("*.py"))
@@ -98,7 +99,10 @@ def test_backward_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 @pytest.mark.distributed
 def test_fsdp2() -> None:
-    printed = launch(EXAMPLES / "fsdp2.py", 2, "--steps", "8").stdout
+    command = torchrun_command(2, str(EXAMPLES / "fsdp2.py"), "--steps", "8")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr[-6000:]
+    printed = done.stdout
     before, after = losses(printed)
     assert after < before - 0.5
     held, adamw = state(printed)

@@ -94,7 +94,7 @@ def check_equal(name: str, ranks: Any, weights: dict[str, Tensor], states: dict[
 
 @pytest.mark.parametrize("mesh", [[2], [3], [2, 2]], ids=str)
 def test_equals_one_process(tmp_path: Path, mesh: list[int]) -> None:
-    """Across four refreshes: the weights and every state, also of shards that are uneven or empty, and of replicas."""
+    """Thirty steps across refreshes: the weights and every state, also of shards that are uneven or empty, and of replicas."""
     names = METHODS if mesh == [2] else {name: METHODS[name] for name in ("sara", "fira", "adafactor", "8bit")}
     for name, ranks in run(tmp_path, mesh, names, torchrun=mesh == [2]).items():
         weights, states, _ = one_process(*METHODS[name])

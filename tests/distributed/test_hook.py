@@ -19,7 +19,7 @@ CASES = [("sara_adamw", {}), ("golore_sgd", {"proj_type": "left"}), ("galore_ada
 @pytest.mark.distributed
 @pytest.mark.parametrize(("recipe", "settings"), CASES)
 def test_equals_one_process(tmp_path: Path, recipe: str, settings: dict[str, Any]) -> None:
-    """Across refreshes; in an ordinary step a projected matrix costs R alone."""
+    """Thirty steps across refreshes; in an ordinary step a projected matrix costs R alone."""
     launch(hook_worker.main, 2, recipe, json.dumps(settings), str(tmp_path / "run"))
     runs = [torch.load(f"{tmp_path}/run.{rank}.pt") for rank in (0, 1)]
     model = build()
