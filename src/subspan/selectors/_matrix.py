@@ -109,6 +109,18 @@ class SpectralSelector(MatrixSelector):
         return self.method == "gram"
 
 
+class DrawnSelector(SpectralSelector):
+    """``Q = V[:, I]``: draws which singular vectors; a subclass says how, in ``draw``."""
+
+    @abstractmethod
+    def draw(self, sigma: Tensor, r: int, key: Key) -> Tensor:
+        """Indices ``I (..., r)``, ascending, of singular values ``sigma (..., k)``, which fall. On the CPU."""
+
+    def choose(self, G: Tensor | Gram, old: Tensor, key: Key) -> Tensor:
+        sigma, V = linalg.right_singular(G, self.method)
+        return linalg.fix_signs(columns(V, self.draw(sigma, old.shape[-1], key)), old)
+
+
 def leading(G: Tensor | Gram, old: Tensor, method: str = "gram") -> Tensor:
     """The leading right singular vectors of ``G``, as many as ``old`` has columns, and with their signs."""
     _, V = linalg.right_singular(G, method)

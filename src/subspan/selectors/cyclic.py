@@ -21,12 +21,12 @@ from torch import Tensor
 from subspan import linalg
 from subspan.linalg import Gram
 from subspan.parts import Key
-from subspan.selectors._matrix import SpectralSelector, columns
+from subspan.selectors._matrix import DrawnSelector
 from subspan.state import State
 
 
 @dataclass(frozen=True)
-class Cyclic(SpectralSelector):
+class Cyclic(DrawnSelector):
     """Singular vectors in turn.
 
     Args:
@@ -43,11 +43,9 @@ class Cyclic(SpectralSelector):
         state["turn"] += 1
         return change
 
-    def choose(self, G: Tensor | Gram, old: Tensor, key: Key) -> Tensor:
-        sigma, V = linalg.right_singular(G, self.method)
-        r, k = old.shape[-1], sigma.shape[-1]
+    def draw(self, sigma: Tensor, r: int, key: Key) -> Tensor:
+        k = sigma.shape[-1]
         cycle, turn = divmod(key.step, -(-k // r))
         generator = linalg.keyed_generator("cyclic", key.seed, key.name, cycle)
         order = torch.rand(sigma.shape, generator=generator, dtype=torch.float64).argsort(-1)
-        index = order[..., (turn * r + torch.arange(r)) % k].sort(-1).values
-        return linalg.fix_signs(columns(V, index), old)
+        return order[..., (turn * r + torch.arange(r)) % k].sort(-1).values

@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 
 from subspan import linalg
-from subspan.linalg import Gram
 from subspan.parts import Key
 from subspan.ranges import LARGEST, is_factor, is_number
-from subspan.selectors._matrix import SpectralSelector, columns
+from subspan.selectors._matrix import DrawnSelector
 
 
 @dataclass(frozen=True)
-class Importance(SpectralSelector):
+class Importance(DrawnSelector):
     """Importance-sampled singular vectors (SARA).
 
     The paper's convergence constant ``delta`` is the least probability with which a direction is selected. With
@@ -63,9 +62,5 @@ class Importance(SpectralSelector):
         uniform = torch.full_like(log_w, math.log(self.floor / sigma.shape[-1]))
         return uniform if self.floor == 1 else torch.logaddexp(log_w + math.log1p(-self.floor), uniform)
 
-    def choose(self, G: Tensor | Gram, old: Tensor, key: Key) -> Tensor:
-        sigma, V = linalg.right_singular(G, self.method)
-        index = linalg.sample_without_replacement(
-            self.log_weights(sigma), old.shape[-1], linalg.keyed_generator("importance", *key)
-        )
-        return linalg.fix_signs(columns(V, index), old)
+    def draw(self, sigma: Tensor, r: int, key: Key) -> Tensor:
+        return linalg.sample_without_replacement(self.log_weights(sigma), r, linalg.keyed_generator("importance", *key))

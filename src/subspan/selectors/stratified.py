@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from subspan import linalg
-from subspan.linalg import Gram
 from subspan.parts import Key
-from subspan.selectors._matrix import SpectralSelector, columns
+from subspan.selectors._matrix import DrawnSelector
 
 
 @dataclass(frozen=True)
-class Stratified(SpectralSelector):
+class Stratified(DrawnSelector):
     """Singular vectors spread over the spectrum.
 
     Args:
@@ -33,10 +32,7 @@ class Stratified(SpectralSelector):
 
     method: str = "gram"
 
-    def choose(self, G: Tensor | Gram, old: Tensor, key: Key) -> Tensor:
-        sigma, V = linalg.right_singular(G, self.method)
-        r, k = old.shape[-1], sigma.shape[-1]
-        edges = -(-torch.arange(r + 1) * k // r)  # rounded up
+    def draw(self, sigma: Tensor, r: int, key: Key) -> Tensor:
+        edges = -(-torch.arange(r + 1) * sigma.shape[-1] // r)  # rounded up
         uniform = torch.rand((*sigma.shape[:-1], r), generator=linalg.keyed_generator("stratified", *key), dtype=torch.float64)
-        index = edges[:-1] + (uniform * edges.diff()).long()
-        return linalg.fix_signs(columns(V, index), old)
+        return edges[:-1] + (uniform * edges.diff()).long()
