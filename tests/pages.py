@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -25,4 +26,5 @@ def commands(page: str) -> list[list[str]]:
     blocks = re.findall(r"^```sh\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     split = [shlex.split(line, comments=True) for line in lines if re.search(r"(^|-m )subspan ", line)]
-    return [words[words.index("subspan") + 1 :] for words in split]
+    whole = [words[words.index("subspan") + 1 :] for words in split]
+    return [list(takewhile(lambda word: word not in (">", "|", "&&"), words)) for words in whole]

@@ -17,7 +17,8 @@ from subspan.cli.parsing import spelled
 
 PAGES = {str(path.relative_to(ROOT / "docs")): path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))}
 RUN = [name for name, page in PAGES.items() if python_blocks(page) and name != "tutorial.md"]
-NEW = [name for name in PAGES if name.startswith("howto/") and commands(PAGES[name])]
+SHOWN = {"README.md": (ROOT / "README.md").read_text(), **PAGES}
+SHOWN = {name: page for name, page in SHOWN.items() if commands(page)}
 SMALL = [
     *("--steps", "4", "--checkpoint.every", "2", "--batch_size", "2"),
     *("--sequence_length", "16", "--evaluation.tokens", "64", "--update_proj_gap", "2"),
@@ -75,12 +76,16 @@ def test_tutorial(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> 
     assert names["newest"].name == "step-000004"
 
 
-@pytest.mark.parametrize("page", NEW)
+@pytest.mark.parametrize("page", SHOWN)
 def test_commands_are_understood(page: str) -> None:
-    """Each flag is known and each value of its kind."""
-    for words in commands(PAGES[page]):
-        given = make_parser().parse_args(spelled(words))
-        assert given.command == words[0]
+    """Each flag is known and each value of its kind. Some commands show something and end there."""
+    for words in commands(SHOWN[page]):
+        if {"--help", "--version", "--print_config", "--print-completion"} & set(words):
+            with pytest.raises(SystemExit) as ended:
+                raise SystemExit(main(words))
+            assert ended.value.code == 0, words
+        else:
+            assert make_parser().parse_args(spelled(words)).command == words[0]
 
 
 def test_a_how_tos_selector_keeps_the_laws(names: dict[str, Any]) -> None:
