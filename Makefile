@@ -24,11 +24,10 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports --no-logo
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup -m "not slow and not distributed"
 
-# The site, into docs/_build/html, and the examples in it. A warning is an error.
+# The site, into docs/_build/html, and the examples of docstrings. A warning is an error. What is on its pages `make check` runs.
 docs: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -q -n -W --keep-going -b html docs docs/_build/html
 	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -q -n -W --keep-going -b doctest docs docs/_build/doctest
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/docs
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format

@@ -1,6 +1,5 @@
 """Memory does not grow with the number of steps."""
 
-import os
 import pickle
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import environment
 
 from subspan.training.config import CheckpointConfig, EvaluationConfig, PretrainConfig
 
@@ -32,9 +32,8 @@ def growth(config: PretrainConfig, tmp_path: Path, early: int, kept: int = 0) ->
         pytest.skip("resident memory is read from /proc/self/smaps_rollup, which is not here")
     path = tmp_path / "config.pickle"
     path.write_bytes(pickle.dumps(config))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(WORKER), str(path), str(early), str(kept)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=800)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=800)
     assert done.returncode == 0, done.stderr
     return float(done.stdout.splitlines()[-1])
 

@@ -81,7 +81,7 @@ def _run(words: list[str]) -> int:
     if not words:
         fail(f"expected a command: {', '.join(COMMANDS)}; see subspan --help")
     parser = make_parser()
-    if words[:1] and words[0].partition("=")[0] == "--print_completion":
+    if words[0].partition("=")[0] == "--print_completion":
         shell = (words[0].partition("=")[2] or " ".join(words[1:])).strip()
         if shell not in SHELLS:
             fail(f"print_completion={shell!r}: expected {', '.join(SHELLS)}")
@@ -100,10 +100,9 @@ def _ended(run: Callable[[], int]) -> int:
     try:
         status = run()
         sys.stdout.flush()
-    except (
-        BrokenPipeError
-    ):  # the reader of the output has gone, as ``| head`` does: the status of a process that this has ended
-        # Python flushes once more as it ends.
+    except BrokenPipeError:
+        # The reader of the output has gone, as ``| head`` does: the status is that of a process which this has ended. Python
+        # flushes once more as it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
