@@ -7,6 +7,7 @@ Gram matrix for each weight. It ends with the bytes of optimizer state, and the 
 """
 
 import argparse
+import gc
 import os
 from pathlib import Path
 
@@ -57,4 +58,6 @@ if rank == 0:
     whole = sum(8 * p.numel() + 4 for p in model.parameters())
     print(f"state: {subspan.state_bytes(optimizer):,} bytes on each of {ranks} ranks; AdamW would hold {whole:,} in all")
     print(f"loss {mean[0] / ranks:.3f} before, {mean[1] / ranks:.3f} after {args.steps} steps")
+del model, optimizer  # before the group: gloo, left to the interpreter's end, aborts it at times
+gc.collect()
 dist.destroy_process_group()
