@@ -2,8 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/fsdp2.py --steps 100
 
-Shard the model, then build the optimizer. An ordinary step sends nothing beside FSDP's own gradients; a refresh adds up one
-Gram matrix for each weight. It ends with the bytes of optimizer state, and the loss before and after.
+Shard the model, then build the optimizer. A step sends nothing beside FSDP's gradients; a refresh, one Gram matrix a weight.
 """
 
 import argparse
@@ -18,46 +17,44 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import subspan
 
+
+def train(steps: int, device: torch.device) -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    text = torch.tensor(list((Path(__file__).parents[1] / "README.md").read_bytes()), device=device)
+    torch.manual_seed(0)  # the same weights on every rank
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **shape)).to(device)
+    for block in model.model.layers:
+        fully_shard(block)
+    fully_shard(model)
+    optimizer = subspan.create("sara_adamw", model, lr=1e-2, rank=16, update_proj_gap=50)
+
+    def loss_of(step: int) -> torch.Tensor:
+        """This rank's loss, on its part of the pieces of a step."""
+        starts = torch.randint(len(text) - 64, (8 * ranks,), generator=torch.Generator().manual_seed(step))[rank::ranks]
+        batch = torch.stack([text[start : start + 64] for start in starts])
+        return model(input_ids=batch, labels=batch).loss
+
+    before = loss_of(0).detach()
+    for step in range(steps):
+        loss_of(step).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    mean = torch.stack([before, loss_of(0).detach()])
+    dist.all_reduce(mean)
+    if rank == 0:
+        whole = sum(8 * p.numel() + 4 for p in model.parameters())
+        print(f"state: {subspan.state_bytes(optimizer):,} bytes on each of {ranks} ranks; AdamW would hold {whole:,} in all")
+        print(f"loss {mean[0] / ranks:.3f} before, {mean[1] / ranks:.3f} after {steps} steps")
+
+
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=100)
-parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "README.md")
-args = parser.parse_args()
 gpu = torch.cuda.is_available()
-device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
 if gpu:
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-rank, ranks = dist.get_rank(), dist.get_world_size()
-text = torch.tensor(list(args.text.read_bytes()), device=device)
-
-torch.manual_seed(0)  # the same weights on every rank
-shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **shape)).to(device)
-for block in model.model.layers:
-    fully_shard(block)
-fully_shard(model)
-optimizer = subspan.create("sara_adamw", model, lr=1e-2, rank=16, update_proj_gap=50)
-
-
-def loss_of(step: int) -> torch.Tensor:
-    """This rank's loss, on its part of the pieces of a step."""
-    starts = torch.randint(len(text) - 64, (8 * ranks,), generator=torch.Generator().manual_seed(step))[rank::ranks]
-    batch = torch.stack([text[start : start + 64] for start in starts])
-    return model(input_ids=batch, labels=batch).loss
-
-
-before = loss_of(0).detach()
-for step in range(args.steps):
-    loss_of(step).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-mean = torch.stack([before, loss_of(0).detach()])
-dist.all_reduce(mean)
-if rank == 0:
-    whole = sum(8 * p.numel() + 4 for p in model.parameters())
-    print(f"state: {subspan.state_bytes(optimizer):,} bytes on each of {ranks} ranks; AdamW would hold {whole:,} in all")
-    print(f"loss {mean[0] / ranks:.3f} before, {mean[1] / ranks:.3f} after {args.steps} steps")
-del model, optimizer  # before the group: gloo, left to the interpreter's end, aborts it at times
-gc.collect()
+train(parser.parse_args().steps, torch.device("cuda" if gpu else "cpu"))
+gc.collect()  # the model before its group: gloo's threads, left to the end of the interpreter, abort it at times
 dist.destroy_process_group()
