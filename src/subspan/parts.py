@@ -178,7 +178,7 @@ class Residual(Protocol):
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether it reads more of the gradient than ``R``. Law: if not, ``combine`` is ``scale * back(U)``."""
+        """Whether it reads more of the gradient than ``R``. Law: if not, ``combine`` is ``(scale * U, None)``."""
 
     @property
     def takes_rows(self) -> bool:
@@ -193,5 +193,9 @@ class Residual(Protocol):
         back: Callable[[Tensor], Tensor],
         state: State,
         rows: Rows = ALL_HERE,
-    ) -> Tensor:
-        """``scale * back(U) + residual``, a fresh full-size tensor. ``back`` is the selector's ``project_back``."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """``A (..., m, r)`` and ``phi (..., m, 1)`` of the update ``D = back(A) + phi * G``, without ``phi`` ``D = back(A)``.
+
+        ``back`` is the selector's ``project_back``. Law: ``A`` is a fresh tensor, or ``U``, which it may overwrite. The caller
+        lifts ``A`` into the weight itself, so that no residual of this form costs a tensor of the weight's size.
+        """

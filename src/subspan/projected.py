@@ -71,13 +71,19 @@ class ProjectedSteps:
             R = G if work.low_rank else self.selector.project(G, state)
             U, factor = rule.update_(prox.pull(R, state, group), moments, rows)
             prox.move_(U, factor, state, group)
-            if self._lifts_in_place(p, layout, group):
+            A, phi = self.residual.combine(G, R, U, group["scale"], lambda A: self.selector.project_back(A, state), state, rows)
+            if self._lifts_in_place(p, layout, group, phi):
                 if moments is not state:
                     quantization.store_(state, moments, rule.moments)
                 self._decay(p, group)
-                self.selector.subtract_(layout.enter(p), U.mul_(group["scale"] * group["lr"] * factor), state)
+                W, step = layout.enter(p), group["lr"] * factor
+                self.selector.subtract_(W, A.mul_(step), state)
+                if phi is not None:
+                    W.addcmul_(G, phi.mul_(step), value=-1)
                 return
-            D = self.residual.combine(G, R, U, group["scale"], lambda A: self.selector.project_back(A, state), state, rows)
+            D = self.selector.project_back(A, state)
+            if phi is not None:
+                D.addcmul_(G, phi)
         if moments is not state:
             quantization.store_(state, moments, rule.moments)
         D = layout.leave(D, p.shape).mul_(group["lr"] * factor)
@@ -88,11 +94,13 @@ class ProjectedSteps:
         self._decay(p, group)
         p.sub_(D)
 
-    def _lifts_in_place(self, p: Tensor, layout: Layout, group: Mapping[str, Any]) -> bool:
-        """Whether the selector may subtract ``U Qᵀ`` from the weight itself, if it can without a tensor of its size: nothing
-        else is added, the weight is seen as matrices without a copy, and nothing is to be rounded at random."""
-        rounded = group["bf16_stochastic_round"] and p.dtype == torch.bfloat16
-        return not (self.residual.needs_gradient or rounded) and (p.ndim == len(layout.shape) or p.is_contiguous())
+    @staticmethod
+    def _lifts_in_place(p: Tensor, layout: Layout, group: Mapping[str, Any], phi: Tensor | None) -> bool:
+        """Whether ``A Qᵀ + phi G`` may be subtracted from the weight itself, without a tensor of its size: the weight is seen
+        as matrices without a copy, and is rounded once, to nearest."""
+        if (p.dtype == torch.bfloat16 and group["bf16_stochastic_round"]) or (phi is not None and phi.dtype != p.dtype):
+            return False
+        return p.ndim == len(layout.shape) or p.is_contiguous()
 
     @staticmethod
     def _decay(p: Tensor, group: Mapping[str, Any]) -> None:

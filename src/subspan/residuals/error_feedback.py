@@ -54,9 +54,9 @@ class ErrorFeedback(Plain):
         back: Callable[[Tensor], Tensor],
         state: State,
         rows: Rows = ALL_HERE,
-    ) -> Tensor:
+    ) -> tuple[Tensor, None]:
         state["error"].add_(_void_if_not_finite_(back(-R).add_(G)))
-        return back(U * scale)
+        return U.mul_(scale), None
 
 
 def _void_if_not_finite_(A: Tensor) -> Tensor:

@@ -6,8 +6,9 @@
     T    <- T * gamma / max(||T|| / (||T_prev|| + 1e-8), gamma)      the norm-growth limiter; none at the first step
     D     = scale * U Qᵀ + T                                         scale * T with ``scaled``
 
-``||T_prev||`` is the norm after limiting, of each matrix of a stack by itself. ``U`` is Adam's direction without bias
-correction, which the optimizer applies to all of ``D``.
+Neither ``S`` nor ``T`` is formed: ``||S_i||² = ||G_i||² - (2a - a²) ||R_i||²`` as ``QᵀQ = I``, and ``D`` is
+``(scale * U - a phi * R) Qᵀ + phi * G``. ``||T_prev||`` is the norm after limiting, of each matrix of a stack by itself. ``U``
+is Adam's direction without bias correction, which the optimizer applies to all of ``D``.
 
 Source: Fira (Chen et al. 2024, arXiv 2410.01623): norm-based scaling and the norm-growth limiter.
 Deviations from the paper: none for ``mode="orthogonal"``. ``mode="official"`` is what the authors' code computes: its
@@ -70,18 +71,18 @@ class Fira(Plain):
         back: Callable[[Tensor], Tensor],
         state: State,
         rows: Rows = ALL_HERE,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         a = 1.0 if self.mode == "orthogonal" else scale
-        phi = _row_norms(U) / (_row_norms(R) + _TINY)
+        inside = _row_norms(R)
+        phi = _row_norms(U) / (inside + _TINY)
         if self.limiter is not None:
-            T = back(-a * R).add_(G).mul_(phi)
-            norm = rows.total(torch.linalg.vector_norm(T, dim=(-2, -1)).square()).sqrt()
-            factor = self._limit_(norm, state["residual_norm"])
-            phi = phi * factor[..., None, None]
-            del T  # so that only one full-size tensor lives at a time
+            # ||S_i||² by Pythagoras: no S is formed.
+            squares = (_row_norms(G).to(R.dtype).square() - (2 - a) * a * inside.square()).clamp_min(0)
+            norm = rows.total((phi.square() * squares).sum((-2, -1))).sqrt()
+            phi = phi * self._limit_(norm, state["residual_norm"])[..., None, None]
         if self.scaled:
             phi = phi * scale
-        return back(scale * U - a * phi * R).addcmul_(G, phi)
+        return U.mul_(scale).addcmul_(phi, R, value=-a), phi
 
     def _limit_(self, norm: Tensor, previous: Tensor) -> Tensor:
         """The factor for this step. Stores the limited norm, unless it is zero or not finite (contract R4)."""
