@@ -4,7 +4,7 @@ The gradient of a carrier is ``R`` already, so a step is ``U = rule(R)``, ``W <-
 is chosen before: in the forward pass if the selector needs no gradient, else in the backward pass of the layers that share it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from subspan.carriers import CarriedLayer, CarriedProjection, Plan, layer_of
 from subspan.linalg import Gram
 from subspan.parts import Key, Residual, Rule, Selector, Transfer
 from subspan.projected import Work
+from subspan.rows import Rows
 from subspan.schedule import offset_of, refresh_due
 from subspan.state import State
 
@@ -29,6 +30,8 @@ class CarriedSteps:
     transfer: Transfer
     stagger: bool
     seed: int
+
+    _inside: Callable[[Rule, Tensor, State, Rows], tuple[Tensor, Tensor]]
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         raise NotImplementedError
@@ -145,7 +148,7 @@ class CarriedSteps:
         group, rule = work.group, work.rule
         own = distributed.local_state(self.state[work.p])
         moments = self._unpacked(own, rule, group, work.grad)
-        U, factor = rule.update_(proximal.pull(work.grad, own, group), moments, distributed.rows_of(work.p))
+        U, factor = self._inside(rule, proximal.pull(work.grad, own, group), moments, distributed.rows_of(work.p))
         proximal.move_(U, factor, own, group)
         if moments is not own:
             quantization.store_(own, moments, rule.moments)

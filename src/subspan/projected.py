@@ -6,7 +6,7 @@ matrices of the gradients are added up, each is factorised by one rank, and the 
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from subspan.carriers import layer_of
 from subspan.linalg import Gram, LinAlgError
 from subspan.parts import Key, Residual, Rule, Selector, Transfer
 from subspan.rounding import add_rounded_
+from subspan.rows import Rows
 from subspan.schedule import offset_of, refresh_due
 from subspan.shapes import PROJ_TYPES, Layout
 from subspan.state import State
@@ -42,8 +43,15 @@ class Work(NamedTuple):
     """``grad`` is ``R`` already, in a basis that stays."""
 
 
+def step_inside(rule: Rule, R: Tensor, moments: State, rows: Rows) -> tuple[Tensor, Tensor]:
+    """The rule's step: a function of tensors, for ``torch.compile``."""
+    return rule.update_(R, moments, rows)
+
+
 class ProjectedSteps:
     """What ``SubspaceOptimizer`` does with weights that have a gradient of their own."""
+
+    _inside: Callable[[Rule, Tensor, State, Rows], tuple[Tensor, Tensor]] = staticmethod(step_inside)
 
     state: Any
     selector: Selector
@@ -60,7 +68,7 @@ class ProjectedSteps:
         rows = distributed.rows_of(work.p)
         G = work.grad if work.low_rank else layout.enter(work.grad)
         if layout.side is None:
-            D, factor = rule.update_(G, moments, rows)
+            D, factor = self._inside(rule, G, moments, rows)
         else:
             if not work.low_rank:
                 G = self.residual.receive(G, state)
@@ -69,7 +77,7 @@ class ProjectedSteps:
                 else:
                     self._move_basis(G, state, moments, work)
             R = G if work.low_rank else self.selector.project(G, state)
-            U, factor = rule.update_(prox.pull(R, state, group), moments, rows)
+            U, factor = self._inside(rule, prox.pull(R, state, group), moments, rows)
             prox.move_(U, factor, state, group)
             A, phi = self.residual.combine(G, R, U, group["scale"], lambda A: self.selector.project_back(A, state), state, rows)
             if self._lifts_in_place(p, layout, group, phi):
