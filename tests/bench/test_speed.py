@@ -155,7 +155,7 @@ def test_step_row_by_row():
     """Every optimizer has a row; FLOPs are those that torch counts; fused AdamW holds nothing besides."""
     found = step.measure(STEP)
     rows = {row["name"]: row for row in found["rows"]}
-    assert list(rows) == ["sara_adamw", "galore_adamw", "adamw_fused", "galore_torch", "sara_adamw_backward"]
+    assert list(rows) == ["sara_adamw", "galore_adamw", "fira_adamw", "adamw_fused", "galore_torch", "sara_adamw_backward"]
     for key in ("ratio_vs_adamw_fused", "ratio_vs_galore_torch"):
         assert set(found[key]) == RATIO | {"shapes"}
         assert found[key]["shapes"]["matrices"] == {"64x64": 4, "172x64": 2, "64x172": 1}

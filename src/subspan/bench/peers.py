@@ -30,6 +30,8 @@ class Peer:
     """Whether it has a subspace that it chooses anew."""
     lifts: bool = False
     """Whether its step is projected back by a matrix product."""
+    ours: str = "sara_adamw"
+    """The method of this library that does its work."""
 
     @property
     def installed(self) -> bool:
@@ -51,6 +53,11 @@ def _pytorch_optimizer(module: Any, weights: Parameters, rank: int, gap: int) ->
     return module.GaLore([group], lr=LR)
 
 
+def _fira(module: Any, weights: Parameters, rank: int, gap: int) -> Any:
+    group = {"params": weights, "rank": rank, "update_proj_gap": gap, "alpha": 0.25, "proj_type": "std"}
+    return module.FiraAdamW([group], lr=LR, no_deprecation_warning=True)
+
+
 def _apollo_torch(module: Any, weights: Parameters, rank: int, gap: int) -> Any:
     group = {
         "params": weights, "rank": rank, "proj": "random", "scale_type": "channel", "scale": 1, "update_proj_gap": gap,
@@ -63,6 +70,7 @@ PEERS = {
     "adamw_fused": Peer("torch", "torch", lambda module, weights, *_: module.optim.AdamW(weights, lr=LR, fused=True)),
     "galore_torch": Peer("galore-torch", "galore_torch", _galore_torch, refreshes=True, lifts=True),
     "pytorch_optimizer_galore": Peer("pytorch-optimizer", "pytorch_optimizer", _pytorch_optimizer, refreshes=True, lifts=True),
+    "fira": Peer("fira", "fira", _fira, refreshes=True, lifts=True, ours="fira_adamw"),
     "apollo_torch": Peer("apollo-torch", "apollo_torch", _apollo_torch, refreshes=True),
     "bitsandbytes_8bit": Peer(
         "bitsandbytes", "bitsandbytes", lambda module, weights, *_: module.optim.AdamW8bit(weights, lr=LR)

@@ -25,8 +25,7 @@ from subspan.shapes import layout_of
 from subspan.training.presets import PRESETS
 
 _NEVER = 10**9
-OURS = ("sara_adamw", "galore_adamw")
-"""The first is the one that ratios are of."""
+OURS = ("sara_adamw", "galore_adamw", "fira_adamw")
 _MATMULS = "matmuls"
 _BACKWARD = "sara_adamw_backward"
 
@@ -83,7 +82,8 @@ class StepSetting:
 
 
 def measure(setting: StepSetting) -> dict[str, Any]:
-    """A row for each optimizer, and for each of the others ``ratio_vs_NAME``: the amortised time of ``sara_adamw`` over its."""
+    """A row for each optimizer, and for each of the others ``ratio_vs_NAME``: the amortised time of ours over its, where ours
+    is ``sara_adamw`` unless the peer is of another method."""
     if setting.threads:
         torch.set_num_threads(setting.threads)
     model = _layers_of(setting)
@@ -100,8 +100,9 @@ def measure(setting: StepSetting) -> dict[str, Any]:
     matrices = collections.Counter("x".join(map(str, shape)) for shape in setting.matrices)
     found: dict[str, Any] = {}
     for name in setting.compared:
-        pairs = [list(zip(taken[OURS[0]], taken[name], strict=True)) for taken in (seconds, refresh_seconds)]
-        shapes = {"model": setting.model, "matrices": dict(matrices), "rank": setting.rank, "period": PERIOD}
+        ours = PEERS[name].ours
+        pairs = [list(zip(taken[ours], taken[name], strict=True)) for taken in (seconds, refresh_seconds)]
+        shapes = {"of": ours, "model": setting.model, "matrices": dict(matrices), "rank": setting.rank, "period": PERIOD}
         found[f"ratio_vs_{name}"] = timing.interval(_amortised_ratio, *pairs) | {"shapes": shapes}
         found[f"ordinary_ratio_vs_{name}"] = timing.interval(timing.median_ratio, pairs[0])
         if PEERS[name].refreshes:
