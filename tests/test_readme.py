@@ -17,14 +17,16 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = [words for words in commands(README) if words[0] == "pretrain" and words[1].startswith(("--m", "--c"))]
 
 
-def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks run one after another, as a reader would type them, and the number in the comment is AdamW's."""
+def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The blocks run one after another, as a reader would type them, each with something to project; and the number in the
+    comment is AdamW's."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     printed = io.StringIO()
     with redirect_stdout(printed):
         for _ in run(python_blocks(README), names, "README.md"):
             names.setdefault("first_model", names["model"])
+    assert "no matrix is projected" not in caplog.text
     shown = re.search(r"```\n(Importance.*?)```", README, re.DOTALL)
     assert shown
     assert [line.split() for line in shown[1].splitlines()] == [line.split() for line in printed.getvalue().splitlines()[:5]]

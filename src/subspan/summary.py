@@ -30,7 +30,7 @@ def table(groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, State]) ->
             elif len(layout.shape) < 2:
                 kind, rank = "vectors", "-"
             else:  # a rank that reaches the shorter side compresses nothing
-                kind, rank = "full-rank matrices", "full" if group["rank"] is None else f"full (< {group['rank'] + 1})"
+                kind, rank = "full-rank matrices", "full" if group["rank"] is None else f"full (side <= {group['rank']})"
             row = rows.setdefault((f"{number}: {kind}", rank), [0, 0, 0, 0])
             adamw = 2 * local(held).numel() * held.element_size() + 4
             for column, value in enumerate((1, held.numel(), tensor_bytes(state[p]), adamw)):

@@ -19,6 +19,7 @@ METHODS = (
     ("galore_adamw_8bit", False),
     ("sara_adamw", False),
     ("sara_adamw", True),
+    ("sara_adamw_8bit", True),
     ("golore_adamw", False),
     ("fira_adamw", False),
     ("sara_adafactor", False),

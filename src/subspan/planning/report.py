@@ -8,7 +8,12 @@ from subspan.text import aligned
 
 _WIDTH = 60
 _LETTERS = {"weights": "W", "carriers": "C", "states": "S", "bases": "B", "buffers": "b", "communication": "c", "passing": "."}
-_ABOUT = {"communication": "buffers to send", "refresh_peak": "choosing a basis", "activations": "activations saved"}
+_ABOUT = {
+    "carriers": "carriers, which stand for weights in the backward pass",
+    "communication": "buffers to send",
+    "refresh_peak": "choosing a basis",
+    "activations": "activations saved",
+}
 
 
 def text(found: Mapping[str, Any]) -> str:
@@ -41,7 +46,8 @@ def _verdict(found: Mapping[str, Any]) -> str:
 
 def gib(size: int) -> str:
     """To the last hundredth, and small ones further."""
-    return f"{size / 2**30:.2f}" if size >= 2**30 // 100 or not size else f"{size / 2**30:.5f}"
+    small = f"{size / 2**30:.5f}"
+    return f"{size / 2**30:.2f}" if size >= 2**30 // 100 or not float(small) else small
 
 
 def parts_of(row: Mapping[str, Any]) -> dict[str, int]:

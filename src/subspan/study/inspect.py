@@ -230,7 +230,10 @@ def as_text(found: Mapping[str, Any]) -> str:
         rows.append([kind, str(row["layers"]), *(cell(row[key]) for key in list(row)[1:])])
     lines = [aligned(rows, numbers=False)]
     frozen = sum(layer["frozen_since"] is not None for layer in found["layers"])
-    lines.append(f"{frozen} of {len(found['layers'])} subspaces stand still (adjacent overlap >= {FROZEN} to the end)")
+    still = f"adjacent overlap >= {FROZEN} to the end, over three refreshes or more"
+    lines.append(f"{frozen} of {len(found['layers'])} subspaces stand still ({still})")
+    if found["source"] == "checkpoints":
+        lines.append("no probes.jsonl: what a basis captures needs a run with --probes.subspace true")
     if "update" in found:
         update = found["update"]
         by_type: dict[str, list[float]] = {}
