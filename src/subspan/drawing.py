@@ -16,6 +16,9 @@ COLOURS = (
     "#5b8f2a",
 )
 
+GREY = "#808080"
+"""An ink that can be read on a light page and on a dark one."""
+
 
 def style(ink: str) -> dict[Any, Any]:
     """Settings of matplotlib for an SVG whose words and axes are of the colour ``ink``; the same figure is the same file."""

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from subspan.bench.grow import share_name
-from subspan.drawing import COLOURS, style
+from subspan.drawing import COLOURS, GREY, style
 
-_GREY = "#808080"
-_STYLE = style(_GREY) | {"grid.color": _GREY}
+_STYLE = style(GREY) | {"grid.color": GREY}
 
 
 def growth(found: Mapping[str, Any]) -> str:
