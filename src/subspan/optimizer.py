@@ -300,7 +300,9 @@ class SubspaceOptimizer(ProjectedSteps, CarriedSteps, Restorable):
     def compile(self, **options: Any) -> None:
         """Let ``torch.compile`` fuse what the rule does with ``R`` and its moments; in place, as ``torch.nn.Module.compile``.
 
-        Each rule and shape is compiled at its first step. The results equal those without it to rounding. Not worth it for
+        What differs (rule, dtype, number of dimensions) is compiled at its first step, as often as torch's recompile limit
+        allows in one process (``torch._dynamo.config.recompile_limit``, 8 as it comes); what is beyond runs as it is. The
+        results equal those without it to rounding. Copies and pickles of the optimizer are not compiled. Not worth it for
         AdamW on a CPU, where torch's fused kernel is used as it is.
 
         Args:

@@ -197,5 +197,5 @@ class Residual(Protocol):
         """``A (..., m, r)`` and ``phi (..., m, 1)`` of the update ``D = back(A) + phi * G``, without ``phi`` ``D = back(A)``.
 
         ``back`` is the selector's ``project_back``. Law: ``A`` is a fresh tensor, or ``U``, which it may overwrite. The caller
-        lifts ``A`` into the weight itself, so that no residual of this form costs a tensor of the weight's size.
+        lifts both into a weight of the step's precision without a tensor of its size.
         """

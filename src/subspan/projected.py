@@ -105,7 +105,7 @@ class ProjectedSteps:
     @staticmethod
     def _lifts_in_place(p: Tensor, layout: Layout, group: Mapping[str, Any], phi: Tensor | None) -> bool:
         """Whether ``A Qᵀ + phi G`` may be subtracted from the weight itself, without a tensor of its size: the weight is seen
-        as matrices without a copy, and is rounded once, to nearest."""
+        as matrices without a copy, and is as precise as what is added to it, or rounded to nearest once."""
         if (p.dtype == torch.bfloat16 and group["bf16_stochastic_round"]) or (phi is not None and phi.dtype != p.dtype):
             return False
         return p.ndim == len(layout.shape) or p.is_contiguous()

@@ -143,17 +143,20 @@ def test_the_same_seed_gives_the_same_bits(small: Make, tmp_path: Path) -> None:
 
 
 def test_accumulation_changes_nothing_but_rounding(small: Make, tmp_path: Path) -> None:
-    """Also where parts of a batch are padded to other lengths."""
+    """Also where parts of a batch are padded to other lengths. By SGD: Adam would make steps of the rounding where the
+    gradient is zero, as it is of the biases of attention's keys."""
     found = []
     for micro in (8, 2):
-        run = Finetuning(small(optimizer="adamw", out=str(tmp_path / str(micro)), micro_batch_size=micro, steps=6, lr=1e-3))
+        run = Finetuning(small(optimizer="sgd", out=str(tmp_path / str(micro)), micro_batch_size=micro, steps=6, lr=0.05))
+        first = weights(run)
         for module in run.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         run.run()
         found.append(weights(run))
     for name, p in found[0].items():
-        torch.testing.assert_close(found[1][name], p, rtol=0, atol=2e-4)
+        torch.testing.assert_close(found[1][name], p, rtol=0, atol=1e-6)
+    assert max(float((found[0][name] - p).abs().max()) for name, p in first.items()) > 1e-2
 
 
 def test_a_number_is_learnt(small: Make, tmp_path: Path) -> None:

@@ -23,5 +23,5 @@ class Discard(Plain):
         back: Callable[[Tensor], Tensor],
         state: State,
         rows: Rows = ALL_HERE,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
         return U.mul_(scale), None

@@ -54,7 +54,7 @@ class ErrorFeedback(Plain):
         back: Callable[[Tensor], Tensor],
         state: State,
         rows: Rows = ALL_HERE,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
         state["error"].add_(_void_if_not_finite_(back(-R).add_(G)))
         return U.mul_(scale), None
 

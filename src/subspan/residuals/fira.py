@@ -71,13 +71,13 @@ class Fira(Plain):
         back: Callable[[Tensor], Tensor],
         state: State,
         rows: Rows = ALL_HERE,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         a = 1.0 if self.mode == "orthogonal" else scale
-        inside = _row_norms(R)
-        phi = _row_norms(U) / (inside + _TINY)
+        inside = _row_norms(R, R.dtype)
+        phi = _row_norms(U, R.dtype) / (inside + _TINY)
         if self.limiter is not None:
-            # ||S_i||² by Pythagoras: no S is formed.
-            squares = (_row_norms(G).to(R.dtype).square() - (2 - a) * a * inside.square()).clamp_min(0)
+            # ||S_i||² by Pythagoras: no S is formed. Norms in the precision of R: what cancels must not be rounded before.
+            squares = (_row_norms(G, R.dtype).square() - (2 - a) * a * inside.square()).clamp_min(0)
             norm = rows.total((phi.square() * squares).sum((-2, -1))).sqrt()
             phi = phi * self._limit_(norm, state["residual_norm"])[..., None, None]
         if self.scaled:
@@ -94,5 +94,5 @@ class Fira(Plain):
         return factor
 
 
-def _row_norms(A: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(A, dim=-1, keepdim=True)
+def _row_norms(A: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.linalg.vector_norm(A, dim=-1, keepdim=True, dtype=dtype)
