@@ -18,19 +18,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import subspan
 
 
-def train(steps: int, device: torch.device) -> None:
+def train(steps: int, text_file: Path, device: torch.device) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    text = torch.tensor(list((Path(__file__).parents[1] / "README.md").read_bytes()), device=device)
+    text = torch.tensor(list(text_file.read_bytes()), device=device)
     torch.manual_seed(0)  # the same weights on every rank
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **shape)).to(device)
-    for block in model.model.layers:
-        fully_shard(block)
-    fully_shard(model)
+    for module in [*model.model.layers, model]:
+        fully_shard(module)
     optimizer = subspan.create("sara_adamw", model, lr=1e-2, rank=16, update_proj_gap=50)
 
-    def loss_of(step: int) -> torch.Tensor:
-        """This rank's loss, on its part of the pieces of a step."""
+    def loss_of(step: int) -> torch.Tensor:  # this rank's, on its part of the pieces of a step
         starts = torch.randint(len(text) - 64, (8 * ranks,), generator=torch.Generator().manual_seed(step))[rank::ranks]
         batch = torch.stack([text[start : start + 64] for start in starts])
         return model(input_ids=batch, labels=batch).loss
@@ -51,10 +49,12 @@ def train(steps: int, device: torch.device) -> None:
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=100)
+parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "README.md")
+args = parser.parse_args()
 gpu = torch.cuda.is_available()
 if gpu:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-train(parser.parse_args().steps, torch.device("cuda" if gpu else "cpu"))
+train(args.steps, args.text, torch.device("cuda" if gpu else "cpu"))
 gc.collect()  # the model before its group: gloo's threads, left to the end of the interpreter, abort it at times
 dist.destroy_process_group()
