@@ -11,6 +11,7 @@ import pytest
 import torch
 from small_runs import documents
 from training.launching import launch, same, settings, weights
+from transformers import AutoModelForCausalLM
 
 from subspan.cli import main
 from subspan.training.batches import Batch
@@ -133,6 +134,7 @@ def test_a_sharded_run_goes_on(corpus: Path, tmp_path: Path, more: dict[str, Any
     for name in ("run", "again"):
         assert main([*settings(corpus, tmp_path / name, **more), "--resume=auto"]) == 0
     assert same(weights(tmp_path / "run", 12), weights(tmp_path / "again", 12))
+    assert same(weights(tmp_path / "run", 12), AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").state_dict())
     one = settings(corpus, tmp_path / "one", **more)
     assert main([*one, "--parallel=none", f"--resume={tmp_path}/run/checkpoints/step-000008"]) == 0
     first, second = (read_metrics(tmp_path / name)[-1]["val_loss"] for name in ("run", "one"))

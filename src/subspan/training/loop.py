@@ -34,6 +34,9 @@ from subspan.training.schedule import lr_factor
 from subspan.training.signals import RunInterruptedError, collect_signals
 from subspan.training.task import Task
 
+MODEL = "model"
+"""Within a run's directory: its model as ``from_pretrained`` loads it, where its checkpoints hold parts, or adapters."""
+
 
 class Reported(Protocol):
     """What a finished run reports."""
@@ -175,6 +178,8 @@ class Training(ABC, Generic[R]):
                 measured = self._evaluate(metrics)
             self.seconds = time.monotonic() - began
             self._save()
+        if ranks.sharded:
+            self._gather()
         summary = self.summarise(measured)
         if ranks.first:
             write_text(self.out / "summary.json", json.dumps(summary.as_json()) + "\n")
@@ -349,6 +354,15 @@ class Training(ABC, Generic[R]):
             torch.save(training, scratch / "training.pt")
             seal(scratch, but="*.safetensors")
         publish(scratch, step=self.step, keep=keep, best=best)
+
+    def _gather(self) -> None:
+        """Write the best checkpoint, or the last where none is best, as a plain model: ``OUT/model``."""
+        from subspan.training.ranks import first_alone
+        from subspan.training.whole import write_whole
+
+        step = self.best["step"] if self.best else self.step
+        checkpoint = self.out / "checkpoints" / checkpoints.name_of(step)
+        first_alone(lambda: write_whole(checkpoint, self.out / MODEL, self.model, self.tokenizer))
 
     def _load(self, folder: Path) -> None:
         training = checkpoints.load_part(folder, "training")

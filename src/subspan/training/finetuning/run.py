@@ -27,7 +27,7 @@ from subspan.training.finetuning.resolve import ResolvedFinetune, resolve_finetu
 from subspan.training.finetuning.rows import Columns, Row, class_names, read_file, read_glue, set_aside
 from subspan.training.finetuning.scores import SCORES
 from subspan.training.finetuning.tasks import TaskSpec, find_task
-from subspan.training.loop import Training
+from subspan.training.loop import MODEL, Training
 from subspan.training.model import brings_weights, build_model, cannot_load
 from subspan.training.parallel import ALONE, Ranks
 from subspan.training.tokenizer import load_tokenizer
@@ -57,7 +57,7 @@ class FinetuneSummary:
     steps: int
     best_step: int
     best: str
-    """The best checkpoint, which loads with ``from_pretrained``."""
+    """The best checkpoint, as a directory that ``from_pretrained`` loads."""
     tokens: int
     out: str
     seed: int
@@ -204,7 +204,9 @@ class Finetuning(Training[FinetuneSummary]):
         place = self.out / "checkpoints" / checkpoints.name_of(best["step"])
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)  # before adapters are merged
         if self.task.adapters is not None and self.ranks.first:
-            place = self._merge(place)
+            self._merge(place)
+        if self.task.adapters is not None or self.ranks.sharded:
+            place = self.out / MODEL
         held = evaluate_groups(describe(self.config.optimizer)["state_formula"], self.optimizer.param_groups)
         return FinetuneSummary(
             task=self.config.task,
@@ -227,13 +229,12 @@ class Finetuning(Training[FinetuneSummary]):
             seed=self.config.seed,
         )
 
-    def _merge(self, checkpoint: Path) -> Path:
-        """The best adapters in the weights, as a model that needs no peft: a directory of the run."""
+    def _merge(self, checkpoint: Path) -> None:
+        """Write the best adapters in the weights, as a model that needs no peft: ``OUT/model``."""
         checkpoints.load_weights(checkpoint, self.model)
-        scratch, place = self.out / "unfinished", self.out / "merged"
+        scratch = self.out / "unfinished"
         merged = self.task.adapters.merge_and_unload()
         scratch.mkdir(exist_ok=True)
         merged.save_pretrained(scratch)
         self.tokenizer.save_pretrained(scratch)
-        replace_directory(scratch, place)
-        return place
+        replace_directory(scratch, self.out / MODEL)
