@@ -20,10 +20,11 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.doctest",
-    "sphinx.ext.mathjax",
+    "ext.mathml",
     "ext.docstrings",
     "ext.links",
 ]
+html_math_renderer = "mathml"
 exclude_patterns = ["_build", "ext"]
 html_theme = "furo"
 html_title = f"subspan {version}"

@@ -1,1 +1,1 @@
-"""What the site needs beside Sphinx: a check of docstrings, one of links."""
+"""What the site needs beside Sphinx: a check of docstrings, one of links, equations without a script."""

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import re
 import subprocess
 import sys
 from contextlib import redirect_stderr
@@ -31,7 +32,12 @@ def test_it_builds(tmp_path: Path) -> None:
     examples in docstrings are run."""
     build("html", tmp_path / "html")
     method = (tmp_path / "html/methods/selectors.html").read_text()
-    assert "math" in method
+    assert "<math" in method
+    assert not [
+        page
+        for page in (tmp_path / "html").rglob("*.html")
+        if re.search(r'(src|href)="https?://[^"]*\.(js|css)', page.read_text())
+    ]
     api = (tmp_path / "html/api/selectors.html").read_text()
     assert 'id="subspan.selectors.importance.Importance"' in api
     assert "the result depends on" in api, "a method without a docstring of its own shows that of its protocol"
