@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from subspan.study.records import append_records, read_records
 from subspan.study.runner import Runner
 from subspan.study.spec import Study, load_study
-from subspan.study.table import compare
+from subspan.study.table import as_text, compare
 from subspan.training.config import FinetuneConfig
 from subspan.training.errors import InputError
 from subspan.training.tokenizer import load_tokenizer
@@ -64,8 +64,23 @@ def test_a_higher_score_closes_the_gap(tmp_path: Path) -> None:
         )
     table = compare(study, "accuracy")
     assert [row["gap_reduction"] for row in table["rows"]] == [None, None, pytest.approx(0.5)]
+    assert "saved" not in as_text(table), "nothing was counted"
     with pytest.raises(InputError, match=r"metric='f1'.*they have val_loss, accuracy"):
         compare(study, "f1")
+
+
+def test_what_is_saved_and_the_time_it_takes(tmp_path: Path) -> None:
+    """Bytes are a mean over seeds, time a ratio to the reference."""
+    study, seconds = prepared(tmp_path), {"full": 2.0, "galore": 3.0, "sara": 1.0}
+    for row in study.rows:
+        for number, seed in enumerate(study.seeds):
+            record = {"key": row.cell(row.lr, seed).key, "seed": seed, "status": "finished", "row": row.name, "val_loss": 1.0,
+                      "state_bytes": 1, "seconds": seconds[row.name], "saved_activation_bytes": 4000 + 2 * number}  # fmt: skip
+            append_records(study.results, [record])
+    assert len(study.seeds) == 2
+    lines = as_text(compare(study)).splitlines()
+    assert lines[1].split()[-2:] == ["saved", "time"]
+    assert [line.split()[-2:] for line in lines[2:]] == [["4,001", "1.00"], ["4,001", "1.50"], ["4,001", "0.50"]]
 
 
 def test_the_runner_runs_them(tmp_path: Path) -> None:

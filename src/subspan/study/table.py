@@ -112,6 +112,7 @@ def _row(
         "p_wilcoxon": pair.p_wilcoxon if pair else None,
         "p_holm": None,
         "state_bytes": runs[0]["state_bytes"] if runs else None,
+        "saved_activation_bytes": _mean_of(runs, "saved_activation_bytes"),
         "seconds": stdlib.median(record["seconds"] for record in runs if record["seconds"]) if own else None,
     }
 
@@ -119,6 +120,12 @@ def _row(
 def _mean_difference(a: Mapping[int, float], b: Mapping[int, float]) -> float | None:
     shared = a.keys() & b.keys()
     return stdlib.mean(a[seed] - b[seed] for seed in shared) if shared else None
+
+
+def _mean_of(runs: list[Record], key: str) -> int | None:
+    """Over the runs that counted it: batches differ from seed to seed, and with them what is saved of them."""
+    counted = [record[key] for record in runs if record.get(key)]
+    return round(stdlib.mean(counted)) if counted else None
 
 
 def _reduction(
@@ -136,6 +143,8 @@ def as_json(table: Table) -> str:
 
 
 _COLUMNS = ("name", "lr", "n", "mean (std)", "gap", "closes", "versus", "difference [95 %]", "p", "p Holm", "state")
+_OF_FINETUNING = ("saved", "time")
+"""Bytes saved for the backward pass; median of the runs' seconds over that of the reference's."""
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
@@ -162,9 +171,22 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _lines(table: Table) -> list[list[str]]:
+    """The columns' names, then a line for each row."""
+    rows = table["rows"]
+    lines = [list(_COLUMNS), *map(_cells, rows)]
+    if any(row["saved_activation_bytes"] for row in rows):
+        base = next(row["seconds"] for row in rows if row["name"] == table["reference"])
+        lines[0] += _OF_FINETUNING
+        for line, row in zip(lines[1:], rows, strict=True):
+            saved, seconds = row["saved_activation_bytes"], row["seconds"]
+            line += ["" if saved is None else f"{saved:,d}", f"{seconds / base:.2f}" if seconds and base else ""]
+    return lines
+
+
 def as_text(table: Table) -> str:
     """For a terminal."""
-    lines = [list(_COLUMNS), *map(_cells, table["rows"])]
+    lines = _lines(table)
     edge = any(row["lr_at_edge"] for row in table["rows"])
     notes = ["* the best learning rate is at an end of those tried"] if edge else []
     return "\n".join(
@@ -178,10 +200,11 @@ def as_latex(table: Table) -> str:
     def escaped(cell: str) -> str:
         return cell.replace("_", r"\_").replace("%", r"\%")
 
-    lines = [" & ".join(map(escaped, cells)) + r" \\" for cells in (_COLUMNS, *map(_cells, table["rows"]))]
+    cells = _lines(table)
+    lines = [" & ".join(map(escaped, line)) + r" \\" for line in cells]
     return "\n".join(
         [
-            r"\begin{tabular}{" + "l" * len(_COLUMNS) + "}",
+            r"\begin{tabular}{" + "l" * len(cells[0]) + "}",
             r"\hline",
             lines[0],
             r"\hline",
