@@ -14,8 +14,9 @@ import pytest
 from pages import ROOT
 
 sys.path.insert(0, str(ROOT / "docs"))
-from ext import coverage, docstrings, links
+from ext import coverage, docstrings, links, mathml
 from sphinx.cmd.build import build_main
+from sphinx.errors import ExtensionError
 
 
 def build(builder: str, output: Path) -> None:
@@ -46,6 +47,14 @@ def test_it_builds(tmp_path: Path) -> None:
     ran = (tmp_path / "doctest/output.txt").read_text()
     assert "1 items passed all tests" in ran
     assert "0 failures in tests" in ran
+
+
+def test_equations() -> None:
+    """Lines that are aligned become the rows of a table; what the converter does not know is refused."""
+    two = mathml.mathml(r"\begin{aligned} a &= b \\ c &= d \end{aligned}", "block")
+    assert two.count("<mtr>") == 2
+    with pytest.raises(ExtensionError, match="unheardof"):
+        mathml.mathml(r"\unheardof{a}")
 
 
 @pytest.mark.parametrize("check", [(coverage, "missing"), (links, "broken")], ids=["docstring", "link"])

@@ -1,6 +1,7 @@
 """Fine-tuning on two ranks computes what one process computes, and leaves one best checkpoint."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ddp-lora": {"parallel": "ddp", "optimizer": "adamw", "lora.rank": 2},
     "ddp-lm": {"parallel": "ddp", "task": "lm", "model": "llama"},
     "fsdp": {"parallel": "fsdp", "optimizer": "golore_sgd", "lr": 0.05, "optim.proj_type": "right"},
+    "fsdp-still": {"parallel": "fsdp", "optimizer": "golore_sgd", "lr": 0.0, "optim.proj_type": "right"},
     "fsdp-lm": {"parallel": "fsdp", "task": "lm", "model": "llama", "optim.proj_type": "right"},
 }
 
@@ -69,15 +71,35 @@ def test_two_ranks_compute_what_one_process_computes(name: str, two_ranks: dict[
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_best_loads_with_transformers(name: str, two_ranks: dict[str, list[str]]) -> None:
-    """A plain model that scores what the summary says, whatever the ranks have saved."""
-    summary = json.loads(Path(f"{out_of(two_ranks[name])}-2", "summary.json").read_text())
+    """A plain model, whatever the ranks have saved: the weights of the one process's best, and the scores of the summary."""
+    out = out_of(two_ranks[name])
+    if not Path(out).exists():
+        assert main(two_ranks[name]) == 0
+    one, two = (json.loads(Path(p, "summary.json").read_text()) for p in (out, f"{out}-2"))
     kind = AutoModelForCausalLM if name.endswith("lm") else AutoModelForSequenceClassification
-    model, tokenizer = kind.from_pretrained(summary["best"]).eval(), AutoTokenizer.from_pretrained(summary["best"])
+    theirs, model = (kind.from_pretrained(summary["best"]).eval() for summary in (one, two))
     assert model.config.architectures == [type(model).__name__]
+    assert model.state_dict().keys() == theirs.state_dict().keys()
+    for key, value in theirs.state_dict().items():  # AdamW moves weights by steps of 1e-2
+        assert model.state_dict()[key].numpy() == pytest.approx(value.numpy(), abs=1e-3), key
     if name.endswith("lm"):
         return
+    tokenizer = AutoTokenizer.from_pretrained(two["best"])
     held = next(word.partition("=")[2] for word in two_ranks[name] if word.startswith("--validation_data"))
     rows = [json.loads(line) for line in Path(held).read_text().splitlines()]
     said = [int(model(**tokenizer(row["text"], return_tensors="pt")).logits.argmax()) for row in rows]
     right = sum(model.config.id2label[label] == row["label"] for label, row in zip(said, rows, strict=True))
-    assert right / len(rows) == summary["accuracy"]
+    assert right / len(rows) == two["accuracy"]
+
+
+def test_a_best_checkpoint_of_ranks_is_put_together_by_one_process(two_ranks: dict[str, list[str]]) -> None:
+    """Without learning the first evaluation stays the best: its checkpoint holds parts, also for who ends the run alone."""
+    out = f"{out_of(two_ranks['fsdp-still'])}-2"
+    folder = Path(out)
+    best = json.loads((folder / "summary.json").read_text())["best"]
+    assert best == str(folder / "model")
+    shutil.rmtree(best)
+    assert main([*two_ranks["fsdp-still"], f"--out={out}", "--parallel=none", "--resume=auto"]) == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["best_step"] == 3 < summary["steps"]
+    assert AutoModelForSequenceClassification.from_pretrained(summary["best"]).config.id2label == {0: "neg", 1: "pos"}

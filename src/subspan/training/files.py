@@ -1,8 +1,10 @@
 """Writing so that a reader, or a kill, never finds half of a file or a directory under its name."""
 
+import contextlib
 import errno
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from subspan.training.errors import InputError, first_line
@@ -53,6 +55,27 @@ def readable(number: int) -> str:
         if number >= size:
             return f"{number / size:,.1f} {unit}"
     return f"{number} bytes"
+
+
+@contextlib.contextmanager
+def written(place: Path, needed: int) -> Iterator[Path]:
+    """An empty directory beside ``place``, which becomes ``place`` once what is done in it is done.
+
+    Args:
+        needed: bytes it will take, for a message.
+
+    Raises:
+        InputError: it cannot be written, for want of space say. What was at ``place`` before stands.
+    """
+    scratch = place.with_name("unfinished")
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        yield scratch
+        replace_directory(scratch, place)
+    except Exception as error:  # of a full disk, torch, safetensors and tokenizers raise errors of three kinds
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise no_space(str(place), place.parent, error, needed) from error
 
 
 def replace_directory(new: Path, path: Path) -> None:

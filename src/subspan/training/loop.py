@@ -20,7 +20,7 @@ from subspan.training import checkpoint as checkpoints
 from subspan.training.batches import Batch
 from subspan.training.building import build_optimizer, uncompressed
 from subspan.training.errors import InputError
-from subspan.training.files import write_text
+from subspan.training.files import remove_directory, write_text
 from subspan.training.finetuning.resolve import ResolvedFinetune
 from subspan.training.integrity import seal
 from subspan.training.metrics import Meter, Metrics
@@ -110,6 +110,8 @@ class Training(ABC, Generic[R]):
             self.optimizer, lambda t: lr_factor(t, steps, plan.warmup_steps, plan.min_lr_ratio, plan.shape)
         )
         self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.place = ""
+        """The finished run's model, as ``from_pretrained`` loads it."""
         self.best: dict[str, Any] | None = None
         """The best evaluation so far: its ``step``, what it ``measured``, and how many since were not better (``waited``)."""
         self.judged = 0
@@ -178,8 +180,7 @@ class Training(ABC, Generic[R]):
                 measured = self._evaluate(metrics)
             self.seconds = time.monotonic() - began
             self._save()
-        if ranks.sharded:
-            self._gather()
+        self.place = ranks.from_first(self._plain_model)
         summary = self.summarise(measured)
         if ranks.first:
             write_text(self.out / "summary.json", json.dumps(summary.as_json()) + "\n")
@@ -355,14 +356,21 @@ class Training(ABC, Generic[R]):
             seal(scratch, but="*.safetensors")
         publish(scratch, step=self.step, keep=keep, best=best)
 
-    def _gather(self) -> None:
-        """Write the best checkpoint, or the last where none is best, as a plain model: ``OUT/model``."""
-        from subspan.training.ranks import first_alone
-        from subspan.training.whole import write_whole
+    def _plain_model(self) -> str:
+        """A directory that ``from_pretrained`` loads: the best checkpoint, or the last where none is best.
 
-        step = self.best["step"] if self.best else self.step
-        checkpoint = self.out / "checkpoints" / checkpoints.name_of(step)
-        first_alone(lambda: write_whole(checkpoint, self.out / MODEL, self.model, self.tokenizer))
+        One that holds parts, saved by these ranks or by others before, is put together in ``OUT/model``.
+        """
+        from subspan.training.whole import holds_parts, write_whole
+
+        place = self.out / MODEL
+        checkpoint = self.out / "checkpoints" / checkpoints.name_of(self.best["step"] if self.best else self.step)
+        if holds_parts(checkpoint):
+            write_whole(checkpoint, place, self.model, self.tokenizer)
+            return str(place)
+        if place.exists():  # of the run as it was when it ended before
+            remove_directory(place)
+        return str(checkpoint)
 
     def _load(self, folder: Path) -> None:
         training = checkpoints.load_part(folder, "training")

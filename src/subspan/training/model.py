@@ -48,7 +48,8 @@ def own_tokenizer(name: str) -> str:
     if not path.exists():
         return name
     if (path / "checkpoints").is_dir():
-        raise InputError(f"model {name!r}: is the directory of a run; give one of its checkpoints/step-NNNNNN")
+        inside = "its model" if (path / "model").is_dir() else "one of its checkpoints/step-NNNNNN"
+        raise InputError(f"model {name!r}: is the directory of a run; give {inside}")
     folder = path if path.is_dir() else path.parent
     if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         raise InputError(f"tokenizer=None: the model {name!r} brings none; give --tokenizer bytes, embedded, or a path")

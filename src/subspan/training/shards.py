@@ -201,8 +201,8 @@ class Shards:
         """The error for a checkpoint of something else."""
         return InputError(f"checkpoint {self.folder}: {INDEX} {reason}; {_ANOTHER}")
 
-    def check(self, share: int = 0, shares: int = 1) -> None:
-        """Raise unless the files are those of the index. Contents are compared of every ``shares``-th file."""
+    def check(self, share: int = 0, shares: int = 1, kind: str = "") -> None:
+        """Raise unless the files are those of the index. Contents are compared of every ``shares``-th file of the ``kind``."""
         found = {path.name for path in self.folder.glob("*.safetensors")}
         strangers = sorted(name for name in found - self.files.keys() if _FILE.fullmatch(name))
         if strangers:
@@ -216,7 +216,7 @@ class Shards:
             size = (self.folder / name).stat().st_size
             if size != entry["bytes"]:
                 raise self.refuse(name, f"has {size:,} bytes, was written with {entry['bytes']:,}")
-        for name in list(self.files)[share::shares]:
+        for name in [name for name in self.files if name.startswith(kind)][share::shares]:
             try:
                 same = digest_of(self.folder / name) == self.files[name]["blake2b"]
             except OSError as error:

@@ -1,17 +1,21 @@
 """A sharded checkpoint as a plain Hugging Face model."""
 
 import copy
-import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from subspan.training.files import no_space, replace_directory
-from subspan.training.shards import Shards, piece_of
+from subspan.training.files import written
+from subspan.training.shards import INDEX, Shards, piece_of
+
+
+def holds_parts(checkpoint: Path) -> bool:
+    """Whether ranks have saved their parts there."""
+    return (checkpoint / INDEX).exists()
 
 
 def write_whole(checkpoint: Path, place: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -20,26 +24,22 @@ def write_whole(checkpoint: Path, place: Path, model: nn.Module, tokenizer: PreT
     The host holds the whole model meanwhile, once.
 
     Args:
-        model: whose it is, sharded; gives its configuration and the name of its class.
+        model: whose it is, sharded or not; gives its configuration and the name of its class.
 
     Raises:
         InputError: a file of the checkpoint is missing or damaged, or ``place`` cannot be written, for want of space say.
     """
     shards = Shards(checkpoint)
-    shards.check()
+    shards.check(kind="model")
     tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in shards.tables["model"].items()}
     shards.read("model", {name: piece_of(tensor) for name, tensor in tensors.items()})
-    scratch = place.with_name("unfinished")
-    try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
+    with written(place, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())) as scratch:
         save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
         config: PretrainedConfig = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__.removeprefix("FSDP")]  # fully_shard makes a class of its own
+        config.dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
         config.save_pretrained(scratch)
+        generation: Any = getattr(model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        replace_directory(scratch, place)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        raise no_space(f"model {place}", place.parent, error, needed) from error

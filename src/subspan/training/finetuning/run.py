@@ -19,7 +19,7 @@ from subspan.training import checkpoint as checkpoints
 from subspan.training.batches import Batch
 from subspan.training.config import FinetuneConfig
 from subspan.training.evaluation import evaluate, token_losses
-from subspan.training.files import replace_directory
+from subspan.training.files import written
 from subspan.training.finetuning.authors import read_authors
 from subspan.training.finetuning.examples import Examples
 from subspan.training.finetuning.lora import add_lora
@@ -201,12 +201,11 @@ class Finetuning(Training[FinetuneSummary]):
 
     def summarise(self, measured: dict[str, float]) -> FinetuneSummary:
         best = self.best or {"step": self.step, "measured": measured}
-        place = self.out / "checkpoints" / checkpoints.name_of(best["step"])
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)  # before adapters are merged
-        if self.task.adapters is not None and self.ranks.first:
-            self._merge(place)
-        if self.task.adapters is not None or self.ranks.sharded:
-            place = self.out / MODEL
+        if self.task.adapters is not None:
+            if self.ranks.first:
+                self._merge(Path(self.place))
+            self.place = str(self.out / MODEL)
         held = evaluate_groups(describe(self.config.optimizer)["state_formula"], self.optimizer.param_groups)
         return FinetuneSummary(
             task=self.config.task,
@@ -223,7 +222,7 @@ class Finetuning(Training[FinetuneSummary]):
             seconds=round(self.seconds, 3),
             steps=self.step,
             best_step=best["step"],
-            best=str(place),
+            best=self.place,
             tokens=self.tokens,
             out=str(self.out),
             seed=self.config.seed,
@@ -232,9 +231,7 @@ class Finetuning(Training[FinetuneSummary]):
     def _merge(self, checkpoint: Path) -> None:
         """Write the best adapters in the weights, as a model that needs no peft: ``OUT/model``."""
         checkpoints.load_weights(checkpoint, self.model)
-        scratch = self.out / "unfinished"
         merged = self.task.adapters.merge_and_unload()
-        scratch.mkdir(exist_ok=True)
-        merged.save_pretrained(scratch)
-        self.tokenizer.save_pretrained(scratch)
-        replace_directory(scratch, self.out / MODEL)
+        with written(self.out / MODEL, sum(p.numel() * p.element_size() for p in merged.parameters())) as scratch:
+            merged.save_pretrained(scratch)
+            self.tokenizer.save_pretrained(scratch)
