@@ -2,7 +2,7 @@
 
 For each shape of a LLaMA's linear layers, side by side: the products of an ordinary step (``G Q`` and ``W -= U Qᵀ``) layer by
 layer, as the optimizer makes them; all batched, over stacks that are there already, which is the most that batching could give;
-and the gradients, which autograd leaves apart, gathered into a stack for the first product alone. And ``eigh`` of Gram matrices,
+and the gradients, which autograd leaves apart, gathered into a stack for the first product alone. And ``eigh`` of matrices,
 one by one and batched. Printed are medians of the ratios to one by one, with 95 % intervals.
 """
 

@@ -8,7 +8,7 @@ from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
-_FAULT = re.compile(r"<mi>&|linebreak=|\\\\")
+_FAULT = re.compile(r"<mi>&<|linebreak=|\\")
 """What the converter leaves where it does not know a command: it raises nothing."""
 _SCROLLS = "overflow-x: auto; overflow-y: hidden; padding-block: 0.4em"  # on a narrow screen
 
@@ -22,7 +22,7 @@ def mathml(latex: str, display: str = "inline") -> str:
     found = convert(latex.replace("{aligned}", "{align*}"), display=display)
     if _FAULT.search(found):
         raise ExtensionError(f"an equation cannot be drawn as MathML; write it without what is not known: {latex}")
-    return found
+    return re.sub(r'columnalign="(left|right)"', r'style="text-align: \1"', found)  # MathML Core has it from CSS
 
 
 def _inline(self: Any, node: nodes.math) -> None:

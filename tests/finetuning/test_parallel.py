@@ -19,7 +19,7 @@ CASES: dict[str, dict[str, Any]] = {
     # By SGD: AdamW would make steps of the rounding where a gradient is zero, as it is of the biases of attention's keys. In
     # drawn bases: singular vectors of small singular values move a thousand times as far as the gradient's rounding.
     "ddp": {"parallel": "ddp", "micro_batch_size": 2, "optimizer": "golore_sgd", "lr": 0.05},
-    "ddp-backward": {"parallel": "ddp", "backward_side": "true"},
+    "ddp-backward": {"parallel": "ddp", "optimizer": "golore_sgd", "lr": 0.05, "backward_side": "true"},
     "ddp-lora": {"parallel": "ddp", "optimizer": "adamw", "lora.rank": 2},
     "ddp-lm": {"parallel": "ddp", "task": "lm", "model": "llama"},
     "fsdp": {"parallel": "fsdp", "optimizer": "golore_sgd", "lr": 0.05, "optim.proj_type": "right"},
