@@ -16,6 +16,7 @@ from subspan.cli.main import make_parser
 from subspan.cli.parsing import spelled
 
 PAGES = {str(path.relative_to(ROOT / "docs")): path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))}
+PAGES = {name: page for name, page in PAGES.items() if not name.startswith("_build")}  # `make docs` leaves copies there
 RUN = [name for name, page in PAGES.items() if python_blocks(page) and name != "tutorial.md"]
 SHOWN = {"README.md": (ROOT / "README.md").read_text(), **PAGES}
 SHOWN = {name: page for name, page in SHOWN.items() if commands(page)}
