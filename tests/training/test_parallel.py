@@ -131,10 +131,12 @@ def test_a_sharded_run_goes_on(corpus: Path, tmp_path: Path, more: dict[str, Any
     done = launch(2, [*run, "--parallel=fsdp"], [*again, "--parallel=fsdp", resume])
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "run" / "checkpoints" / "unfinished").exists()
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").state_dict()
     for name in ("run", "again"):
         assert main([*settings(corpus, tmp_path / name, **more), "--resume=auto"]) == 0
     assert same(weights(tmp_path / "run", 12), weights(tmp_path / "again", 12))
-    assert same(weights(tmp_path / "run", 12), AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").state_dict())
+    assert same(weights(tmp_path / "run", 12), whole)
+    assert not (tmp_path / "run" / "model").exists(), "the checkpoint is plain now"
     one = settings(corpus, tmp_path / "one", **more)
     assert main([*one, "--parallel=none", f"--resume={tmp_path}/run/checkpoints/step-000008"]) == 0
     first, second = (read_metrics(tmp_path / name)[-1]["val_loss"] for name in ("run", "one"))
