@@ -13,6 +13,7 @@ from torch import Tensor
 
 from subspan.bench import timing
 from subspan.bench.shapes import Llama
+from subspan.linalg import spectral_dtype
 from subspan.training.presets import PRESETS
 
 
@@ -40,7 +41,7 @@ def products(m: int, n: int, r: int, count: int, rounds: int) -> dict[str, dict[
 
 def factorisations(n: int, count: int, rounds: int) -> dict[str, dict[str, float]]:
     """``eigh`` of ``count`` matrices ``(n, n)``."""
-    A = torch.randn(count, 2 * n, n, dtype=torch.float64 if n < 512 else torch.float32)
+    A = torch.randn(count, 2 * n, n, dtype=spectral_dtype(torch.device("cpu"), n))
     S: Tensor = A.mT @ A
 
     def one_by_one() -> None:

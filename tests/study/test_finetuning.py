@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study.common import write
+from study.common import record, write
 from transformers import LlamaConfig
 
 from subspan.study.records import append_records, read_records
@@ -74,9 +74,8 @@ def test_what_is_saved_and_the_time_it_takes(tmp_path: Path) -> None:
     study, seconds = prepared(tmp_path), {"full": 2.0, "galore": 3.0, "sara": 1.0}
     for row in study.rows:
         for number, seed in enumerate(study.seeds):
-            record = {"key": row.cell(row.lr, seed).key, "seed": seed, "status": "finished", "row": row.name, "val_loss": 1.0,
-                      "state_bytes": 1, "seconds": seconds[row.name], "saved_activation_bytes": 4000 + 2 * number}  # fmt: skip
-            append_records(study.results, [record])
+            held = {"seconds": seconds[row.name], "saved_activation_bytes": 4000 + 2 * number}
+            append_records(study.results, [record(row.cell(row.lr, seed), 1.0) | held])
     assert len(study.seeds) == 2
     lines = as_text(compare(study)).splitlines()
     assert lines[1].split()[-2:] == ["saved", "time"]
@@ -88,7 +87,7 @@ def test_the_runner_runs_them(tmp_path: Path) -> None:
     assert Runner(study, tmp_path / "runs", jobs=1).run() == 0
     records = read_records(study.results)
     assert len(records) == 6
-    for record in records.values():
-        assert record["metric"] == "accuracy"
-        assert 0 <= record["accuracy"] <= 1
-        assert record["saved_activation_bytes"] > 0
+    for found in records.values():
+        assert found["metric"] == "accuracy"
+        assert 0 <= found["accuracy"] <= 1
+        assert found["saved_activation_bytes"] > 0

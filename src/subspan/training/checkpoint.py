@@ -18,10 +18,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from subspan.training.errors import InputError, first_line
-from subspan.training.files import no_space, remove_directory, replace_directory
+from subspan.training.files import no_space, remove_directory, replace_directory, written
 from subspan.training.integrity import seal
 
 _NAME = re.compile(r"step-(\d{6,})")
+MODEL = "model"
+"""Within a run's directory: its model as ``from_pretrained`` loads it, where its checkpoints hold parts, or adapters."""
 _OTHER = "remove it, or continue an older one with --resume PATH"
 
 
@@ -75,16 +77,31 @@ def adopt(checkpoint: Path, folder: Path) -> None:
     Raises:
         InputError: it cannot be written, for want of space say.
     """
-    place, scratch = folder / checkpoint.name, folder / "unfinished"
-    if place.exists():
-        return
-    try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.copytree(checkpoint, scratch)
-        replace_directory(scratch, place)
-    except OSError as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise no_space(f"checkpoint {place}", folder, error, _size(checkpoint)) from error
+    place = folder / checkpoint.name
+    if not place.exists():
+        with written("checkpoint", place, _size(checkpoint)) as scratch:
+            shutil.copytree(checkpoint, scratch, dirs_exist_ok=True)
+
+
+def holds_parts(checkpoint: Path) -> bool:
+    """Whether ranks have saved their parts there (``sharded.py``)."""
+    return not (checkpoint / "optimizer.pt").exists()
+
+
+def plain_model(out: Path, step: int, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A directory that ``from_pretrained`` loads, of the checkpoint of ``step`` of the run in ``out``.
+
+    One that holds parts, saved by the ranks that ask or by others before, is put together in ``OUT/model``.
+    """
+    checkpoint, place = out / "checkpoints" / name_of(step), out / MODEL
+    if holds_parts(checkpoint):
+        from subspan.training.whole import write_whole  # what reads parts takes seconds to import
+
+        write_whole(checkpoint, place, model, tokenizer)
+        return place
+    if place.exists():  # of the run as it was when it ended before
+        remove_directory(place)
+    return checkpoint
 
 
 def _size(checkpoint: Path) -> int:

@@ -58,11 +58,12 @@ def readable(number: int) -> str:
 
 
 @contextlib.contextmanager
-def written(place: Path, needed: int) -> Iterator[Path]:
+def written(what: str, place: Path, needed: int) -> Iterator[Path]:
     """An empty directory beside ``place``, which becomes ``place`` once what is done in it is done.
 
     Args:
-        needed: bytes it will take, for a message.
+        what: it is, for a message, which goes on with ``place``.
+        needed: bytes it will take, for the same.
 
     Raises:
         InputError: it cannot be written, for want of space say. What was at ``place`` before stands.
@@ -75,7 +76,7 @@ def written(place: Path, needed: int) -> Iterator[Path]:
         replace_directory(scratch, place)
     except Exception as error:  # of a full disk, torch, safetensors and tokenizers raise errors of three kinds
         shutil.rmtree(scratch, ignore_errors=True)
-        raise no_space(str(place), place.parent, error, needed) from error
+        raise no_space(f"{what} {place}", place.parent, error, needed) from error
 
 
 def replace_directory(new: Path, path: Path) -> None:

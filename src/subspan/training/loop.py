@@ -20,7 +20,7 @@ from subspan.training import checkpoint as checkpoints
 from subspan.training.batches import Batch
 from subspan.training.building import build_optimizer, uncompressed
 from subspan.training.errors import InputError
-from subspan.training.files import remove_directory, write_text
+from subspan.training.files import write_text
 from subspan.training.finetuning.resolve import ResolvedFinetune
 from subspan.training.integrity import seal
 from subspan.training.metrics import Meter, Metrics
@@ -33,9 +33,6 @@ from subspan.training.saved import SavedBytes
 from subspan.training.schedule import lr_factor
 from subspan.training.signals import RunInterruptedError, collect_signals
 from subspan.training.task import Task
-
-MODEL = "model"
-"""Within a run's directory: its model as ``from_pretrained`` loads it, where its checkpoints hold parts, or adapters."""
 
 
 class Reported(Protocol):
@@ -110,8 +107,6 @@ class Training(ABC, Generic[R]):
             self.optimizer, lambda t: lr_factor(t, steps, plan.warmup_steps, plan.min_lr_ratio, plan.shape)
         )
         self.step, self.tokens, self.seconds = 0, 0, 0.0
-        self.place = ""
-        """The finished run's model, as ``from_pretrained`` loads it."""
         self.best: dict[str, Any] | None = None
         """The best evaluation so far: its ``step``, what it ``measured``, and how many since were not better (``waited``)."""
         self.judged = 0
@@ -122,8 +117,8 @@ class Training(ABC, Generic[R]):
             self._load(self._resumed)
 
     @abstractmethod
-    def summarise(self, measured: dict[str, float]) -> R:
-        """What the finished run reports; ``measured`` is the last evaluation."""
+    def summarise(self, measured: dict[str, float], place: Path) -> R:
+        """What the finished run reports; ``measured`` is the last evaluation, in ``place`` is its model."""
 
     def run(self) -> R:
         """Train to the last step, or to where nothing gets better.
@@ -180,8 +175,9 @@ class Training(ABC, Generic[R]):
                 measured = self._evaluate(metrics)
             self.seconds = time.monotonic() - began
             self._save()
-        self.place = ranks.from_first(self._plain_model)
-        summary = self.summarise(measured)
+        kept = self.best["step"] if self.best else self.step
+        place = ranks.from_first(lambda: str(checkpoints.plain_model(self.out, kept, self.model, self.tokenizer)))
+        summary = self.summarise(measured, Path(place))
         if ranks.first:
             write_text(self.out / "summary.json", json.dumps(summary.as_json()) + "\n")
         ranks.barrier()
@@ -356,25 +352,9 @@ class Training(ABC, Generic[R]):
             seal(scratch, but="*.safetensors")
         publish(scratch, step=self.step, keep=keep, best=best)
 
-    def _plain_model(self) -> str:
-        """A directory that ``from_pretrained`` loads: the best checkpoint, or the last where none is best.
-
-        One that holds parts, saved by these ranks or by others before, is put together in ``OUT/model``.
-        """
-        from subspan.training.whole import holds_parts, write_whole
-
-        place = self.out / MODEL
-        checkpoint = self.out / "checkpoints" / checkpoints.name_of(self.best["step"] if self.best else self.step)
-        if holds_parts(checkpoint):
-            write_whole(checkpoint, place, self.model, self.tokenizer)
-            return str(place)
-        if place.exists():  # of the run as it was when it ended before
-            remove_directory(place)
-        return str(checkpoint)
-
     def _load(self, folder: Path) -> None:
         training = checkpoints.load_part(folder, "training")
-        if not (folder / "optimizer.pt").exists():  # ranks have saved their parts
+        if checkpoints.holds_parts(folder):
             from subspan.training.sharded import load_sharded
 
             load_sharded(folder, self.model, self.optimizer)

@@ -3,6 +3,7 @@
 import math
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -87,7 +88,7 @@ class Pretraining(Training[Summary]):
         resolved = resolve(config)
         super().__init__(resolved, lambda: LanguageModelling(resolved), ranks)
 
-    def summarise(self, measured: dict[str, float]) -> Summary:
+    def summarise(self, measured: dict[str, float], place: Path) -> Summary:
         return Summary(
             optimizer=self.config.optimizer,
             model=self.config.model,

@@ -10,12 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from subspan.training.files import written
-from subspan.training.shards import INDEX, Shards, piece_of
-
-
-def holds_parts(checkpoint: Path) -> bool:
-    """Whether ranks have saved their parts there."""
-    return (checkpoint / INDEX).exists()
+from subspan.training.shards import Shards, piece_of
 
 
 def write_whole(checkpoint: Path, place: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -33,7 +28,7 @@ def write_whole(checkpoint: Path, place: Path, model: nn.Module, tokenizer: PreT
     shards.check(kind="model")
     tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in shards.tables["model"].items()}
     shards.read("model", {name: piece_of(tensor) for name, tensor in tensors.items()})
-    with written(place, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())) as scratch:
+    with written("model", place, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())) as scratch:
         save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
         config: PretrainedConfig = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__.removeprefix("FSDP")]  # fully_shard makes a class of its own

@@ -27,7 +27,7 @@ from subspan.training.finetuning.resolve import ResolvedFinetune, resolve_finetu
 from subspan.training.finetuning.rows import Columns, Row, class_names, read_file, read_glue, set_aside
 from subspan.training.finetuning.scores import SCORES
 from subspan.training.finetuning.tasks import TaskSpec, find_task
-from subspan.training.loop import MODEL, Training
+from subspan.training.loop import Training
 from subspan.training.model import brings_weights, build_model, cannot_load
 from subspan.training.parallel import ALONE, Ranks
 from subspan.training.tokenizer import load_tokenizer
@@ -199,13 +199,13 @@ class Finetuning(Training[FinetuneSummary]):
         kind: type[Continuation] | type[Labelling] = Continuation if labelled.spec.kind == "lm" else Labelling
         super().__init__(labelled.config, lambda: kind(labelled), ranks)
 
-    def summarise(self, measured: dict[str, float]) -> FinetuneSummary:
+    def summarise(self, measured: dict[str, float], place: Path) -> FinetuneSummary:
         best = self.best or {"step": self.step, "measured": measured}
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)  # before adapters are merged
         if self.task.adapters is not None:
             if self.ranks.first:
-                self._merge(Path(self.place))
-            self.place = str(self.out / MODEL)
+                self._merge(place)
+            place = self.out / checkpoints.MODEL
         held = evaluate_groups(describe(self.config.optimizer)["state_formula"], self.optimizer.param_groups)
         return FinetuneSummary(
             task=self.config.task,
@@ -222,7 +222,7 @@ class Finetuning(Training[FinetuneSummary]):
             seconds=round(self.seconds, 3),
             steps=self.step,
             best_step=best["step"],
-            best=self.place,
+            best=str(place),
             tokens=self.tokens,
             out=str(self.out),
             seed=self.config.seed,
@@ -232,6 +232,7 @@ class Finetuning(Training[FinetuneSummary]):
         """Write the best adapters in the weights, as a model that needs no peft: ``OUT/model``."""
         checkpoints.load_weights(checkpoint, self.model)
         merged = self.task.adapters.merge_and_unload()
-        with written(self.out / MODEL, sum(p.numel() * p.element_size() for p in merged.parameters())) as scratch:
+        size = sum(p.numel() * p.element_size() for p in merged.parameters())
+        with written("model", self.out / checkpoints.MODEL, size) as scratch:
             merged.save_pretrained(scratch)
             self.tokenizer.save_pretrained(scratch)
