@@ -2,14 +2,13 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from subspan.cli import main
-from subspan.study.inspect import inspect
+from subspan.study.inspect import _bases, inspect
 from subspan.training.checkpoint import load_part
 
 FLAGS = ["--steps=16", "--batch_size=4", "--sequence_length=32", "--rank=4", "--update_proj_gap=4", "--threads=1",
@@ -36,16 +35,31 @@ def test_importance_overlaps_less_than_dominant(dominant: Path, tmp_path: Path) 
     assert all(math.isfinite(layer["captured"]) for layer in first["layers"])
 
 
-def test_checkpoints_alone_say_the_same(dominant: Path, tmp_path: Path) -> None:
-    """Checkpoints fall right before refreshes here, so adjacent ones hold adjacent bases."""
-    shutil.copytree(dominant, tmp_path / "copy")
-    (tmp_path / "copy/probes.jsonl").unlink()
-    with_probes, without = inspect(dominant), inspect(tmp_path / "copy")
+@pytest.mark.parametrize("every", [1, 3, 4])
+def test_checkpoints_alone_say_the_same(every: int, dominant: Path, tmp_path: Path) -> None:
+    """Where a checkpoint lies in every period, there are as many bases as refreshes, however many checkpoints hold each."""
+    train(tmp_path / "bare", "--optimizer=galore_adamw", f"--checkpoint.every={every}", "--checkpoint.keep=99")
+    with_probes, without = inspect(dominant), inspect(tmp_path / "bare")
     assert without["source"] == "checkpoints"
     assert [layer["name"] for layer in without["layers"]] == [layer["name"] for layer in with_probes["layers"]]
     for a, b in zip(with_probes["layers"], without["layers"], strict=True):
+        assert (a["refreshes"], a["steps_apart"]) == (b["refreshes"], b["steps_apart"]) == (4, 4)
+        assert [step for step, _ in a["overlaps"]] == [step for step, _ in b["overlaps"]] == [5, 9, 13]
         assert a["overlap_adjacent"] == pytest.approx(b["overlap_adjacent"], abs=1e-5)
         assert a["angles"] == pytest.approx(b["angles"], abs=0.05)
+
+
+def test_bases_that_are_no_neighbours_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Checkpoints at 8 and 16 hold the bases of steps 5 and 13; those of 15 and 16 the same one, which is no overlap at all."""
+    far = train(tmp_path / "far", "--optimizer=galore_adamw", "--checkpoint.every=8")
+    assert all((layer["refreshes"], layer["steps_apart"]) == (2, 8) for layer in inspect(far)["layers"])
+    near = train(tmp_path / "near", "--optimizer=galore_adamw", "--checkpoint.every=15")
+    assert all(layer["overlap_adjacent"] is None for layer in inspect(near)["layers"])
+    capsys.readouterr()
+    assert main(["inspect", str(far)]) == 0
+    assert "chosen 8 steps apart" in capsys.readouterr().out
+    assert main(["inspect", str(near)]) == 0
+    assert "of which each subspace has one" in capsys.readouterr().out
 
 
 def test_the_update_between_two_checkpoints(dominant: Path) -> None:
@@ -109,7 +123,11 @@ def test_what_is_wrong_is_named(dominant: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_bases_are_those_of_the_optimizer(dominant: Path) -> None:
-    """The names of the optimizer's state are parameter names."""
+    """Found by the names of its groups' parameters, in their order."""
     saved = load_part(dominant / "checkpoints/step-000016", "optimizer")
-    names = [name for group in saved["param_groups"] for name in group["param_names"]]
-    assert "model.layers.0.self_attn.q_proj.weight" in names
+    (group,) = [group for group in saved["param_groups"] if "basis" in saved["state"][group["params"][0]]]
+    step, Q = _bases(dominant / "checkpoints/step-000016")["model.layers.3.mlp.down_proj.weight"]
+    number = group["params"][group["param_names"].index("model.layers.3.mlp.down_proj.weight")]
+    kept = saved["state"][number]["basis"].double()
+    assert step == 13
+    torch.testing.assert_close(Q @ Q.mT, kept @ kept.mT, rtol=0, atol=1e-5)  # GaLore's basis is orthonormal

@@ -29,6 +29,14 @@ def test_a_line_cut_by_a_kill_is_no_record_and_does_not_spoil_the_next(tmp_path:
     assert read_records(path) == {"a": FIRST, "b": SECOND}
 
 
+def test_a_whole_line_without_its_end_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(FIRST))  # as an editor may leave it
+    assert read_records(path) == {"a": FIRST}
+    append_records(path, [SECOND])
+    assert read_records(path) == {"a": FIRST, "b": SECOND}
+
+
 @pytest.mark.parametrize("line", ["{", "3", '{"key": "c"}', '{"key": "c", "status": "finished", "val_loss": null}', ""])
 def test_a_broken_line_is_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"

@@ -13,6 +13,7 @@ from study.common import make, record
 from subspan.cli import main
 from subspan.study.records import append_records
 from subspan.study.report import figures
+from subspan.study.report.gather import gather
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ROWS = {
@@ -95,6 +96,22 @@ def test_identifiers_of_figures_do_not_clash(page: Path) -> None:
     assert len(ids) == len(set(ids))
     used = re.findall(r'(?:xlink:href="|url\()#([^")]+)', page.read_text())
     assert set(used) <= set(ids)
+
+
+def test_a_run_that_diverged_is_in_no_curve(tmp_path: Path) -> None:
+    """As it is in no mean of the table; runs of fine-tuning are named with their own command."""
+    study = make(tmp_path, rows=ROWS, seeds=[0, 1, 2])
+    for row in study.rows:
+        for seed, loss in enumerate(LOSSES[row.name]):
+            curve = [[2, 5.0], *([[4, loss]] if loss else [])]
+            append_records(study.results, [record(row.cell(row.lr, seed), loss) | {"curve": curve}])
+    run = tmp_path / "runs/tuned"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("task: bundled\noptimizer: adamw\n")
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    parts = gather([str(tmp_path / "studies"), str(run)])
+    assert [len(curves) for curves in parts.studies[0].curves.values()] == [3, 3, 2]
+    assert parts.runs[0].command == f"subspan finetune --config {run}/config.yaml"
 
 
 def test_figures_take_the_ink_of_the_page() -> None:

@@ -1,17 +1,21 @@
 """Real runs, in processes of their own."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from study.common import SMALL, make, write
 
 from subspan.study.plan import cells_of
 from subspan.study.records import read_records
+from subspan.study.spec import Study
+from subspan.training.metrics import read_metrics
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -20,9 +24,41 @@ def command(path: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "subspan", "study", "run", str(path), *more]
 
 
+def run(path: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    folder = path.parents[1]
+    return subprocess.run(command(path, *more), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+
+
+def folder_of(study: Study, row: str, seed: int) -> Path:
+    """Where the run of a row's own learning rate goes."""
+    (found,) = [found for found in study.rows if found.name == row]
+    cell = found.cell(found.lr, seed)
+    return study.results.parents[1] / f"runs/studies/small/{row}/lr-{found.lr:.4g}-seed-{seed}-{cell.key[:8]}"
+
+
+def begun(path: Path, study: Study, **options: Any) -> subprocess.Popen[str]:
+    """The command, once the run of ``galore`` has saved a checkpoint."""
+    process = subprocess.Popen(
+        command(path), cwd=path.parents[1], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, **options
+    )
+    deadline = time.monotonic() + 200
+    while not list((folder_of(study, "galore", 0) / "run/checkpoints").glob("step-*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process
+
+
+LONG: dict[str, Any] = {
+    "base": SMALL["base"] | {"steps": 400, "checkpoint": {"every": 5}},
+    "seeds": [0],
+    "rows": {"galore": SMALL["rows"]["galore"]},
+}
+
+
 def test_runs_are_run_once_and_are_what_pretrain_computes(tmp_path: Path) -> None:
     path = write(tmp_path)
-    first = subprocess.run(command(path), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    first = run(path)
     assert first.returncode == 0, first.stderr
     study = make(tmp_path)
     found = read_records(study.results)
@@ -32,10 +68,10 @@ def test_runs_are_run_once_and_are_what_pretrain_computes(tmp_path: Path) -> Non
     assert [step for step, _ in some["curve"]] == [2, 4]
     assert some["commit"]
     before = study.results.read_bytes()
-    again = subprocess.run(command(path), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert (some["device"], some["precision"]) == ("cpu", "fp32")
+    again = run(path)
     assert again.returncode == 0
     assert study.results.read_bytes() == before
-    run = tmp_path / "runs/studies/small/galore/lr-0.01-seed-1/run"
     from subspan.training.config import EvaluationConfig, PretrainConfig
     from subspan.training.pretrain import Pretraining
 
@@ -44,29 +80,43 @@ def test_runs_are_run_once_and_are_what_pretrain_computes(tmp_path: Path) -> Non
         evaluation=EvaluationConfig(every=2, tokens=64), out=str(tmp_path / "alone"),
     )  # fmt: skip
     assert Pretraining(config).run().val_loss == pytest.approx(some["val_loss"], rel=1e-6)
-    assert (run / "config.yaml").exists()
+    assert (folder_of(study, "galore", 1) / "run/config.yaml").exists()
 
 
-def test_a_study_that_is_stopped_goes_on_and_loses_nothing(tmp_path: Path) -> None:
-    base = SMALL["base"] | {"steps": 400, "checkpoint": {"every": 5}}
-    path = write(tmp_path, base=base, seeds=[0], rows={"galore": SMALL["rows"]["galore"]})
-    log = tmp_path / "runs/studies/small/galore/lr-0.01-seed-0/run/checkpoints"
-    process = subprocess.Popen(command(path), cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 200
-    while not list(log.glob("step-*")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+def test_anew_is_to_run_all_of_it_again(tmp_path: Path) -> None:
+    """With a record and directories of its own a study takes nothing over, and what was there stays."""
+    path = write(tmp_path, seeds=[0], rows={"full": SMALL["rows"]["full"]})
+    assert run(path).returncode == 0
+    study = make(tmp_path, seeds=[0], rows={"full": SMALL["rows"]["full"]})
+    before = study.results.read_bytes()
+    apart = ["--results", "again/small.jsonl"]
+    again = run(path, *apart, "--runs", "again/runs")
+    assert "0/1 runs" in again.stderr, again.stderr
+    (found,) = read_records(tmp_path / "again/small.jsonl").values()
+    assert found["val_loss"] == json.loads(before)["val_loss"]
+    assert study.results.read_bytes() == before
+    table = subprocess.run([sys.executable, "-m", "subspan", "study", "table", str(path), *apart, "--json"], cwd=tmp_path,
+                           env=ENVIRONMENT, capture_output=True, text=True, check=True)  # fmt: skip
+    assert json.loads(table.stdout)["rows"][0]["n"] == 1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("to_all", [False, True], ids=["to the command", "to its runs too"])
+def test_a_study_that_is_stopped_goes_on_and_loses_nothing(signum: int, to_all: bool, tmp_path: Path) -> None:
+    """A terminal sends Ctrl-C to the runs too, some schedulers SIGTERM: they must not take the command's for a second one."""
+    path, study = write(tmp_path, **LONG), make(tmp_path, **LONG)
+    process = begun(path, study, start_new_session=True)
+    (os.killpg if to_all else os.kill)(process.pid, signum)
     _, err = process.communicate(timeout=100)
-    assert process.returncode == 128 + signal.SIGTERM, err
+    assert process.returncode == 128 + signum, err
     assert "the same command goes on" in err
     assert "Traceback" not in err
-    study = make(tmp_path, base=base, seeds=[0], rows={"galore": SMALL["rows"]["galore"]})
     assert read_records(study.results) == {}
-    again = subprocess.run(command(path), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    log = folder_of(study, "galore", 0) / "log.txt"
+    assert "saved at step" in log.read_text()
+    again = run(path)
     assert again.returncode == 0, again.stderr
-    assert "continues at step" in (log.parents[1] / "log.txt").read_text()
+    assert "continues at step" in log.read_text()
     (found,) = read_records(study.results).values()
     assert found["steps"] == 400
 
@@ -75,13 +125,33 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     rows = {"lost": {"optimizer": "adamw", "data": str(tmp_path / "absent.jsonl")}, "mute": {"optimizer": "sgd"},
             "full": {"optimizer": "adamw"}}  # fmt: skip
     path = write(tmp_path, rows=rows, seeds=[0])
-    (mute,) = [row for row in make(tmp_path, rows=rows, seeds=[0]).rows if row.name == "mute"]
+    study = make(tmp_path, rows=rows, seeds=[0])
     # Its log cannot be opened, so it ends before it can say anything: that is no divergence.
-    (tmp_path / f"runs/studies/small/mute/lr-{mute.lr:.4g}-seed-0/log.txt").mkdir(parents=True)
-    result = subprocess.run(command(path), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    (folder_of(study, "mute", 0) / "log.txt").mkdir(parents=True)
+    result = run(path)
     assert result.returncode == 1
-    assert "lost/lr-0.0025-seed-0/log.txt" in result.stderr
+    lost = folder_of(study, "lost", 0) / "log.txt"
+    assert str(lost) in result.stderr
     assert "mute/lr-" in result.stderr
-    (found,) = read_records(make(tmp_path, rows=rows, seeds=[0]).results).values()
+    (found,) = read_records(study.results).values()
     assert found["row"] == "full"
-    assert "absent.jsonl" in (tmp_path / "runs/studies/small/lost/lr-0.0025-seed-0/log.txt").read_text()
+    assert "absent.jsonl" in lost.read_text()
+    assert "Traceback" not in lost.read_text()
+
+
+def test_a_run_that_outlives_its_command_keeps_its_directory(tmp_path: Path) -> None:
+    """After kill -9 of the command its runs go on, and a second process must not train in the same place."""
+    path, study = write(tmp_path, **LONG), make(tmp_path, **LONG)
+    process = begun(path, study, start_new_session=True)
+    process.kill()
+    process.wait()
+    folder = folder_of(study, "galore", 0)
+    again = run(path)
+    if again.returncode == 0:
+        pytest.skip("the run had ended before the second command began")
+    assert again.returncode == 1, again.stderr
+    assert "another process trains there" in (folder / "log.txt").read_text()
+    while not (folder / "run/summary.json").exists():
+        time.sleep(0.1)
+    rows = [row["step"] for row in read_metrics(folder / "run") if "val_loss" in row]
+    assert len(rows) == len(set(rows))

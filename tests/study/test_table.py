@@ -37,6 +37,8 @@ def test_gaps_and_their_reduction_by_hand(tmp_path: Path) -> None:
     assert galore["gap_reduction"] is None
     assert sara["difference"] == pytest.approx(-0.7 / 3)
     assert sara["gap_reduction"] == pytest.approx(0.7 / 3)
+    assert sara["gap_reduction_low"] < 0.7 / 3 < sara["gap_reduction_high"]
+    assert sara["bootstrap_low"] is not None
     assert table["pairs"] == 2
     # Holm over the two tests: the smaller p twice, the larger at least that.
     small, large = sorted([galore, sara], key=lambda row: row["p_value"])

@@ -66,6 +66,18 @@ def test_a_run_that_goes_on_writes_the_rows_of_an_unbroken_one(small: Make, tmp_
         assert a == b
 
 
+def test_bases_of_another_anchor_are_not_taken_for_this_one(small: Make, tmp_path: Path) -> None:
+    settings = {"out": str(tmp_path / "run"), "checkpoint": CheckpointConfig(every=8, keep=3)}
+    Pretraining(small(probes=PROBES, **settings)).run()
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000012")
+    later = small(probes=replace(PROBES, anchor=7), resume="auto", **settings)
+    with pytest.raises(
+        InputError, match=r"probes.anchor=7: .*anchors.safetensors holds the bases of step 6.*--probes.anchor 6"
+    ):
+        Pretraining(later).run()
+    Pretraining(replace(later, probes=PROBES)).run()
+
+
 def test_noise_is_unbiased_for_known_noise() -> None:
     """Parts of gradient mu + e, e of variance s² an entry: noise is s² d / k, signal ||mu||², on average."""
     generator = torch.Generator().manual_seed(0)

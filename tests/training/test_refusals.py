@@ -17,6 +17,7 @@ from subspan.training.integrity import RECORD, seal
 from subspan.training.model import build_model
 from subspan.training.pretrain import Pretraining
 from subspan.training.resolve import resolve
+from subspan.training.rundir import hold
 from subspan.training.tokenizer import load_tokenizer
 
 Make = Callable[..., PretrainConfig]
@@ -124,6 +125,18 @@ def test_two_runs_cannot_start_in_one_directory(small: Make, tmp_path: Path) -> 
     with pytest.raises(InputError, match="holds a run already"):
         second.run()
     assert files(tmp_path / "run") == before
+
+
+def test_two_processes_do_not_train_in_one_directory(small: Make, tmp_path: Path) -> None:
+    """As they would after the kill of a launcher whose process lives on; the second leaves the first's files alone."""
+    out = tmp_path / "run"
+    Pretraining(small(steps=2, out=str(out))).run()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    again = Pretraining(small(steps=2, out=str(out), resume="auto"))
+    with hold(out), pytest.raises(InputError, match=r"out=.*another process trains there; wait for it"):
+        again.run()
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    again.run()
 
 
 def test_resume_auto_compares_settings_before_the_first_checkpoint(small: Make, tmp_path: Path) -> None:

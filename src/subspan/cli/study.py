@@ -1,5 +1,6 @@
 """``subspan study``: run a grid of runs, and compare them."""
 
+from dataclasses import replace
 from typing import Any
 
 from subspan.cli.parsing import Namespace, Parser, fail, path_of
@@ -19,6 +20,7 @@ def add_to(commands: Any, name: str, about: str) -> None:
     for what, does in _ABOUT.items():
         parser = Parser(description=does, examples=[_EXAMPLES[what]])
         parser.add_argument("file", type=str, help="a study file, such as studies/table1_nano.yaml")
+        parser.add_argument("--results", type=str, help="the record; results/NAME.jsonl beside the study's folder if not given")
         if what == "run":
             parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
             parser.add_argument("--runs", type=str, default="runs/studies", help="where the runs' directories go")
@@ -37,6 +39,8 @@ def run(settings: Namespace) -> int:
     chosen = settings[what]
     try:
         study = load_study(path_of("file", chosen.file))
+        if chosen.results is not None:
+            study = replace(study, results=path_of("results", chosen.results))
         if what == "run":
             from subspan.study.runner import Runner
 

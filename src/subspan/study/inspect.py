@@ -4,6 +4,9 @@ Per subspace, means over the run's refreshes: overlap of adjacent bases and with
 gradient that is held (see ``training/probes.py``). ``frozen_since`` is the first step from which the overlap of adjacent bases
 stays at ``FROZEN`` or above until the end, for three refreshes at least; ``null`` if there is none.
 
+Without probes the bases that checkpoints hold are compared, each once: they are ``steps_apart`` steps apart (median), which may
+be several periods, and then ``overlap_adjacent`` is not of neighbours.
+
 Between two checkpoints, the singular values sigma of the change of each weight, divided by the largest (SARA, arXiv 2502.05790,
 figures 4 to 12), and of them
 
@@ -14,6 +17,7 @@ figures 4 to 12), and of them
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +121,7 @@ def _layer(name: str, rows: Sequence[Row]) -> Row:
         "name": name,
         "type": module_type(name),
         "refreshes": len(rows),
+        "steps_apart": statistics.median(apart) if (apart := [b["step"] - a["step"] for a, b in pairwise(rows)]) else None,
         "overlap_adjacent": _mean(value for _, value in known),
         "overlap_anchor": _mean(row["anchor"] for row in rows if "anchor" in row),
         "angles": [_mean(row["angles"][i] for row in rows if "angles" in row) for i in range(3)],
@@ -160,33 +165,37 @@ def _noise(rows: Iterable[Row]) -> list[Row]:
 
 
 def _from_checkpoints(found: Sequence[Path]) -> list[Row]:
-    """Rows as a probe would have written them, from the bases that adjacent checkpoints hold."""
+    """Rows as a probe would have written them, from what checkpoints hold: one for each basis, at the step of its choice."""
     rows: list[Row] = []
-    before: Mapping[str, Tensor] = {}
+    before: dict[str, tuple[int, Tensor]] = {}
     for path in found:
-        now = _bases(path)
-        for name, Q in now.items():
-            row: Row = {"kind": "subspace", "name": name, "step": step_of(path)}
-            if name in before and before[name].shape == Q.shape:
-                turned = angles(before[name], Q)
-                row |= {"overlap": overlap(before[name], Q), "angles": [float(turned[i]) for i in (0, len(turned) // 2, -1)]}
+        for name, (step, Q) in _bases(path).items():
+            chosen, old = before.get(name, (None, Q))
+            if chosen == step:
+                continue
+            row: Row = {"kind": "subspace", "name": name, "step": step}
+            if chosen is not None and old.shape == Q.shape:
+                turned = angles(old, Q)
+                row |= {"overlap": overlap(old, Q), "angles": [float(turned[i]) for i in (0, len(turned) // 2, -1)]}
             rows.append(row)
-        before = now
+            before[name] = step, Q
     if not rows:
         raise InputError(f"{found[0].parent}: its optimizer keeps no basis to compare; train with --probes.subspace true")
     return rows
 
 
-def _bases(checkpoint: Path) -> dict[str, Tensor]:
+def _bases(checkpoint: Path) -> dict[str, tuple[int, Tensor]]:
+    """By weight: the step (the first is 1) that chose the basis, and the basis, orthonormal in fp64."""
     saved = load_part(checkpoint, "optimizer")
     names = {
         number: name
         for group in saved["param_groups"]
         for number, name in zip(group["params"], group.get("param_names", map(str, group["params"])), strict=True)
     }
-    bases = {names[number]: state["basis"] for number, state in saved["state"].items() if "basis" in state}
     return {
-        name.replace(".carrier", ".weight"): orthonormalise(Q.double()) for name, Q in bases.items() if bool((Q != 0).any())
+        names[number].replace(".carrier", ".weight"): (int(state["refresh_step"]) + 1, orthonormalise(state["basis"].double()))
+        for number, state in saved["state"].items()
+        if "basis" in state and bool((state["basis"] != 0).any())
     }
 
 
@@ -233,7 +242,12 @@ def as_text(found: Mapping[str, Any]) -> str:
     still = f"adjacent overlap >= {FROZEN} to the end, over three refreshes or more"
     lines.append(f"{frozen} of {len(found['layers'])} subspaces stand still ({still})")
     if found["source"] == "checkpoints":
-        lines.append("no probes.jsonl: what a basis captures needs a run with --probes.subspace true")
+        apart = [layer["steps_apart"] for layer in found["layers"] if layer["steps_apart"] is not None]
+        far = f"chosen {statistics.median(apart):g} steps apart" if apart else "of which each subspace has one"
+        lines.append(
+            f"no probes.jsonl: compared are the bases of checkpoints, {far}; every refresh, and what a basis captures, need "
+            "--probes.subspace true"
+        )
     if "update" in found:
         update = found["update"]
         by_type: dict[str, list[float]] = {}

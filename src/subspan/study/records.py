@@ -14,7 +14,7 @@ Record = dict[str, Any]
 
 
 def read_records(path: Path) -> dict[str, Record]:
-    """Records by key; none if there is no file. A last line without its end, which a kill has cut, does not count.
+    """Records by key; none if there is no file. A last line that a kill has cut short does not count.
 
     Raises:
         InputError: a line is no record; names file and line.
@@ -27,7 +27,7 @@ def read_records(path: Path) -> dict[str, Record]:
         raise InputError(f"{path}: cannot be read: {error}") from error
     records = {}
     for number, line in enumerate(lines, 1):
-        if not line.endswith("\n"):
+        if not line.endswith("\n") and not _is_whole(line):
             continue
         try:
             record = json.loads(line)
@@ -58,15 +58,30 @@ def _is_study(path: Path) -> bool:
             return False
 
 
+def _is_whole(line: str | bytes) -> bool:
+    """Of a line without its end: only with its last brace is it JSON."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
 def append_records(path: Path, records: Iterable[Record]) -> None:
-    """Append, so that a kill leaves whole lines and at most one cut one, which the next append removes."""
+    """Append, so that a kill leaves whole lines and at most one cut one, which the next append removes.
+
+    A last record that is whole but for the end of its line, as an editor may leave it, gets that end.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
         file.seek(0)
         content = file.read()
         if content and not content.endswith(b"\n"):
-            say(f"{path}: the last line was cut short and is removed")
-            file.truncate(content.rfind(b"\n") + 1)
+            begin = content.rfind(b"\n") + 1
+            if _is_whole(content[begin:]):
+                file.write(b"\n")
+            else:
+                say(f"{path}: the last line was cut short and is removed")
+                file.truncate(begin)
         for record in records:
             file.write((json.dumps(record) + "\n").encode())
         file.flush()

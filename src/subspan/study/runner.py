@@ -1,5 +1,6 @@
 """Runs the cells of a study, several at a time, each in a process and a directory of its own."""
 
+import contextlib
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ from subspan.study.spec import Cell, Study
 from subspan.training.config import CheckpointConfig
 from subspan.training.errors import InputError
 from subspan.training.finetuning.scores import SCORES
+from subspan.training.kinds import resolve_run
 from subspan.training.metrics import read_metrics
 from subspan.training.progress import duration, say, terminal
 from subspan.training.signals import RunInterruptedError, collect_signals
@@ -49,7 +51,7 @@ class Runner:
 
     Args:
         study: what to run.
-        runs: where the directories of runs go, ``runs/STUDY/ROW/lr-X-seed-S``.
+        runs: where the directories of runs go, ``runs/STUDY/ROW/lr-X-seed-S-KEY``.
         jobs: how many run at a time, with one thread each unless ``base`` sets ``threads``.
     """
 
@@ -82,16 +84,20 @@ class Runner:
                     if key not in self.records and key not in self.failed and key not in under_way:
                         running.append(self._start(context, cell))
                 bar.update(len(known.keys() & self.records), whole, [entry.cell for entry in running])
-                if not running:
-                    break
-                if received:
+                if received:  # a terminal sends it to the runs too, which may have ended by it
+                    # Not the signal that came: runs that got it too would take it for a second one, and die unsaved.
+                    passed_on = signal.SIGINT if received[0] == signal.SIGTERM else signal.SIGTERM
                     for entry in running:
-                        entry.process.terminate()
+                        if entry.process.pid:
+                            with contextlib.suppress(ProcessLookupError):
+                                os.kill(entry.process.pid, passed_on)
                     for entry in running:
                         entry.process.join()
                         self._collect(entry)
                     say("stopped; runs under way are saved, and the same command goes on with them")
                     return 128 + received[0]
+                if not running:
+                    break
                 ended = wait([entry.process.sentinel for entry in running], timeout=1.0)
                 for entry in [entry for entry in running if entry.process.sentinel in ended]:
                     entry.process.join()
@@ -107,7 +113,7 @@ class Runner:
         return {cell.key: cell for cell in cells_of(self.study, self.records)}, total(self.study, self.records)
 
     def _adopt(self) -> None:
-        """Write down here what other studies, or runs that finished after a kill of this command, have already found."""
+        """Write down here what other studies have already found: a study's table is of its own record."""
         own = read_records(self.study.results)
         keys = [cell.key for cell in cells_of(self.study, self.records)]
         found = [self.records[key] for key in keys if key in self.records and key not in own]
@@ -116,7 +122,8 @@ class Runner:
 
     def _start(self, context: Any, cell: Cell) -> _Running:
         row = re.sub(r"[^\w.=,-]+", "_", cell.row)
-        folder = (self.runs / row / f"lr-{cell.config.lr:.4g}-seed-{cell.config.seed}").absolute()
+        # With its key: after a change of the study's settings the old directory is another run's.
+        folder = (self.runs / row / f"lr-{cell.config.lr:.4g}-seed-{cell.config.seed}-{cell.key[:8]}").absolute()
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint = cell.config.checkpoint
         config = replace(
@@ -147,6 +154,7 @@ class Runner:
     def _record(self, cell: Cell, status: str, summary: Mapping[str, Any], run: Path) -> Record:
         measured = {name: summary.get(name) for name in ("steps", "tokens", "val_loss", "val_ppl", "state_bytes", "seconds")}
         measured |= {name: summary[name] for name in (*_OF_FINETUNING, *SCORES) if name in summary}
+        resolved = resolve_run(cell.config)
         curve = [[row["step"], round(row["val_loss"], 5)] for row in read_metrics(run) if "val_loss" in row]
         return {
             "key": cell.key,
@@ -158,12 +166,14 @@ class Runner:
             "lr": cell.config.lr,
             **measured,
             "curve": curve,
+            "device": resolved.device,
+            "precision": resolved.precision,
             **self._stamp,
         }
 
 
 def _run(config: Any, log: str) -> None:
-    """A run, in its own process."""
+    """A run, in its own process, which ends with a status that :meth:`Runner._collect` knows."""
     with open(log, "a", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -181,6 +191,11 @@ def _run(config: Any, log: str) -> None:
     except RunDivergedError as error:
         say(str(error))
         sys.exit(_DIVERGED)
+    except KeyboardInterrupt:  # before the run takes signals for itself
+        sys.exit(128 + signal.SIGINT)
+    except InputError as error:
+        say(f"error: {error}")
+        sys.exit(70)
     except BaseException:
         import traceback
 
@@ -193,15 +208,15 @@ def _stamp() -> dict[str, str]:
     import torch
 
     source = Path(subspan.__file__).parent
-    described = subprocess.run(
-        ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(source), *words], capture_output=True, text=True, check=False).stdout.strip()
+
+    # Of the code alone: the record that a study appends to is tracked too.
+    dirty = "-dirty" if git("status", "--porcelain", "--", ".") else ""
     return {
         "subspan": subspan.__version__,
-        "commit": described.stdout.strip() or "unknown",
+        "commit": git("describe", "--always", "--abbrev=12") + dirty or "unknown",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",

@@ -2,10 +2,14 @@
 
     t-test     mean(d) / (std(d) / sqrt(n)), two-sided, n - 1 degrees of freedom
     Wilcoxon   signed ranks of d, exact; with n seeds its p cannot be below 2 / 2^n
-    interval   95 %, bias-corrected and accelerated bootstrap of the mean
+    interval   95 %, mean(d) +- t(0.975, n - 1) std(d) / sqrt(n): it leaves 0 out exactly where the t-test's p is below 0.05
+    bootstrap  95 % by name, bias-corrected and accelerated bootstrap of the mean; it lies between the smallest and the largest
+               of d, so that of n values it covers the mean at most 1 - 2^(1 - n) of the time (94 % of five, 75 % of three)
+    share      mean(x) / mean(y) of paired values, with Fieller's 95 % interval: every ratio q for which x - q y does not differ
+               from 0 by the t-test; none where y itself may be 0 (Fieller 1954)
     Holm       p values of a family in rising order, times m, m - 1, ..., 1, kept monotone (Holm 1979)
 
-scipy computes the first three.
+scipy computes the tests and the bootstrap.
 """
 
 import math
@@ -17,12 +21,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of paired measurements: ``difference`` is the mean of A - B, ``low`` to ``high`` its 95 % interval."""
+    """Of paired measurements: ``difference`` is the mean of A - B, ``low`` to ``high`` its 95 % interval by the t-test."""
 
     n: int
     difference: float
     low: float | None
     high: float | None
+    bootstrap: tuple[float, float] | None
     p_value: float | None
     p_wilcoxon: float | None
 
@@ -33,26 +38,61 @@ def compare_pairs(a: Sequence[float], b: Sequence[float]) -> Comparison:
 
     d = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     if len(d) < 2 or np.ptp(d) == 0:
-        return Comparison(len(d), float(d.mean()) if len(d) else math.nan, None, None, None, None)
+        return Comparison(len(d), float(d.mean()) if len(d) else math.nan, None, None, None, None, None)
     low, high = interval(d)
     return Comparison(
         n=len(d),
         difference=float(d.mean()),
         low=low,
         high=high,
+        bootstrap=bootstrap(d),
         p_value=float(stats.ttest_rel(a, b).pvalue),
         p_wilcoxon=float(stats.wilcoxon(d, method="exact").pvalue),
     )
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
+    """The 95 % interval of the mean of normal values; none for fewer than two, or equal ones."""
+    n = len(values)
+    if n < 2 or np.ptp(values) == 0:
+        return None, None
+    mean, reach = float(np.mean(values)), _quantile(n) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return mean - reach, mean + reach
+
+
+def bootstrap(values: Sequence[float]) -> tuple[float, float] | None:
     """The 95 % bootstrap interval of the mean; none for fewer than three values, or equal ones."""
     from scipy import stats
 
     if len(values) < 3 or np.ptp(values) == 0:
-        return None, None
+        return None
     found = stats.bootstrap((np.asarray(values),), np.mean, n_resamples=9999, method="BCa", rng=0)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def share_interval(x: Sequence[float], y: Sequence[float]) -> tuple[float, float] | None:
+    """Fieller's 95 % interval of mean(x) / mean(y); ``x[i]`` and ``y[i]`` are of one seed.
+
+    The ratios q with (mean(x) - q mean(y))² <= t² var(x - q y) / n, a quadratic in q; ``None`` where they are not a bounded
+    interval, because y is not told from 0, and for fewer than two pairs.
+    """
+    n = len(x)
+    if n < 2:
+        return None
+    c = _quantile(n) ** 2 / n * np.cov(x, y)
+    mean_x, mean_y = float(np.mean(x)), float(np.mean(y))
+    xx, xy, yy = mean_x**2 - c[0, 0], mean_x * mean_y - c[0, 1], mean_y**2 - c[1, 1]
+    if yy <= 0:
+        return None
+    reach = math.sqrt(max(0.0, xy**2 - yy * xx))
+    return float((xy - reach) / yy), float((xy + reach) / yy)
+
+
+def _quantile(n: int) -> float:
+    """t(0.975) with n - 1 degrees of freedom."""
+    from scipy import stats
+
+    return float(stats.t.ppf(0.975, n - 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,7 +1,8 @@
 """The rows of a study compared over its seeds.
 
     gap            mean over seeds of row - reference
-    gap_reduction  (versus - row) / (versus - reference): the share of the gap of the row it is paired with that a row closes
+    gap_reduction  (versus - row) / (versus - reference): the share of the gap of the row it is paired with that a row closes,
+                   with Fieller's interval
     difference     mean over seeds of row - versus, with its interval, paired t-test, Wilcoxon, and p adjusted by Holm over the
                    pairs of the table
 
@@ -14,9 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from subspan.study.plan import choose_lr
-from subspan.study.records import Record, read_all
+from subspan.study.records import Record, read_records
 from subspan.study.spec import Row, Study
-from subspan.study.statistics import compare_pairs, holm, interval
+from subspan.study.statistics import compare_pairs, holm, interval, share_interval
 from subspan.text import aligned
 from subspan.training.errors import InputError
 from subspan.training.finetuning.scores import SCORES
@@ -33,7 +34,7 @@ def compare(study: Study, metric: str = "val_loss") -> Table:
     Raises:
         InputError: runs of the study have no such measurement.
     """
-    records = read_all(study.results.parent, study.results)
+    records = read_records(study.results)
     values = {row.name: _values(study, row, records, metric) for row in study.rows}
     reference = values[study.reference]
     rows = [_row(study, row, records, values, reference, metric) for row in study.rows]
@@ -47,6 +48,7 @@ def compare(study: Study, metric: str = "val_loss") -> Table:
         "seeds": list(study.seeds),
         "reference": study.reference,
         "pairs": len(tested),
+        "precisions": sorted({precision for row in rows for precision in row["precisions"]}),
         "rows": rows,
     }
 
@@ -88,6 +90,9 @@ def _row(
     shared = [seed for seed in own if seed in other]
     pair = compare_pairs([own[seed] for seed in shared], [other[seed] for seed in shared]) if shared else None
     low, high = interval(list(own.values()))
+    closes, closes_interval = None, None
+    if versus is not None and versus != study.reference:
+        closes, closes_interval = _reduction(own, other, reference, 1 if metric in SCORES else -1)
     return {
         "name": row.name,
         "optimizer": row.config.optimizer,
@@ -102,17 +107,20 @@ def _row(
         "high": high,
         "gap": _mean_difference(own, reference),
         "versus": versus,
-        "gap_reduction": _reduction(own, other, reference, 1 if metric in SCORES else -1)
-        if versus != study.reference
-        else None,
+        "gap_reduction": closes,
+        "gap_reduction_low": closes_interval and closes_interval[0],
+        "gap_reduction_high": closes_interval and closes_interval[1],
         "difference": pair.difference if pair else None,
         "difference_low": pair.low if pair else None,
         "difference_high": pair.high if pair else None,
+        "bootstrap_low": pair.bootstrap[0] if pair and pair.bootstrap else None,
+        "bootstrap_high": pair.bootstrap[1] if pair and pair.bootstrap else None,
         "p_value": pair.p_value if pair else None,
         "p_wilcoxon": pair.p_wilcoxon if pair else None,
         "p_holm": None,
-        "state_bytes": runs[0]["state_bytes"] if runs else None,
+        "state_bytes": next((record["state_bytes"] for record in runs if record["state_bytes"]), None),
         "saved_activation_bytes": _mean_of(runs, "saved_activation_bytes"),
+        "precisions": sorted({record["precision"] for record in runs if "precision" in record}),
         "seconds": stdlib.median(record["seconds"] for record in runs if record["seconds"]) if own else None,
     }
 
@@ -130,11 +138,12 @@ def _mean_of(runs: list[Record], key: str) -> int | None:
 
 def _reduction(
     own: Mapping[int, float], other: Mapping[int, float], reference: Mapping[int, float], better: int
-) -> float | None:
+) -> tuple[float, tuple[float, float] | None] | tuple[None, None]:
     """``None`` where the other row has no gap to close. ``better``: the sign of a change for the better."""
     shared = own.keys() & other.keys() & reference.keys()
-    gap = better * sum(reference[seed] - other[seed] for seed in shared)
-    return better * sum(own[seed] - other[seed] for seed in shared) / gap if gap > 0 else None
+    closed = [better * (own[seed] - other[seed]) for seed in sorted(shared)]
+    gap = [better * (reference[seed] - other[seed]) for seed in sorted(shared)]
+    return (sum(closed) / sum(gap), share_interval(closed, gap)) if sum(gap) > 0 else (None, None)
 
 
 def as_json(table: Table) -> str:
@@ -142,7 +151,7 @@ def as_json(table: Table) -> str:
     return json.dumps(table, indent=1)
 
 
-_COLUMNS = ("name", "lr", "n", "mean (std)", "gap", "closes", "versus", "difference [95 %]", "p", "p Holm", "state")
+_COLUMNS = ("name", "lr", "n", "mean (std)", "gap", "closes [95 %]", "versus", "difference [95 %]", "p", "p Holm", "state")
 _OF_FINETUNING = ("saved", "time")
 """Bytes saved for the backward pass; median of the runs' seconds over that of the reference's."""
 
@@ -155,6 +164,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     if row["missing"] or row["diverged"]:
         lost = [f"{row[what]} {what}" for what in ("missing", "diverged") if row[what]]
         n += f" ({', '.join(lost)})"
+    share = "" if row["gap_reduction_low"] is None else f" [{row['gap_reduction_low']:.0%}, {row['gap_reduction_high']:.0%}]"
     reach = "" if row["difference_low"] is None else f" [{row['difference_low']:+.4f}, {row['difference_high']:+.4f}]"
     return [
         row["name"],
@@ -162,7 +172,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         n,
         number(row["mean"]) + ("" if row["std"] is None else f" ({row['std']:.4f})"),
         number(row["gap"], "+.4f"),
-        number(row["gap_reduction"], ".0%"),
+        number(row["gap_reduction"], ".0%") + share,
         row["versus"] or "",
         number(row["difference"], "+.4f") + reach,
         number(row["p_value"], ".2g"),
@@ -189,6 +199,8 @@ def as_text(table: Table) -> str:
     lines = _lines(table)
     edge = any(row["lr_at_edge"] for row in table["rows"])
     notes = ["* the best learning rate is at an end of those tried"] if edge else []
+    if len(table["precisions"]) > 1:
+        notes.append(f"! computed in {' and in '.join(table['precisions'])}: differences may be those of precision")
     return "\n".join(
         [f"{table['study']}: {table['metric']}, gaps to {table['reference']}", aligned(lines, numbers=False), *notes]
     )

@@ -5,7 +5,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -28,7 +28,7 @@ from subspan.training.parallel import Ranks
 from subspan.training.probes import Probes, check_probes
 from subspan.training.progress import ProgressLine, say
 from subspan.training.resolve import ResolvedConfig
-from subspan.training.rundir import claim, locate
+from subspan.training.rundir import claim, hold, locate
 from subspan.training.saved import SavedBytes
 from subspan.training.schedule import lr_factor
 from subspan.training.signals import RunInterruptedError, collect_signals
@@ -127,9 +127,22 @@ class Training(ABC, Generic[R]):
             RunInterruptedError: SIGTERM or SIGINT came; the run is saved and can be resumed.
             RunDivergedError: the loss or a weight is not finite.
         """
+        ranks = self.ranks
+        with ExitStack() as held:
+            self.out = Path(ranks.from_first(lambda: self._claim(held)))
+            self._announce()
+            measured = self._train()
+            kept = self.best["step"] if self.best else self.step
+            place = ranks.from_first(lambda: str(checkpoints.plain_model(self.out, kept, self.model, self.tokenizer)))
+            summary = self.summarise(measured, Path(place))
+            if ranks.first:
+                write_text(self.out / "summary.json", json.dumps(summary.as_json()) + "\n")
+            ranks.barrier()
+        return summary
+
+    def _train(self) -> dict[str, float]:
+        """To the last step, which is saved; returns the last evaluation."""
         config, ranks = self.config, self.ranks
-        self.out = Path(ranks.from_first(self._claim))
-        self._announce()
         began = time.monotonic() - self.seconds
         with (
             ProgressLine(config.steps, self.step, shown=ranks.first) as progress,
@@ -175,13 +188,7 @@ class Training(ABC, Generic[R]):
                 measured = self._evaluate(metrics)
             self.seconds = time.monotonic() - began
             self._save()
-        kept = self.best["step"] if self.best else self.step
-        place = ranks.from_first(lambda: str(checkpoints.plain_model(self.out, kept, self.model, self.tokenizer)))
-        summary = self.summarise(measured, Path(place))
-        if ranks.first:
-            write_text(self.out / "summary.json", json.dumps(summary.as_json()) + "\n")
-        ranks.barrier()
-        return summary
+        return measured
 
     def _due(self) -> bool:
         """Whether this step, which is neither the first nor the last, ends in an evaluation."""
@@ -199,11 +206,15 @@ class Training(ABC, Generic[R]):
         assert isinstance(self.optimizer, SubspaceOptimizer)  # check_probes has seen to that
         return Probes(self.config.probes, self.optimizer, self.out, self.step)
 
-    def _claim(self) -> str:
-        """The run's directory, made if this is not the continuation of the run there; with its best checkpoint."""
+    def _claim(self, held: ExitStack) -> str:
+        """The run's directory, made if this is not the continuation of the run there; with its best checkpoint.
+
+        No other process trains there as long as ``held`` is open.
+        """
         out = self.out
         if not (self.config.resume and (out / "config.yaml").exists()):
             out = claim(out, self.settings, numbered=self.config.out is None)
+        held.enter_context(hold(out))
         if self.best and self._resumed:
             checkpoints.adopt(self._resumed.parent / checkpoints.name_of(self.best["step"]), out / "checkpoints")
         return str(out)

@@ -17,7 +17,6 @@ The parts have as many sequences each; with padding, in fine-tuning, not as many
 through the model at once, whatever ``micro_batch_size``, and the gradients of all parts are held together.
 """
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -120,10 +119,17 @@ class Probes:
         if self.config.anchor is None or step < self.config.anchor or not path.exists():
             return {}
         try:
+            with safe_open(path, "pt") as file:
+                saved = (file.metadata() or {}).get("step")
             found: dict[str, Tensor] = load_file(path)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: cannot be read: {first_line(error)}; remove it and set --probes.anchor null") from error
-        return copy.copy(found)
+        if saved != str(self.config.anchor):
+            raise InputError(
+                f"probes.anchor={self.config.anchor}: {path} holds the bases of step {saved}, and that step has passed; go on "
+                f"with --probes.anchor {saved}, or with null"
+            )
+        return found
 
 
 def noise_and_signal(gradients: list[Tensor]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Where a run lives, and which checkpoint it continues."""
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -7,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+try:
+    import fcntl
+except ImportError:  # no POSIX
+    fcntl = None  # type: ignore[assignment]
 
 from subspan.training.checkpoint import list_checkpoints, load_part
 from subspan.training.config import FinetuneConfig, PretrainConfig, without_defaults
@@ -66,6 +72,28 @@ def claim(out: Path, settings: dict[str, Any], numbered: bool) -> Path:
             raise InputError(f"out={str(candidate)!r}: {error.strerror}; give a directory that can be written") from error
         return candidate
     raise InputError(f"out={str(out)!r}: holds a run already; continue it with --resume auto, or give another --out")
+
+
+@contextlib.contextmanager
+def hold(out: Path) -> Iterator[None]:
+    """Keep other processes from training in the run ``out``, as long as this one lives: they would remove each other's files.
+
+    Raises:
+        InputError: another process does.
+    """
+    if fcntl is None:
+        yield
+        return
+    with open(out / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"out={str(out)!r}: another process trains there; wait for it or stop it, or give another --out"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def _explicit(config: RunSettings, given: Path, settings: dict[str, Any]) -> tuple[Path, Path]:

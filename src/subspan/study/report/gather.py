@@ -10,7 +10,7 @@ import yaml
 
 from subspan.study.inspect import inspect
 from subspan.study.plan import choose_lr
-from subspan.study.records import read_all
+from subspan.study.records import read_records
 from subspan.study.spec import load_study
 from subspan.study.table import Table, compare
 from subspan.training.checkpoint import list_checkpoints
@@ -92,7 +92,7 @@ def gather(sources: Sequence[str]) -> Parts:
 
 def _study(path: Path) -> StudyPart:
     study = load_study(path)
-    records = read_all(study.results.parent, study.results)
+    records = read_records(study.results)
     curves: dict[str, list[Curve]] = {}
     versions = set()
     for row in study.rows:
@@ -100,7 +100,8 @@ def _study(path: Path) -> StudyPart:
         for seed in study.seeds if lr is not None else ():
             record = records.get(row.cell(lr, seed).key)  # type: ignore[arg-type]  # lr is not None in this loop
             if record:
-                curves.setdefault(row.name, []).append([(step, loss) for step, loss in record.get("curve", [])])
+                if record["status"] == "finished":  # as in the table: a run that diverged takes part in no mean
+                    curves.setdefault(row.name, []).append([(step, loss) for step, loss in record.get("curve", [])])
                 versions.add(f"subspan {record.get('subspan')} ({record.get('commit')}), torch {record.get('torch')}, "
                              f"Python {record.get('python')}, {record.get('machine')}")  # fmt: skip
     shown = f"{path.parent.name}/{path.name}"
@@ -126,7 +127,7 @@ def _run(path: Path) -> RunPart:
         [(row["step"], row["loss"]) for row in rows if "loss" in row],
         [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row],
         found,
-        f"subspan pretrain --config {path.name}/config.yaml",
+        f"subspan {'finetune' if 'task' in config else 'pretrain'} --config {path}/config.yaml",
     )
 
 
