@@ -236,6 +236,15 @@ def test_papers_settings_of_a_model_with_weights_and_pretrainings_of_one_without
     assert epochs.steps == math.ceil(2 * 48 / 10)
 
 
+def test_a_warmup_of_a_run_whose_length_the_examples_decide(small: Make) -> None:
+    """48 examples in batches of 16, twice: six steps, two of them warmup."""
+    run = Finetuning(small(steps=None, epochs=2, batch_size=16, lr=0.01, schedule=ScheduleConfig("linear", 2, 0.0)))
+    assert (run.config.steps, run.config.schedule.warmup_steps) == (6, 2)
+    run.run()
+    rates = [row["lr"] for row in read_metrics(run.out) if "lr" in row]
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.01 * 2 / 3, 0.01 / 3, 0.0])
+
+
 def test_divergence_stops_the_run(small: Make) -> None:
     with pytest.raises(RunDivergedError, match="the run diverged"):
         Finetuning(small(optimizer="sgd", lr=1e30, clip=None, schedule=ScheduleConfig(warmup_steps=0))).run()

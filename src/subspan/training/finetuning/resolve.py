@@ -76,10 +76,11 @@ def resolve_finetune(config: FinetuneConfig) -> ResolvedFinetune:
         "evaluation.patience": config.evaluation.patience,
         "lora.rank": config.lora.rank,
     }
-    # What is still 0 is checked when it is known.
-    check(
-        replace(resolved, steps=max(1, resolved.steps)), given | {"epochs": resolved.epochs, "max_length": resolved.max_length}
-    )
+    if resolved.schedule.warmup_steps < 0:
+        raise InputError(f"schedule.warmup_steps={resolved.schedule.warmup_steps}: expected a whole number >= 0")
+    # Where the length is still 0, ``with_length`` checks it, and the warmup against it.
+    known = resolved if resolved.steps else replace(resolved, steps=1, schedule=replace(resolved.schedule, warmup_steps=0))
+    check(known, given | {"epochs": resolved.epochs, "max_length": resolved.max_length})
     check_batch(resolved.batch_size, resolved.max_length, "max_length")
     _check_lora(resolved)
     own_files = config.task in ("classification", "regression", "lm")
