@@ -108,7 +108,7 @@ def set_aside(rows: list[Row], spec: TaskSpec) -> tuple[list[Row], list[Row]]:
     different = sorted(set(hashes))
     if len(different) < 2:
         raise InputError(f"data: holds {len(different)} different text; give more, or other files as --validation_data")
-    labels = defaultdict(set)
+    labels: dict[str, set[str | float | None]] = defaultdict(set)
     for row, own in zip(rows, hashes, strict=True):
         if spec.kind == "classification":  # numbers and answers need not have been seen
             labels[own].add(row.label)
