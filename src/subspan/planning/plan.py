@@ -214,7 +214,7 @@ class _AtRank:
         """Of the passes, beside what was there before."""
         passes = self._passes()
         if self._blocks is None:
-            return max(map(max, passes.peaks(batch)))
+            return max(max(segments) for segments in passes.peaks(batch))
         return max(peak_of(segments, passes.of_a_block(), self._blocks) for segments in passes.peaks(batch))
 
 
