@@ -108,12 +108,12 @@ def set_aside(rows: list[Row], spec: TaskSpec) -> tuple[list[Row], list[Row]]:
     different = sorted(set(hashes))
     if len(different) < 2:
         raise InputError(f"data: holds {len(different)} different text; give more, or other files as --validation_data")
-    labels: dict[str, set[str | float | None]] = defaultdict(set)
+    labels: dict[bytes, set[str | float | None]] = defaultdict(set)
     for row, own in zip(rows, hashes, strict=True):
         if spec.kind == "classification":  # numbers and answers need not have been seen
             labels[own].add(row.label)
     left = Counter(label for found in labels.values() for label in found)
-    held: set[str] = set()
+    held: set[bytes] = set()
     wanted = max(1, round(len(different) * VALIDATION_SHARE))
     for own in different:
         if len(held) < wanted and all(left[label] > 1 for label in labels[own]):
