@@ -1,8 +1,11 @@
 """One thread: the matrices here are small, and results must not depend on the machine. And what runs of all kinds read."""
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before its import: no test may reach a hub, or wait for one
 
 import pytest
 import torch

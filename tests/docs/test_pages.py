@@ -50,8 +50,10 @@ def _ranks(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("page", [name for name in RUN if "fsdp2" not in name])
-def test_python(page: str, names: dict[str, Any]) -> None:
+def test_python(page: str, names: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """And does what the page says: a hybrid that is shown switches."""
     assert len(list(run(python_blocks(PAGES[page]), names, page))) == PAGES[page].count("```python")
+    assert "never switches" not in caplog.text
 
 
 @pytest.mark.usefixtures("_ranks")

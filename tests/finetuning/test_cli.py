@@ -83,6 +83,8 @@ def test_print_config_is_a_config(
         ({"steps": 0}, ["steps=0", ">= 1"]),
         ({"evaluation.patience": 0}, ["evaluation.patience=0", ">= 1"]),
         ({"schedule.warmup_steps": 9}, ["schedule.warmup_steps=9", "steps=4"]),
+        ({"schedule.warmup_steps": 4, "steps": None, "epochs": 1, "batch_size": 16}, ["schedule.warmup_steps=4", "steps=3"]),
+        ({"schedule.warmup_steps": -1, "steps": None}, ["schedule.warmup_steps=-1", ">= 0"]),
         ({"schedule.shape": "square"}, ["schedule.shape", "square", "linear"]),
         ({"task": "regression"}, ["'label' is 'neg'", "expected a number"]),
         ({"task": "lm"}, ["end-of-text"]),

@@ -109,6 +109,21 @@ def test_every_example_once_in_an_epoch_and_the_cursor_goes_on() -> None:
         of_bytes(rows(10, 5)).load_state_dict(other.state_dict())
 
 
+def test_validation_examples_that_have_changed() -> None:
+    """The best score so far is of those before. A checkpoint of an older version, which says nothing of them, still loads."""
+
+    def of(validation: list[Row]) -> Examples:
+        return Examples(rows(10, 0), validation, TASKS["classification"], LABELS, load_tokenizer("bytes"), 12, seed=0)
+
+    state = of(rows(6, 1)).state_dict()
+    of(rows(6, 1)).load_state_dict(state)
+    changed = of(rows(6, 2))
+    with pytest.raises(InputError, match=r"validation_data: the validation examples have changed .* put them back"):
+        changed.load_state_dict(state)
+    del state["held_digest"]
+    changed.load_state_dict(state)
+
+
 def test_majority_is_of_the_label_most_common_in_training() -> None:
     train = [Row("x", None, label, "") for label in ("neg", "neg", "pos")]
     held = [Row("x", None, label, "") for label in ("neg", "pos", "pos", "pos")]

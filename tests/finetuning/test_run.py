@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from finetuning.common import examples, write_jsonl
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
 from subspan import memory, recipes
 from subspan.training import checkpoint as checkpoints
 from subspan.training.config import CheckpointConfig, FinetuneConfig, ScheduleConfig, SelectionConfig
+from subspan.training.errors import InputError
+from subspan.training.finetuning.resolve import resolve_finetune, with_length
 from subspan.training.finetuning.run import Finetuning
 from subspan.training.loop import RunDivergedError
 from subspan.training.metrics import read_metrics
@@ -228,12 +230,39 @@ def test_a_rank_that_compresses_nothing_is_said(small: Make, capsys: pytest.Capt
 
 
 def test_papers_settings_of_a_model_with_weights_and_pretrainings_of_one_without(small: Make, tmp_path: Path) -> None:
-    papers = Finetuning(small(lr=None, scale=None, rank=None, update_proj_gap=None, optimizer="golore_hybrid_adamw")).config
-    assert (papers.lr, papers.scale, papers.rank, papers.update_proj_gap) == (3e-5, 4.0, 4, 500)
-    fresh = small(lr=None, scale=None, rank=None, update_proj_gap=None, optimizer="sara_adamw", model="llama-nano", out=None)
-    assert (lambda c: (c.lr, c.scale, c.rank, c.update_proj_gap))(Finetuning(fresh).config) == (0.01, 0.25, 16, 50)
+    open_settings = dict.fromkeys(("lr", "scale", "rank", "update_proj_gap"))
+
+    def found(examples: int = 48, **settings: object) -> tuple[float, float | None, int, int]:
+        config = with_length(resolve_finetune(small(**open_settings | settings)), examples)
+        return config.lr, config.scale, config.rank, config.update_proj_gap
+
+    assert found(optimizer="golore_hybrid_adamw", steps=5000) == (3e-5, 4.0, 4, 500)
+    assert found(optimizer="sara_adamw", model="llama-nano") == (0.01, 0.25, 16, 50)
+    LlamaConfig().save_pretrained(tmp_path / "bare")
+    bare = found(optimizer="sara_adamw", model=str(tmp_path / "bare" / "config.json"), tokenizer="bytes")
+    assert bare == (0.01, 0.25, 128, 200)  # what pretraining takes for it
     epochs = Finetuning(small(steps=None, epochs=2, batch_size=10)).config
     assert epochs.steps == math.ceil(2 * 48 / 10)
+
+
+@pytest.mark.parametrize(("steps", "period"), [(3, 1), (375, 37), (4999, 499), (6878, 500)])
+def test_a_short_run_chooses_several_bases(steps: int, period: int, small: Make) -> None:
+    """With a model's own weights, where nobody says how often. What is found is written down, and goes on so."""
+    found = with_length(resolve_finetune(small(update_proj_gap=None, steps=None, epochs=1, batch_size=1)), steps)
+    assert (found.steps, found.update_proj_gap) == (steps, period)
+    assert with_length(found, steps) == found
+    assert with_length(resolve_finetune(small(steps=9, update_proj_gap=7)), 48).update_proj_gap == 7
+    with pytest.raises(InputError, match="update_proj_gap=0: expected a whole number >= 1"):
+        resolve_finetune(small(update_proj_gap=0))
+
+
+def test_a_warmup_of_a_run_whose_length_the_examples_decide(small: Make) -> None:
+    """48 examples in batches of 16, twice: six steps, two of them warmup."""
+    run = Finetuning(small(steps=None, epochs=2, batch_size=16, lr=0.01, schedule=ScheduleConfig("linear", 2, 0.0)))
+    assert (run.config.steps, run.config.schedule.warmup_steps) == (6, 2)
+    run.run()
+    rates = [row["lr"] for row in read_metrics(run.out) if "lr" in row]
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.01 * 2 / 3, 0.01 / 3, 0.0])
 
 
 def test_divergence_stops_the_run(small: Make) -> None:

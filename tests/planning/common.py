@@ -30,8 +30,9 @@ def tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def real_step(setting: PlanSetting) -> dict[str, int]:
-    """The second step of a real model of ``setting``, and so an ordinary one: bytes by kind, and the peak of its passes beside
-    what was there before."""
+    """The second step of a real model of ``setting``, and so an ordinary one: bytes by kind, and the most beside what was there
+    before: of its passes (``peak``; backward-side, of the worst step in which one basis is chosen), of the optimizer's step
+    (``step``), and of its first, in which all bases are chosen (``first_step``)."""
     from transformers import AutoModelForCausalLM
 
     chosen = choose(setting)
@@ -45,7 +46,8 @@ def real_step(setting: PlanSetting) -> dict[str, int]:
         model.gradient_checkpointing_enable()
     tokens = torch.randint(chosen.config.vocab_size, (setting.batch, chosen.seq))
     batch = Batch(tokens, tokens.clone())
-    for _ in range(2):
+
+    def passes() -> int:
         optimizer.zero_grad(set_to_none=True)
         held = [*model.parameters(), *model.buffers(), *tensors(optimizer), batch.inputs, batch.targets]
         with LiveBytes(held) as live, torch.autocast("cpu", torch.bfloat16, enabled=setting.dtype == "bf16-mixed"):
@@ -53,10 +55,28 @@ def real_step(setting: PlanSetting) -> dict[str, int]:
             loss = token_losses(model, batch)
         with live:
             loss.backward()
-        peak = live.peak - before
-        del loss
-        gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
-        optimizer.step()
+        return live.peak - before
+
+    def step() -> int:
+        for group in optimizer.param_groups:
+            if "foreach" in group:  # torch's AdamW, as the plan has it
+                group["foreach"] = True
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        with LiveBytes([*model.parameters(), *model.buffers(), *tensors(optimizer), *grads]) as live:
+            before = live.now
+            optimizer.step()
+        return live.peak - before
+
+    passes()
+    first_step = step()
+    peak = passes()
+    gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
+    steps = {"first_step": first_step, "step": step()}
+    for projection in () if handle is None else handle.projections:
+        projection.expect("form" if optimizer.selector.needs_gradient else "draw")  # type: ignore[attr-defined]
+        peak = max(peak, passes())
+        step()
+    optimizer.zero_grad(set_to_none=True)
     mixed = torch.autocast("cpu", torch.bfloat16, enabled=setting.dtype == "bf16-mixed")
     with SavedBytes(model, [], tensors(optimizer)) as saved, mixed:
         loss = token_losses(model, batch)
@@ -74,4 +94,5 @@ def real_step(setting: PlanSetting) -> dict[str, int]:
         "bases": bases,
         "activations": saved.total,
         "peak": peak,
+        **steps,
     }

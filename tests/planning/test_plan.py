@@ -7,12 +7,17 @@ from typing import Any
 
 import pytest
 from planning.common import llama_directory
+from transformers import RobertaConfig
 
 from subspan.cli import main
 from subspan.planning.compare import METHODS, compare, papers_way
+from subspan.planning.model import choose
 from subspan.planning.plan import Planner, largest, plan
-from subspan.planning.report import comparison, parts_of
+from subspan.planning.report import comparison, parts_of, text
 from subspan.planning.setting import PlanSetting, bytes_of
+from subspan.training.model import build_model
+from subspan.training.presets import PRESETS
+from subspan.training.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +168,46 @@ def test_comparison(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         main(["plan", "--model", model, "--out", str(tmp_path / "no.svg")])
     assert "add --compare" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--optimizer=fira_adamw", "--state=8bit", "--backward-side=true"])
+def test_a_comparison_does_not_pass_over_what_was_asked(flag: str, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", "--model", model, "--compare", flag])
+    assert caught.value.code == 2
+    assert "a row for each method; leave it out, or leave out --compare" in capsys.readouterr().err
+
+
+def test_the_head_says_what_was_set(model: str) -> None:
+    """Of one plan and of a comparison, and as JSON."""
+    setting = PlanSetting(
+        model, rank=8, seq=16, accumulate=2, checkpointing=True, world=2, parallel="fsdp", step_in_backward=True
+    )
+    one, all_of = plan(setting), compare(setting)
+    said = "bf16, 1 x 16 tokens, 2 passes a step, checkpointing, steps in the backward pass; each of 2 ranks, fsdp (*computed*)"
+    assert said in text(one).splitlines()[0]
+    assert said in comparison(all_of).splitlines()[0]
+    keys = ("accumulate", "checkpointing", "step_in_backward", "per_rank", "batch", "seq", "dtype")
+    assert {key: one[key] for key in keys} == {key: all_of[key] for key in keys}
+    assert "torch's AdamW takes no steps in the backward pass" in all_of["assumptions"]
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("llama-nano", 257), ("llama-tiny", 4096)])
+def test_a_preset_has_the_vocabulary_of_its_runs(name: str, tokens: int) -> None:
+    tokenizer = load_tokenizer(PRESETS[name].tokenizer)
+    real = build_model(name, tokenizer, PRESETS[name].sequence_length, seed=0)
+    found = plan(PlanSetting(name, "adamw", dtype="fp32", seq=16))
+    assert found["bytes"]["weights"] == 4 * sum(p.numel() for p in real.parameters())
+    assert f"a vocabulary of {tokens:,} tokens" in found["assumptions"]
+
+
+def test_positions_begin_behind_that_of_padding(tmp_path: Path) -> None:
+    """RoBERTa with 40 positions has room for 38 tokens."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 60}
+    RobertaConfig(max_position_embeddings=40, pad_token_id=1, is_decoder=True, **sizes).save_pretrained(tmp_path)
+    assert choose(PlanSetting(str(tmp_path))).seq == 38
+    with pytest.raises(ValueError, match=r"seq=39: the model .* has 38 positions"):
+        choose(PlanSetting(str(tmp_path), seq=39))
 
 
 def test_papers_way_of_counting() -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from finetuning.common import words_tokenizer
+from transformers import LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
 from subspan.training.errors import InputError
 from subspan.training.model import _llama, build_model
@@ -54,6 +55,22 @@ def test_a_directory_brings_its_weights_and_a_config_does_not(tmp_path: Path) ->
     fresh = build_model(str(config), BYTES, 16, seed=9)
     assert [p.shape for p in fresh.parameters()] == [p.shape for p in model.parameters()]
     assert not torch.equal(next(fresh.parameters()), next(model.parameters()))
+
+
+def test_positions_begin_behind_that_of_padding(tmp_path: Path) -> None:
+    """RoBERTa with 40 positions and padding 0 has room for 39 tokens: as many run, and one more does not."""
+    words = words_tokenizer()
+    config = RobertaConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=40, pad_token_id=0,
+    )  # fmt: skip
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    model = build_model(str(tmp_path), words, 39, 0, ("a", "b"), "max_length").eval()
+    assert model(input_ids=torch.full((1, 39), 7)).logits.shape == (1, 2)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, 40), 7))
+    with pytest.raises(InputError, match=r"max_length=40: the model .* has 39 positions"):
+        build_model(str(tmp_path), words, 40, 0, ("a", "b"), "max_length")
 
 
 def test_a_tokenizer_larger_than_the_model(tmp_path: Path) -> None:

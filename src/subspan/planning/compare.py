@@ -4,9 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 from subspan.bench.scale import groups
-from subspan.bench.shapes import Llama
 from subspan.bench.traffic import Way
 from subspan.memory import evaluate_groups
+from subspan.planning.model import llama_of
 from subspan.planning.plan import Planner
 from subspan.planning.setting import PlanSetting
 from subspan.recipes import describe
@@ -38,7 +38,14 @@ REPORTED = {  # GB
 
 
 def compare(setting: PlanSetting) -> dict[str, Any]:
-    """A row for each of ``METHODS``; of ``setting`` the optimizer, its state and its side do not count."""
+    """A row for each of ``METHODS``.
+
+    Raises:
+        ValueError: ``setting`` says what the rows say: the optimizer, its state or its side.
+    """
+    for key in ("optimizer", "state", "backward_side"):
+        if (given := getattr(setting, key)) != getattr(PlanSetting, key):
+            raise ValueError(f"{key}={given!r}: a comparison has a row for each method; leave it out, or leave out --compare")
     found: dict[Any, int] = {}  # passes that methods share
     rows = []
     for name, backward_side in METHODS:
@@ -59,12 +66,15 @@ def compare(setting: PlanSetting) -> dict[str, Any]:
         "rank": planner.rank,
         "batch": setting.batch,
         "seq": planner.seq,
+        "accumulate": setting.accumulate,
+        "checkpointing": setting.checkpointing,
+        "step_in_backward": setting.step_in_backward,
         "dtype": setting.dtype,
         "per_rank": {"world": setting.world, "parallel": setting.parallel if setting.world > 1 else None},
         "gpu_bytes": setting.budget,
         "rows": rows,
         "reported": SOURCE,
-        "assumptions": planner.assumptions(),
+        "assumptions": planner.assumptions() + ["torch's AdamW takes no steps in the backward pass"] * setting.step_in_backward,
     }
 
 
@@ -77,7 +87,7 @@ def papers_way(model: str, optimizer: str, rank: int) -> int | None:
     if model not in PRESETS or formula["parts"]["state_dtype"] != "float32":
         return None
     way = Way(optimizer)
-    held = evaluate_groups(formula["state_formula"], groups(Llama.of(PRESETS[model]), rank, way))
+    held = evaluate_groups(formula["state_formula"], groups(llama_of(PRESETS[model]), rank, way))
     return (held["weights"] + held["states"] + held["bases"]) // 2  # of fp32, as all closed forms are
 
 

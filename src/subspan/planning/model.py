@@ -1,6 +1,6 @@
 """The model and its optimizer without memory, and what they hold."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from subspan.backward import Handle, project_backward
 from subspan.bench.scale import MODELS
+from subspan.bench.setting import VOCABULARY
 from subspan.bench.shapes import Llama
 from subspan.factory import create
 from subspan.memory import evaluate_groups, formulas
@@ -18,8 +19,9 @@ from subspan.planning.shapes import ShapesOnly
 from subspan.recipes import find
 from subspan.shapes import layout_of
 from subspan.training.errors import InputError, first_line
-from subspan.training.model import preset_of
-from subspan.training.presets import PRESETS
+from subspan.training.model import positions_of, preset_of
+from subspan.training.presets import PRESETS, Preset
+from subspan.training.tokenizer import load_tokenizer
 
 LARGER = {"llama-70b": MODELS["70B"]}
 """Models that are no presets of a run: their shapes, and a rank."""
@@ -47,7 +49,7 @@ def choose(setting: PlanSetting) -> Chosen:
     preset = preset_of(setting.model)
     if preset is not None:
         seq = setting.seq or preset.sequence_length
-        return Chosen(Llama.of(preset).config(seq), setting.rank or preset.rank, seq)
+        return Chosen(llama_of(preset).config(seq), setting.rank or preset.rank, seq)
     from transformers import AutoConfig
 
     path = Path(setting.model)
@@ -58,10 +60,16 @@ def choose(setting: PlanSetting) -> Chosen:
             f"model {setting.model!r} cannot be read: {first_line(error)}; give a config.json, a directory with one, or one of "
             f"{', '.join(PRESETS)}"
         ) from error
-    positions = getattr(config, "max_position_embeddings", None)
-    if setting.seq and isinstance(positions, int) and positions < setting.seq:
+    positions = positions_of(shapes_of(setting, config))
+    if setting.seq and positions is not None and positions < setting.seq:
         raise InputError(f"seq={setting.seq}: the model {setting.model!r} has {positions} positions; give fewer tokens")
-    return Chosen(config, setting.rank or 128, setting.seq or min(1024, positions if isinstance(positions, int) else 1024))
+    return Chosen(config, setting.rank or 128, setting.seq or min(1024, 1024 if positions is None else positions))
+
+
+def llama_of(preset: Preset) -> Llama:
+    """The shapes of a preset, with the vocabulary of its runs; where T5's, which is on the hub, that of the papers' models."""
+    ours = preset.tokenizer in ("bytes", "embedded")
+    return replace(Llama.of(preset), v=len(load_tokenizer(preset.tokenizer)) if ours else VOCABULARY)
 
 
 def shapes_of(setting: PlanSetting, config: Any) -> nn.Module:
@@ -153,7 +161,7 @@ class Planned:
             if projected:
                 refresh = max(refresh, first)
         if self.handle is not None:
-            refresh = max(self._choosing(projection) for projection in self._projections())
+            refresh = max(self._choosing(kind[0]) for kind in self._kinds())
         return step, refresh
 
     def _representatives(self) -> list[tuple[Tensor, bool]]:
@@ -183,15 +191,28 @@ class Planned:
         self.optimizer.zero_grad(set_to_none=True)
         return taken // (self.setting.world if self.setting.sharded else 1)
 
-    def _projections(self) -> list[Any]:
-        """One of each kind of shared basis."""
+    def _kinds(self) -> list[list[Any]]:
+        """The shared bases, those that are alike together."""
         assert self.handle is not None
-        kinds = {tuple(layer.weight.shape for layer in p.layers): p for p in self.handle.projections}
+        kinds: dict[Any, list[Any]] = {}
+        for projection in self.handle.projections:
+            kinds.setdefault(tuple(layer.weight.shape for layer in projection.layers), []).append(projection)
         return list(kinds.values())
 
-    def largest_projection(self) -> Any:
-        """The one that takes most to be chosen."""
-        return max(self._projections(), key=self._choosing)
+    def costly_projections(self) -> list[Any]:
+        """Those of which one has the highest peak in a step that chooses it: the last and the first of a kind, for the peak
+        lies at one of the ends of the backward pass. A kind is left out where another takes no less to be chosen, from an
+        input no narrower: of that a gradient is formed, so it is saved whole from the forward pass on."""
+        assert isinstance(self.optimizer, SubspaceOptimizer)
+        saves = self.optimizer.selector.needs_gradient
+        kinds = self._kinds()
+        sizes = [(self._choosing(kind[0]), kind[0].layers[0].in_features * saves) for kind in kinds]
+        costly = [
+            kind
+            for kind, size in zip(kinds, sizes, strict=True)
+            if not any(own != size and own[0] >= size[0] and own[1] >= size[1] for own in sizes)
+        ]
+        return [projection for kind in costly for projection in dict.fromkeys((kind[-1], kind[0]))]
 
     def _choosing(self, projection: Any) -> int:
         """Bytes to choose its basis: the gradients of its layers, those stacked, and what the selector takes."""

@@ -54,31 +54,38 @@ class Passes:
             self._checkpoint(True)
             return self._forward(batch)[0] + within
 
-    def peaks(self, batch: int) -> list[int]:
-        """Most that lives at once beside what was there before the forward pass, in a step in which, of backward-side layers,
-        the basis that takes most is chosen: until the gradients of the last block are there, then of the one before, ..."""
-        model = self.planned.model
+    def peaks(self, batch: int) -> list[list[int]]:
+        """Most that lives at once beside what was there before the forward pass: until the gradients of the last block are
+        there, then of the one before, ... Backward-side of several steps: in each one basis is chosen, and the highest peak is
+        that of one of them."""
         with self._fake, self._as_in_a_run():
             self._checkpoint(self.setting.checkpointing)
-            if self._chooser is not None:
-                self._chooser.choose()
-            given = self._batch(batch)
-            with ShapesOnly([*model.parameters(), *model.buffers(), *self._bases, given.inputs, given.targets]) as live:
-                before, segments = live.now, []
+            if self._chooser is None:
+                return [self._segments(batch)]
+            found = []
+            for projection in self._chooser.costly:
+                self._chooser.choose(projection)
+                found.append(self._segments(batch))
+        return found
 
-                def passed() -> None:
-                    segments.append(live.peak - before)
-                    live.peak = live.now
+    def _segments(self, batch: int) -> list[int]:
+        model, given = self.planned.model, self._batch(batch)
+        with ShapesOnly([*model.parameters(), *model.buffers(), *self._bases, given.inputs, given.targets]) as live:
+            before, segments = live.now, []
 
-                hooks = [hook for block in self.blocks[1:] for hook in _when_done(block, passed)]
-                with self._autocast():
-                    loss = token_losses(model, given)
-                loss.backward()
-                del loss
+            def passed() -> None:
                 segments.append(live.peak - before)
-            for hook in hooks:
-                hook.remove()
-            model.zero_grad(set_to_none=True)
+                live.peak = live.now
+
+            hooks = [hook for block in self.blocks[1:] for hook in _when_done(block, passed)]
+            with self._autocast():
+                loss = token_losses(model, given)
+            loss.backward()
+            del loss
+            segments.append(live.peak - before)
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad(set_to_none=True)
         return segments
 
     def of_a_block(self) -> int:
@@ -153,8 +160,8 @@ class _Chooser:
         assert planned.handle is not None
         assert isinstance(planned.optimizer, SubspaceOptimizer)
         self._projections, self._selector = planned.handle.projections, planned.optimizer.selector
-        self._largest = planned.largest_projection()
-        self._takes = planned.selecting(self._largest)
+        self.costly = planned.costly_projections()
+        self._takes = {projection: planned.selecting(projection) for projection in self.costly}
 
     def bind(self) -> list[Tensor]:
         """Give every projection a basis."""
@@ -170,14 +177,14 @@ class _Chooser:
         for projection in self._projections:
             projection.expect("keep")
 
-    def choose(self) -> None:
-        """Let it choose one."""
+    def choose(self, projection: Any) -> None:
+        """Let it choose this one."""
         self.keep()
-        self._largest.expect("form" if self._selector.needs_gradient else "draw")
+        projection.expect("form" if self._selector.needs_gradient else "draw")
 
     def refresh_projection(self, projection: Any, G: Tensor | None) -> None:
         """Take the memory, and let the basis be as it was."""
-        torch.empty(self._takes, dtype=torch.uint8)
+        torch.empty(self._takes[projection], dtype=torch.uint8)
         projection.plan = "keep"
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from subspan.bench.setting import VOCABULARY
 from subspan.planning.depth import FEW, extended, peak_of, shortened, with_blocks
 from subspan.planning.model import LARGER, Planned, choose, shapes_of
 from subspan.planning.passes import Passes
@@ -157,7 +156,7 @@ class Planner:
             "the peak is of a step in which the basis that takes most memory is chosen, in fp32",
         ]
         if setting.model in PRESETS or setting.model in LARGER:
-            found.append(f"{VOCABULARY:,} words")
+            found.append(f"a vocabulary of {self._config.vocab_size:,} tokens")
         if self.blocks:
             found.append(
                 f"{self.blocks} blocks that are alike: {FEW} are run, and what the others add is what one of those does"
@@ -213,8 +212,10 @@ class _AtRank:
 
     def peak(self, batch: int) -> int:
         """Of the passes, beside what was there before."""
-        peaks = self._passes().peaks(batch)
-        return max(peaks) if self._blocks is None else peak_of(peaks, self._passes().of_a_block(), self._blocks)
+        passes = self._passes()
+        if self._blocks is None:
+            return max(max(segments) for segments in passes.peaks(batch))
+        return max(peak_of(segments, passes.of_a_block(), self._blocks) for segments in passes.peaks(batch))
 
 
 def largest(total: Callable[[int], int], budget: int, start: int, top: int) -> int:

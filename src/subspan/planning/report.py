@@ -20,19 +20,31 @@ def text(found: Mapping[str, Any]) -> str:
     """One plan."""
     method = found["optimizer"] + (", backward-side" if found["backward_side"] else "")
     method += "" if found["rank"] is None else f", rank {found['rank']}"
-    each = found["per_rank"]
-    ranks = f"; each of {each['world']} ranks, {each['parallel']}" if each["parallel"] else ""
-    head = f"{found['model']}, {method}, {found['dtype']}, {found['batch']} x {found['seq']} tokens{ranks} (*computed*)"
     cells = [["GiB", ""]]
     for kind, size in found["bytes"].items():
         if size or kind in ("weights", "gradients", "states", "activations"):
             cells.append([_ABOUT.get(kind, "peak of a step" if kind == "total" else kind), gib(size)])
     peak = "the backward pass" if found["peaks"]["backward"] >= found["peaks"]["step"] else "the optimizer's step"
-    lines = [head, aligned(cells), f"The peak is in {peak}. Gradients and activations are not all there at once."]
+    lines = [
+        _head(found, method),
+        aligned(cells),
+        f"The peak is in {peak}. Gradients and activations are not all there at once.",
+    ]
     lines += [f"Note: {note}." for note in found["notes"]]
     if found["gpu_bytes"] is not None:
         lines.append(_verdict(found))
     return "\n".join([*lines, "Assumptions:", *(f"- {line}" for line in found["assumptions"])])
+
+
+def _head(found: Mapping[str, Any], method: str) -> str:
+    """Everything that was set."""
+    step = f"{found['batch']} x {found['seq']} tokens"
+    step += f", {found['accumulate']} passes a step" if found["accumulate"] > 1 else ""
+    step += ", checkpointing" if found["checkpointing"] else ""
+    step += ", steps in the backward pass" if found["step_in_backward"] else ""
+    each = found["per_rank"]
+    step += f"; each of {each['world']} ranks, {each['parallel']}" if each["parallel"] else ""
+    return f"{found['model']}, {method}, {found['dtype']}, {step} (*computed*)"
 
 
 def _verdict(found: Mapping[str, Any]) -> str:
@@ -63,7 +75,7 @@ def name_of(row: Mapping[str, Any]) -> str:
 
 def comparison(found: Mapping[str, Any]) -> str:
     """The table over methods, bars, and what papers report beside the same sum computed."""
-    head = f"{found['model']}, rank {found['rank']}, {found['dtype']}, {found['batch']} x {found['seq']} tokens (*computed*)"
+    head = _head(found, f"rank {found['rank']}")
     kinds = ["weights", "carriers", "gradients", "states", "bases", "activations", "refresh_peak", "communication", "total"]
     cells = [["GiB", *(kind.replace("_", " ") for kind in kinds), *(["fits"] if found["gpu_bytes"] else [])]]
     for row in found["rows"]:

@@ -127,7 +127,7 @@ class RunConfig:
     rank: int | None = None
     """Dimension of the subspace; null is the preset's, or 4 for a model that brings its weights to fine-tuning."""
     update_proj_gap: int | None = None
-    """Steps between refreshes of the subspace; null is the preset's, or 500 likewise."""
+    """Steps between refreshes of the subspace; null is the preset's, or likewise a tenth of the run, 500 at most."""
     scale: float | None = None
     """Factor on the step of projected matrices; null is the recipe's own, or 4 likewise."""
     weight_decay: float = 0.0

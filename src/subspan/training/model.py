@@ -128,9 +128,21 @@ def _check_fits(name: str, model: Any, tokenizer: PreTrainedTokenizerBase, lengt
         raise InputError(
             f"model {name!r} knows {rows} tokens, the tokenizer {len(tokenizer)}; use the model's own: --tokenizer {name}"
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions < length:
+    positions = positions_of(model)
+    if positions is not None and positions < length:
         raise InputError(f"{setting}={length}: the model {name!r} has {positions} positions; give fewer tokens")
+
+
+def positions_of(model: Any) -> int | None:
+    """How many tokens ``model`` has positions for; ``None`` if its config says nothing of them."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        return None
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count from behind the position that stands for padding: of 514 they use 512.
+        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
+            return min(positions, module.num_embeddings - module.padding_idx - 1)
+    return positions
 
 
 def _check_causal(name: str, model: Any) -> None:

@@ -48,8 +48,7 @@ class Examples:
         # By length, so that little is filled up; the order does not matter to a score.
         self.held = sorted(encode(validation), key=lambda example: len(example.ids))
         self.order = Order(len(self.train), seed)
-        content = json.dumps([[example.ids, example.target] for example in self.train])
-        self.digest = hashlib.sha256(content.encode()).hexdigest()
+        self.digest, self.held_digest = _digest(self.train), _digest(self.held)
 
     def next_batch(self, size: int) -> Batch:
         return self._batch([self.train[i] for i in self.order.take(size).tolist()])
@@ -69,12 +68,18 @@ class Examples:
         return sum(example.target == int(common) for example in self.held) / len(self.held)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.order.state_dict(), "digest": self.digest}
+        return {**self.order.state_dict(), "digest": self.digest, "held_digest": self.held_digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["digest"] != self.digest:
             raise InputError(
                 "data: the examples or the tokenizer have changed since the checkpoint; start anew with another --out"
+            )
+        # Checkpoints of before it was kept have none.
+        if state.get("held_digest", self.held_digest) != self.held_digest:
+            raise InputError(
+                "validation_data: the validation examples have changed since the checkpoint, whose best score is of those "
+                "before; put them back, or start anew with another --out"
             )
         self.order.load_state_dict(state)
 
@@ -90,6 +95,11 @@ class Examples:
         mask = _filled([[1] * len(example.ids) for example in examples], 0)
         kinds = None if first.kinds is None else _filled([example.kinds or [] for example in examples], 0)
         return Batch(ids, torch.tensor([example.target for example in examples]), mask, kinds)
+
+
+def _digest(examples: Sequence[Encoded]) -> str:
+    content = json.dumps([[example.ids, example.target] for example in examples])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _filled(rows: Sequence[list[int]], value: int) -> torch.Tensor:

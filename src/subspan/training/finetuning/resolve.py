@@ -1,11 +1,13 @@
 """The settings of a fine-tuning run with every blank filled in, and checked.
 
-A model that brings its weights gets the papers' settings for RoBERTa on GLUE (GaLore, arXiv 2403.03507, appendix D; GoLore,
-arXiv 2410.11289, and its scripts): rank 4, scale 4, period 500, batch 16, 30 epochs, learning rate 3e-5, falling linearly to 0.
+A model that brings its weights gets the settings of the command for MRPC and RoBERTa-base in the README of GaLore's code
+(arXiv 2403.03507), which GoLore's scripts (arXiv 2410.11289) have for all of GLUE: rank 4, scale 4, period 500, batch 16, 30
+epochs, learning rate 3e-5, falling linearly to 0.
 
-Deviations: methods whose basis has ``E[Q Qᵀ] = I`` (RSO, FLora) keep scale 1, since their step already has the size of full
-rank; SGD's learning rate is that of GoLore's scripts, 1e-3, and Lion's a third of Adam's. Random weights get the settings of
-pretraining.
+Deviations: examples are cut at 128 tokens, there at 512. A run of fewer than 5,000 steps has a period of a tenth of it, or its
+basis would be chosen once or a few times. Methods whose basis has ``E[Q Qᵀ] = I`` (RSO, FLora) keep scale 1, since their step
+already has the size of full rank; SGD's learning rate is that of GoLore's scripts, 1e-3, and Lion's a third of Adam's. Random
+weights get the settings of pretraining.
 """
 
 import math
@@ -19,9 +21,13 @@ from subspan.training.config import FinetuneConfig, SelectionConfig
 from subspan.training.errors import InputError
 from subspan.training.finetuning.tasks import find_task
 from subspan.training.model import brings_weights, own_tokenizer, preset_of
+from subspan.training.presets import Preset
 from subspan.training.resolve import Defaults, Resolved, absolute, check, check_batch, check_names, fill, first, fresh_lr
 
 _LR: dict[type, float] = {SGD: 1e-3, Lion: 1e-5}
+_LONGEST_PERIOD = 500
+_BASES = 10
+"""That a shorter run chooses."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class ResolvedFinetune(Resolved, FinetuneConfig):
 def resolve_finetune(config: FinetuneConfig) -> ResolvedFinetune:
     """Fill in what the model, the method, the papers and the machine decide.
 
-    ``steps``, ``schedule.warmup_steps`` and ``evaluation.every`` are 0 where they depend on the number of examples.
+    ``steps``, ``update_proj_gap`` and ``evaluation.every`` are 0 where they depend on the number of examples.
 
     Raises:
         InputError: a number out of range, or settings that contradict each other; the message names them.
@@ -49,6 +55,7 @@ def resolve_finetune(config: FinetuneConfig) -> ResolvedFinetune:
     check_names(config)
     method, spec, preset = find(config.optimizer), find_task(config.task), preset_of(config.model)
     fresh = not brings_weights(config.model)
+    known = preset or Preset(0, 0, 0, 0)  # for the run's settings; its shape is the model's own
     defaults = Defaults(
         tokenizer="" if config.tokenizer else preset.tokenizer if preset else own_tokenizer(config.model),
         steps=0,
@@ -56,8 +63,8 @@ def resolve_finetune(config: FinetuneConfig) -> ResolvedFinetune:
         batch_size=16,
         lr=fresh_lr(preset, method) if fresh else _LR.get(type(method.rule), 3e-5),
         scale=method.scale if fresh else _paper_scale(method),
-        rank=preset.rank if preset else 4,
-        update_proj_gap=preset.update_proj_gap if preset else 500,
+        rank=known.rank if fresh else 4,
+        update_proj_gap=known.update_proj_gap if fresh else 0,
     )
     filled: dict[str, Any] = fill(config, method, defaults) | {
         "model": config.model if preset else absolute(config.model),
@@ -72,13 +79,18 @@ def resolve_finetune(config: FinetuneConfig) -> ResolvedFinetune:
     resolved = ResolvedFinetune(**filled)
     given = {
         "steps": config.steps,
+        "update_proj_gap": config.update_proj_gap,
         "evaluation.every": config.evaluation.every,
         "evaluation.patience": config.evaluation.patience,
         "lora.rank": config.lora.rank,
     }
-    # What is still 0 is checked when it is known.
+    if resolved.schedule.warmup_steps < 0:
+        raise InputError(f"schedule.warmup_steps={resolved.schedule.warmup_steps}: expected a whole number >= 0")
+    # Where the length is still 0, ``with_length`` checks it, and the warmup against it.
+    schedule = resolved.schedule if resolved.steps else replace(resolved.schedule, warmup_steps=0)
     check(
-        replace(resolved, steps=max(1, resolved.steps)), given | {"epochs": resolved.epochs, "max_length": resolved.max_length}
+        replace(resolved, steps=max(1, resolved.steps), schedule=schedule),
+        given | {"epochs": resolved.epochs, "max_length": resolved.max_length},
     )
     check_batch(resolved.batch_size, resolved.max_length, "max_length")
     _check_lora(resolved)
@@ -102,7 +114,8 @@ def with_length(config: ResolvedFinetune, examples: int) -> ResolvedFinetune:
     """
     steps = config.steps or math.ceil(config.epochs * examples / config.batch_size)
     every = config.evaluation.every or max(1, steps // 10)
-    known = replace(config, steps=steps, evaluation=replace(config.evaluation, every=every))
+    period = config.update_proj_gap or min(_LONGEST_PERIOD, max(1, steps // _BASES))
+    known = replace(config, steps=steps, update_proj_gap=period, evaluation=replace(config.evaluation, every=every))
     check(known, {})
     return known
 

@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,8 @@ VALIDATION_SHARE = 0.1
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _KINDS = (".jsonl", ".json", *_SEPARATORS)
 _FILE = "data file"
+_LONGEST_CELL = 2**31 - 1
+"""Characters: a text may be as long as a file. ``csv`` would stop at 131,072, and takes no more than a C long holds."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def read_file(path: Path, argument: str, spec: TaskSpec, columns: Columns) -> li
         for number, record in records:
             rows.append(_row(record, f"{_FILE} {path}, line {number}", spec, columns))
     if not rows:
-        raise InputError(f"{argument}={str(path)!r}: holds no example")
+        raise InputError(f"{argument}={str(path)!r}: holds no example; add some lines, or give another file")
     return rows
 
 
@@ -78,6 +82,11 @@ def read_glue(spec: TaskSpec, columns: Columns) -> tuple[list[Row], list[Row]]:
                 f"task: GLUE's {spec.glue} cannot be loaded: {first_line(error)}; without a network give --data and "
                 "--validation_data, files with its columns"
             ) from error
+        if columns.label not in found.features:
+            hint = near_names(columns.label, found.features)
+            raise InputError(
+                f"label_column={columns.label!r}: GLUE's {spec.glue} has no such column; {hint}; leave it out for GLUE's own"
+            )
         names = getattr(found.features[columns.label], "names", None)
         rows = []
         for number, record in enumerate(found):
@@ -87,17 +96,33 @@ def read_glue(spec: TaskSpec, columns: Columns) -> tuple[list[Row], list[Row]]:
     return halves[0], halves[1]
 
 
-def set_aside(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+def set_aside(rows: list[Row], spec: TaskSpec) -> tuple[list[Row], list[Row]]:
     """A tenth for validation: the texts with the smallest hashes, so that equal texts share a half, whatever their order.
+
+    A text stays in training where it is the last there of one of its labels: no model could learn that label.
 
     Raises:
         InputError: there are too few.
     """
     hashes = [text_hash(f"{row.text}\0{row.pair or ''}") for row in rows]
     different = sorted(set(hashes))
-    held = set(different[: max(1, round(len(different) * VALIDATION_SHARE))])
     if len(different) < 2:
         raise InputError(f"data: holds {len(different)} different text; give more, or other files as --validation_data")
+    labels: dict[bytes, set[str | float | None]] = defaultdict(set)
+    for row, own in zip(rows, hashes, strict=True):
+        if spec.kind == "classification":  # numbers and answers need not have been seen
+            labels[own].add(row.label)
+    left = Counter(label for found in labels.values() for label in found)
+    held: set[bytes] = set()
+    wanted = max(1, round(len(different) * VALIDATION_SHARE))
+    for own in different:
+        if len(held) < wanted and all(left[label] > 1 for label in labels[own]):
+            held.add(own)
+            left.subtract(labels[own])
+    if not held:
+        raise InputError(
+            "data: every label has one text, and training needs it; give more, or other files as --validation_data"
+        )
     halves: tuple[list[Row], list[Row]] = [], []
     for row, own in zip(rows, hashes, strict=True):
         halves[own in held].append(row)
@@ -115,7 +140,9 @@ def class_names(rows: list[Row], spec: TaskSpec) -> tuple[str, ...]:
         raise InputError(f"label: every training example has {found.pop()!r}; a classifier needs two labels or more")
     if found == set(spec.labels):
         return spec.labels
-    return tuple(sorted(found, key=int if all(name.lstrip("-").isdecimal() for name in found) else str))
+    if all(re.fullmatch(r"-?\d+", name) for name in found):
+        return tuple(sorted(found, key=lambda name: (int(name), name)))
+    return tuple(sorted(found))
 
 
 def _json_lines(file: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -132,6 +159,7 @@ def _json_lines(file: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _separated(file: Any, path: Path, separator: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(_LONGEST_CELL)
     reader = csv.reader(
         file, delimiter=separator, strict=True, quoting=csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
     )
@@ -141,6 +169,11 @@ def _separated(file: Any, path: Path, separator: str) -> Iterator[tuple[int, dic
         for cells in reader:
             if header is None:
                 header = [cell.removeprefix("\ufeff") for cell in cells]
+                twice = [name for name, count in Counter(header).items() if count > 1 and name]
+                if twice:
+                    raise InputError(
+                        f"{_FILE} {path}, line 1: names the column {twice[0]!r} more than once; give each a name of its own"
+                    )
             elif cells:
                 if len(cells) != len(header):
                     raise InputError(
@@ -168,7 +201,8 @@ def _row(record: dict[str, Any], where: str, spec: TaskSpec, columns: Columns) -
 
     label: str | float | None
     if spec.kind == "lm":
-        label = text(columns.label, "label_column") if columns.label in record else None
+        # An empty cell is how CSV says that there is no answer, and null how JSON does.
+        label = None if record.get(columns.label) in (None, "") else text(columns.label, "label_column")
     else:
         value = cell(columns.label, "label_column")
         label = _number(value, where, columns.label) if spec.kind == "regression" else _name(value, where, columns.label)

@@ -89,7 +89,7 @@ def _rows(config: ResolvedFinetune, spec: TaskSpec, columns: Columns) -> tuple[l
     if config.data:
         train = read_file(Path(config.data), "data", spec, columns)
         if not config.validation_data:
-            return set_aside(train)
+            return set_aside(train, spec)
         return train, read_file(Path(config.validation_data), "validation_data", spec, columns)
     return read_glue(spec, columns) if spec.glue else read_authors()
 
