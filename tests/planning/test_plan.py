@@ -210,6 +210,16 @@ def test_positions_begin_behind_that_of_padding(tmp_path: Path) -> None:
         choose(PlanSetting(str(tmp_path), seq=39))
 
 
+def test_an_encoder_is_no_causal_lm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 60}
+    RobertaConfig(**sizes).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", "--model", str(tmp_path), "--optimizer", "sara_adamw"])
+    assert caught.value.code == 2
+    assert "roberta reads both ways" in (err := capsys.readouterr().err)
+    assert "subspan finetune --model" in err
+
+
 def test_papers_way_of_counting() -> None:
     """GaLore's table 2 to its last digit or two where nothing is projected: 3 x 2 bytes a weight."""
     assert papers_way("llama-60m", "adamw", 128) == pytest.approx(0.36e9, rel=0.04)

@@ -75,7 +75,14 @@ def llama_of(preset: Preset) -> Llama:
 def shapes_of(setting: PlanSetting, config: Any) -> nn.Module:
     """The model, in the dtype of its weights, on ``meta``."""
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+    kind = getattr(config, "model_type", None)
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise InputError(
+            f"model {setting.model!r}: {kind} reads both ways, and a plan is of a causal LM; for what fine-tuning it "
+            f"takes, measure two steps: subspan finetune --model {setting.model} --optimizer {setting.optimizer} --steps 2 --json"
+        )
     try:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
