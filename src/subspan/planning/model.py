@@ -81,7 +81,8 @@ def shapes_of(setting: PlanSetting, config: Any) -> nn.Module:
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         raise InputError(
             f"model {setting.model!r}: {kind} reads both ways, and a plan is of a causal LM; for what fine-tuning it "
-            f"takes, measure two steps: subspan finetune --model {setting.model} --optimizer {setting.optimizer} --steps 2 --json"
+            f"takes, measure two steps: subspan finetune --model {setting.model} --optimizer {setting.optimizer} "
+            "--steps 2 --json"
         )
     try:
         with torch.device("meta"):
