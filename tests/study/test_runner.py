@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study.common import SMALL, make, write
+from study.common import SMALL, make, record, write
 
 from subspan.study.plan import cells_of
-from subspan.study.records import read_records
+from subspan.study.records import append_records, read_records
 from subspan.study.spec import Study
 from subspan.training.metrics import read_metrics
 
@@ -81,6 +81,20 @@ def test_runs_are_run_once_and_are_what_pretrain_computes(tmp_path: Path) -> Non
     )  # fmt: skip
     assert Pretraining(config).run().val_loss == pytest.approx(some["val_loss"], rel=1e-6)
     assert (folder_of(study, "galore", 1) / "run/config.yaml").exists()
+
+
+def test_what_another_study_has_is_written_down_as_soon_as_it_is_asked_for(tmp_path: Path) -> None:
+    """Which cell of a row is another study's is known only when the sweep has chosen its learning rate."""
+    changes: dict[str, Any] = {"seeds": [0], "sweep": {"seed": 9, "factors": [1, 2]}, "rows": {"full": {"optimizer": "adamw"}}}
+    path, study = write(tmp_path, **changes), make(tmp_path, **changes)
+    (row,) = study.rows
+    others = [row.cell(row.lr * factor, 0) for factor in (1, 2)]
+    append_records(study.results.with_name("other.jsonl"), [record(cell, 1.5) for cell in others])
+    result = run(path)
+    assert result.returncode == 0, result.stderr
+    found = read_records(study.results)
+    assert len(found) == 3
+    assert [entry["val_loss"] for entry in found.values() if entry["seed"] == 0] == [1.5]  # not run
 
 
 def test_anew_is_to_run_all_of_it_again(tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ class Runner:
                     entry.process.join()
                     running.remove(entry)
                     self._collect(entry)
+                    self._adopt()  # of rows whose learning rate is known now
                     known, whole = self._known()
         for key, log in self.failed.items():
             say(f"error: run {key} failed; its last words are in {log}")
