@@ -62,6 +62,14 @@ def test_bases_that_are_no_neighbours_say_so(tmp_path: Path, capsys: pytest.Capt
     assert "of which each subspace has one" in capsys.readouterr().out
 
 
+def test_a_basis_that_moves_at_every_step_is_compared_in_every_checkpoint(tmp_path: Path) -> None:
+    moving = train(tmp_path / "moving", "--optimizer=online_pca_adamw")
+    for layer in inspect(moving)["layers"]:
+        assert [step for step, _ in layer["overlaps"]] == [8, 12, 16]
+        assert layer["steps_apart"] == 4
+        assert 0 < layer["overlap_adjacent"] < 1
+
+
 def test_the_update_between_two_checkpoints(dominant: Path) -> None:
     """One period of GaLore moves a weight inside one subspace: its change has the rank of that."""
     found = inspect(dominant, 4, 8)["update"]

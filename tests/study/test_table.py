@@ -59,6 +59,16 @@ def test_what_is_missing_or_diverged_is_shown(tmp_path: Path) -> None:
     assert "1 (2 missing)" in text
 
 
+def test_runs_of_different_precisions_are_not_compared_in_silence(tmp_path: Path) -> None:
+    study = filled(tmp_path, {"full": [1.0, 1.1, 1.2], "galore": [2.0, 2.2, 2.1], "sara": [1.7, 2.0]})
+    assert "computed in" not in as_text(compare(study))
+    sara = study.rows[2]
+    append_records(study.results, [record(sara.cell(sara.lr, 2), 1.9) | {"precision": "bf16-mixed"}])
+    note = "! computed in a precision not recorded and in bf16-mixed"
+    assert note in as_text(compare(study))
+    assert f"% {note}" in as_latex(compare(study))
+
+
 def test_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = filled(tmp_path, dict(LOSSES))
     path = tmp_path / "studies" / "small.yaml"

@@ -78,7 +78,8 @@ def shapes_of(setting: PlanSetting, config: Any) -> nn.Module:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     kind = getattr(config, "model_type", None)
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+    causal = any(getattr(config, key, False) for key in ("is_decoder", "is_encoder_decoder", "causal"))
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not causal:
         raise InputError(
             f"model {setting.model!r}: {kind} reads both ways, and a plan is of a causal LM; for what fine-tuning it "
             f"takes, measure two steps: subspan finetune --model {setting.model} --optimizer {setting.optimizer} "

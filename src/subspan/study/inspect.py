@@ -171,9 +171,10 @@ def _from_checkpoints(found: Sequence[Path]) -> list[Row]:
     for path in found:
         for name, (step, Q) in _bases(path).items():
             chosen, old = before.get(name, (None, Q))
-            if chosen == step:
+            if chosen == step and torch.equal(old, Q):
                 continue
-            row: Row = {"kind": "subspace", "name": name, "step": step}
+            # One that moves at every step, as online PCA's, is chosen once.
+            row: Row = {"kind": "subspace", "name": name, "step": step if chosen != step else step_of(path)}
             if chosen is not None and old.shape == Q.shape:
                 turned = angles(old, Q)
                 row |= {"overlap": overlap(old, Q), "angles": [float(turned[i]) for i in (0, len(turned) // 2, -1)]}

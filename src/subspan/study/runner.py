@@ -34,9 +34,11 @@ from subspan.training.signals import RunInterruptedError, collect_signals
 _DIVERGED = 3  # not 1, with which Python ends a process that fails before it runs
 _OF_FINETUNING = ("metric", "majority", "saved_activation_bytes", "trainable", "best_step")
 _MODULES = [
+    "subspan.study.server",
     "subspan.training.pretrain",
     "subspan.training.finetuning.run",
-]  # seconds to import: once, in the process that the runs are forked from
+]
+"""Imported once, in the process that the runs are forked from; the last two take seconds."""
 
 
 @dataclass
@@ -175,6 +177,7 @@ class Runner:
 
 def _run(config: Any, log: str) -> None:
     """A run, in its own process, which ends with a status that :meth:`Runner._collect` knows."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ignored by the process that this one is forked from
     with open(log, "a", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -120,7 +120,7 @@ def _row(
         "p_holm": None,
         "state_bytes": next((record["state_bytes"] for record in runs if record["state_bytes"]), None),
         "saved_activation_bytes": _mean_of(runs, "saved_activation_bytes"),
-        "precisions": sorted({record["precision"] for record in runs if "precision" in record}),
+        "precisions": sorted({record.get("precision", "a precision not recorded") for record in runs}),
         "seconds": stdlib.median(record["seconds"] for record in runs if record["seconds"]) if own else None,
     }
 
@@ -196,14 +196,18 @@ def _lines(table: Table) -> list[list[str]]:
 
 def as_text(table: Table) -> str:
     """For a terminal."""
-    lines = _lines(table)
-    edge = any(row["lr_at_edge"] for row in table["rows"])
-    notes = ["* the best learning rate is at an end of those tried"] if edge else []
+    head = f"{table['study']}: {table['metric']}, gaps to {table['reference']}"
+    return "\n".join([head, aligned(_lines(table), numbers=False), *notes(table)])
+
+
+def notes(table: Table) -> list[str]:
+    """What a reader of the table must know."""
+    found = []
+    if any(row["lr_at_edge"] for row in table["rows"]):
+        found.append("* the best learning rate is at an end of those tried")
     if len(table["precisions"]) > 1:
-        notes.append(f"! computed in {' and in '.join(table['precisions'])}: differences may be those of precision")
-    return "\n".join(
-        [f"{table['study']}: {table['metric']}, gaps to {table['reference']}", aligned(lines, numbers=False), *notes]
-    )
+        found.append(f"! computed in {' and in '.join(table['precisions'])}: differences may be those of precision")
+    return found
 
 
 def as_latex(table: Table) -> str:
@@ -223,5 +227,6 @@ def as_latex(table: Table) -> str:
             *lines[1:],
             r"\hline",
             r"\end{tabular}",
+            *(f"% {note}" for note in notes(table)),
         ]
     )

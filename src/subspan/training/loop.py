@@ -71,6 +71,7 @@ class Training(ABC, Generic[R]):
         # Said by one rank: others may still be looking when it has begun to write.
         out, checkpoint = ranks.from_first(lambda: [path and str(path) for path in locate(config, self.settings)])
         self.out, self._resumed = Path(out), checkpoint and Path(checkpoint)
+        self._found = checkpoints.list_checkpoints(self.out / "checkpoints")
         if config.threads:
             torch.set_num_threads(config.threads)
 
@@ -215,6 +216,8 @@ class Training(ABC, Generic[R]):
         if not (self.config.resume and (out / "config.yaml").exists()):
             out = claim(out, self.settings, numbered=self.config.out is None)
         held.enter_context(hold(out))
+        if self._resumed and checkpoints.list_checkpoints(out / "checkpoints") != self._found:
+            raise InputError(f"out={str(out)!r}: another process has trained there meanwhile; give the command again")
         if self.best and self._resumed:
             checkpoints.adopt(self._resumed.parent / checkpoints.name_of(self.best["step"]), out / "checkpoints")
         return str(out)

@@ -84,7 +84,11 @@ def hold(out: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    with open(out / ".lock", "a") as file:
+    try:
+        file = open(out / ".lock", "a")  # noqa: SIM115  # closed below
+    except OSError as error:
+        raise InputError(f"out={str(out)!r}: {error.strerror}; give a directory that can be written") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

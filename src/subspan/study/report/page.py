@@ -10,6 +10,7 @@ import subspan
 from subspan.study import papers
 from subspan.study.report import figures
 from subspan.study.report.gather import MemoryPart, Parts, RunPart, StudyPart
+from subspan.study.table import notes
 
 
 def render(parts: Parts, title: str = "subspan report") -> str:
@@ -41,6 +42,7 @@ def _study(study: StudyPart) -> Mapping[str, Any]:
     compared = any(row["difference"] is not None for row in rows)
     return {
         "table": table | {"rows": rows},
+        "notes": notes(table),
         "command": study.command,
         "versions": study.versions,
         "curves": figures.loss_bands(study.curves, f"{name}: validation loss") if study.curves else None,

@@ -48,7 +48,8 @@ class Examples:
         # By length, so that little is filled up; the order does not matter to a score.
         self.held = sorted(encode(validation), key=lambda example: len(example.ids))
         self.order = Order(len(self.train), seed)
-        self.digest, self.held_digest = _digest(self.train), _digest(self.held)
+        self.digest = _digest(self.train)
+        self.held_digest = _digest(sorted(self.held, key=lambda example: (example.ids, str(example.target))))
 
     def next_batch(self, size: int) -> Batch:
         return self._batch([self.train[i] for i in self.order.take(size).tolist()])
