@@ -13,7 +13,7 @@ fill_docs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fill_docs)
 
 
-@pytest.mark.parametrize("page", ["docs/evidence.md", "docs/best.md", "README.md"])
+@pytest.mark.parametrize("page", ["docs/evidence.md", "docs/best.md", "docs/finetune.md", "README.md"])
 def test_a_page_is_what_the_studies_say(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     page = (ROOT / page).read_text()
