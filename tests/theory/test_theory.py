@@ -135,11 +135,12 @@ def test_momentum_against_a_loop(transfer):
 
 
 def test_momentum(capsys):
-    found = run(capsys, "momentum", "--steps", "400", "--turn", "400", "--n", "8", "--r", "2", "--m", "8")
+    sizes = ["--n", "8", "--r", "2", "--m", "8"]
+    found = run(capsys, "momentum", "--steps", "1000", "--turn", "2000", "--periods", "[20,50]", *sizes)
     assert len(found["rows"]) == 12
     assert len(found["claims"]) == 14
     assert found["holds"]
-    assert found["settings"]["steps"] == 400
+    assert found["settings"]["steps"] == 1000
     rows = {(row["selector"], row["transfer"]): row["period 20"] for row in found["rows"]}
     assert rows["dominant", "rotate"] < rows["dominant", "keep"]
 

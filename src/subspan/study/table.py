@@ -152,8 +152,8 @@ def as_json(table: Table) -> str:
 
 
 _COLUMNS = ("name", "lr", "n", "mean (std)", "gap", "closes [95 %]", "versus", "difference [95 %]", "p", "p Holm", "state")
-_OF_FINETUNING = ("saved", "time")
-"""Bytes saved for the backward pass; median of the runs' seconds over that of the reference's."""
+_OF_FINETUNING = "saved"
+"""Bytes saved for the backward pass."""
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
@@ -186,11 +186,9 @@ def _lines(table: Table) -> list[list[str]]:
     rows = table["rows"]
     lines = [list(_COLUMNS), *map(_cells, rows)]
     if any(row["saved_activation_bytes"] for row in rows):
-        base = next(row["seconds"] for row in rows if row["name"] == table["reference"])
-        lines[0] += _OF_FINETUNING
+        lines[0].append(_OF_FINETUNING)
         for line, row in zip(lines[1:], rows, strict=True):
-            saved, seconds = row["saved_activation_bytes"], row["seconds"]
-            line += ["" if saved is None else f"{saved:,d}", f"{seconds / base:.2f}" if seconds and base else ""]
+            line.append("" if (saved := row["saved_activation_bytes"]) is None else f"{saved:,d}")
     return lines
 
 

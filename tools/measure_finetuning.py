@@ -1,0 +1,41 @@
+"""Time of a training step of each row of a study of fine-tuning over that of its reference.
+
+Every row's run is built, then all take one step in turn, so that what else the machine does falls on all alike. Evaluations and
+saving are left out. Printed for each row: the median over rounds of its step's time over the reference's in the same round, the
+quartiles, and the ratio of the sums, in which the refreshes count too.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from subspan.study.spec import load_study
+from subspan.training.kinds import prepare
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--study", type=Path, default=Path("studies/finetune_minilm.yaml"))
+    parser.add_argument("--rounds", type=int, default=80, help="steps of each row; two periods of the committed study")
+    given = parser.parse_args()
+    study, seconds = load_study(given.study), {}
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {row.name: prepare(replace(row.config, seed=0, threads=1, out=f"{folder}/{row.name}")) for row in study.rows}
+        for _ in range(given.rounds):
+            for name, run in runs.items():
+                began = time.perf_counter()
+                run._train_step()
+                seconds.setdefault(name, []).append(time.perf_counter() - began)
+    reference = seconds[study.reference]
+    print(f"{study.name}, {given.rounds} rounds: time of a step over that of {study.reference}")
+    for name, own in seconds.items():
+        ratios = [a / b for a, b in zip(own, reference, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"{name:<16}{middle:.2f} [{low:.2f}, {high:.2f}]   with refreshes {sum(own) / sum(reference):.2f}")
+
+
+if __name__ == "__main__":
+    main()
