@@ -73,7 +73,7 @@ def real_step(setting: PlanSetting) -> dict[str, int]:
     gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
     steps = {"first_step": first_step, "step": step()}
     for projection in () if handle is None else handle.projections:
-        projection.expect("form" if optimizer.selector.needs_gradient else "draw")  # type: ignore[attr-defined]
+        projection.expect("form" if optimizer.selector.needs_gradient else "draw")
         peak = max(peak, passes())
         step()
     optimizer.zero_grad(set_to_none=True)

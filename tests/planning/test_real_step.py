@@ -75,9 +75,9 @@ def check(setting: PlanSetting) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_where_gradients_are_more_than_activations(dtype: str, tmp_path: Path) -> None:
+def test_where_gradients_are_more_than_activations(dtype: Any, tmp_path: Path) -> None:
     """The basis that takes most is then one of the first block, chosen last, when all other gradients are there."""
-    check(PlanSetting(llama_directory(tmp_path, 6), rank=24, batch=1, seq=8, dtype=dtype, backward_side=True))  # type: ignore[arg-type]
+    check(PlanSetting(llama_directory(tmp_path, 6), rank=24, batch=1, seq=8, dtype=dtype, backward_side=True))
 
 
 def test_where_the_vocabulary_is_most(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def choose(setting: PlanSetting) -> Chosen:
     positions = positions_of(shapes_of(setting, config))
     if setting.seq and positions is not None and positions < setting.seq:
         raise InputError(f"seq={setting.seq}: the model {setting.model!r} has {positions} positions; give fewer tokens")
-    return Chosen(config, setting.rank or 128, setting.seq or min(1024, 1024 if positions is None else positions))
+    return Chosen(config, setting.rank or 128, setting.seq or min(1024, positions or 1024))
 
 
 def llama_of(preset: Preset) -> Llama:

@@ -12,7 +12,7 @@ import yaml
 try:
     import fcntl
 except ImportError:  # no POSIX
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module's name; `hold` then holds nothing
 
 from subspan.training.checkpoint import list_checkpoints, load_part
 from subspan.training.config import FinetuneConfig, PretrainConfig, without_defaults
