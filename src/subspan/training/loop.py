@@ -22,7 +22,6 @@ from subspan.training.building import build_optimizer, uncompressed
 from subspan.training.errors import InputError
 from subspan.training.files import write_text
 from subspan.training.finetuning.resolve import ResolvedFinetune
-from subspan.training.integrity import seal
 from subspan.training.metrics import Meter, Metrics
 from subspan.training.parallel import Ranks
 from subspan.training.probes import Probes, check_probes
@@ -32,6 +31,7 @@ from subspan.training.rundir import claim, hold, locate
 from subspan.training.saved import SavedBytes
 from subspan.training.schedule import lr_factor
 from subspan.training.signals import RunInterruptedError, collect_signals
+from subspan.training.snapshot import Snapshots, Standing
 from subspan.training.task import Task
 
 
@@ -114,8 +114,11 @@ class Training(ABC, Generic[R]):
         """The step of the last evaluation."""
         self.saved_bytes: int | None = None
         """What a forward pass keeps for the backward pass: of the first part of the second batch, when no basis is new."""
+        kept = {"data": self.data, "scheduler": self.scheduler}
+        self._snapshots = Snapshots(self.model, self.optimizer, kept, self.tokenizer, ranks, config.device, self.settings)
         if self._resumed:
-            self._load(self._resumed)
+            standing = self._snapshots.read(self._resumed)
+            self.step, self.tokens, self.seconds, self.best, self.judged, self.saved_bytes = standing
 
     @abstractmethod
     def summarise(self, measured: dict[str, float], place: Path) -> R:
@@ -328,73 +331,8 @@ class Training(ABC, Generic[R]):
             RunDivergedError: a weight is not finite; nothing is written.
         """
         self._check_weights()
-        ranks = self.ranks
-        rng = {"cpu": ranks.gather(torch.get_rng_state())}
-        if self.config.device == "cuda":
-            rng["cuda"] = ranks.gather(torch.cuda.get_rng_state())
-        training = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "data": self.data.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "rng": {kind: states[0] for kind, states in rng.items()},
-            "rng_of_other_ranks": [{kind: states[rank] for kind, states in rng.items()} for rank in range(1, ranks.size)],
-            "settings": self.settings,
-            "best": self.best,
-            "judged": self.judged,
-            "saved_bytes": self.saved_bytes,
-        }
-        folder, keep, best = self.out / "checkpoints", self.config.checkpoint.keep, self.best["step"] if self.best else None
-        if ranks.sharded:
-            self._save_shards(folder, keep, best, training)
-        elif ranks.first:
-            parts = {"optimizer": self.optimizer.state_dict(), "training": training}
-            checkpoints.save(folder, self.step, keep, self.model, self.tokenizer, parts, best)
-        ranks.barrier()
-
-    def _save_shards(self, folder: Path, keep: int, best: int | None, training: dict[str, Any]) -> None:
-        from subspan.training.publish import open_scratch, publish
-        from subspan.training.sharded import save_sharded
-
-        scratch = open_scratch(folder)
-        save_sharded(scratch, self.model, self.optimizer)
-        if self.ranks.first:
-            self.model.config.save_pretrained(scratch)  # type: ignore[union-attr, operator]  # transformers' method
-            self.tokenizer.save_pretrained(scratch)
-            torch.save(training, scratch / "training.pt")
-            seal(scratch, but="*.safetensors")
-        publish(scratch, step=self.step, keep=keep, best=best)
-
-    def _load(self, folder: Path) -> None:
-        training = checkpoints.load_part(folder, "training")
-        if checkpoints.holds_parts(folder):
-            from subspan.training.sharded import load_sharded
-
-            load_sharded(folder, self.model, self.optimizer)
-        elif self.ranks.sharded:
-            raise InputError(
-                f"parallel='fsdp': the checkpoint {folder} holds the whole model in one file; continue it with --parallel ddp "
-                "or in one process, or start anew with another --out"
-            )
-        else:
-            optimizer = checkpoints.load_part(folder, "optimizer")
-            checkpoints.load_weights(folder, self.model)
-            self.optimizer.load_state_dict(optimizer)
-        self.scheduler.load_state_dict(training["scheduler"])
-        self.data.load_state_dict(training["data"])
-        states = [training["rng"], *training.get("rng_of_other_ranks", [])]
-        if self.ranks.rank < len(states):  # a rank that the run did not have keeps its own
-            rng = states[self.ranks.rank]
-            torch.set_rng_state(rng["cpu"])
-            if "cuda" in rng and self.config.device == "cuda":
-                torch.cuda.set_rng_state(rng["cuda"])
-        self.step, self.tokens, self.seconds = training["step"], training["tokens"], training["seconds"]
-        self.judged, self.saved_bytes = training.get("judged", 0), training.get("saved_bytes")
-        self.best = training.get("best")
-        if self.best and not (folder.parent / checkpoints.name_of(self.best["step"])).exists():
-            say(f"checkpoint {folder}: the best one, of step {self.best['step']}, is gone; the best from here on is kept")
-            self.best = None
+        standing = Standing(self.step, self.tokens, self.seconds, self.best, self.judged, self.saved_bytes)
+        self._snapshots.write(self.out / "checkpoints", standing, self.config.checkpoint.keep)
 
 
 def _plain(value: Any) -> Any:
