@@ -243,6 +243,8 @@ def test_all_quick(monkeypatch, capsys, tmp_path):
     assert main(["bench", "all", "--quick", "--json", "--out", str(tmp_path / "all.json")]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((tmp_path / "all.json").read_text())
+    assert found["command"] == "subspan bench all --quick --json"
+    assert found["made_by"]["torch"] == torch.__version__
     for key in (
         "refresh.ratio_vs_svd", "step.ratio_vs_galore_torch", "step.ratio_vs_adamw_fused", "train.ratio_vs_adamw_fused",
     ):  # fmt: skip

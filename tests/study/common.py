@@ -25,7 +25,7 @@ SMALL = {
 def write(folder: Path, **changes: Any) -> Path:
     """``studies/small.yaml`` in ``folder``: ``SMALL`` with ``changes``."""
     path = folder / "studies" / "small.yaml"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(SMALL | changes, sort_keys=False))
     return path
 

@@ -128,6 +128,33 @@ def test_what_is_wrong_is_named(dominant: Path, tmp_path: Path, capsys: pytest.C
     before = (lone / "probes.jsonl").read_bytes()
     assert "probes.jsonl:2: is no row of a probe" in fails(str(lone))
     assert (lone / "probes.jsonl").read_bytes() == before
+    for line in (
+        '{"kind": "noise", "name": "a", "step": 3}',
+        '{"kind": "subspace", "name": "a", "step": 3, "overlap": "x"}',
+        '{"kind": "subspace", "name": "a", "step": 3, "angles": [1.0]}',
+        '{"kind": "subspace", "name": 1, "step": 3}',
+        '{"kind": "other", "name": "a", "step": 3}',
+        "[1]",
+    ):
+        (lone / "probes.jsonl").write_text(line + "\n")
+        assert "probes.jsonl:1: is no row of a probe" in fails(str(lone)), line
+    (lone / "probes.jsonl").unlink()
+    for step in (4, 8):  # as ranks of fully_shard leave them
+        (lone / f"checkpoints/step-{step:06d}").mkdir()
+    assert "hold the parts of several ranks" in fails(str(lone))
+
+
+def test_a_run_without_bases_has_the_change_of_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Full rank is what the spectra of the others are seen against."""
+    full = train(tmp_path / "full", "--optimizer=adamw")
+    found = inspect(full, 4, 16)
+    assert (found["layers"], found["types"]) == ([], {})
+    assert all(layer["effective_rank"] > 8 for layer in found["update"]["layers"] if layer["type"] == "q_proj")
+    capsys.readouterr()
+    assert main(["inspect", str(full)]) == 0
+    out = capsys.readouterr().out
+    assert "no basis to compare" in out
+    assert "q_proj" in out
 
 
 def test_bases_are_those_of_the_optimizer(dominant: Path) -> None:

@@ -37,7 +37,11 @@ def test_a_whole_line_without_its_end_is_kept(tmp_path: Path) -> None:
     assert read_records(path) == {"a": FIRST, "b": SECOND}
 
 
-@pytest.mark.parametrize("line", ["{", "3", '{"key": "c"}', '{"key": "c", "status": "finished", "val_loss": null}', ""])
+@pytest.mark.parametrize(
+    "line",
+    ["{", "3", '{"key": "c"}', '{"key": "c", "status": "finished", "val_loss": null}', "",
+     '{"key": "c", "status": "finsihed", "val_loss": 1.5}'],
+)  # fmt: skip
 def test_a_broken_line_is_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     append_records(path, [FIRST])
@@ -55,3 +59,16 @@ def test_runs_of_other_studies_count_and_other_files_do_not(tmp_path: Path) -> N
     (tmp_path / "empty.jsonl").write_text("")
     assert read_all(tmp_path, tmp_path / "one.jsonl")["a"]["val_loss"] == 1.0  # a study's own comes first
     assert read_all(tmp_path, tmp_path / "three.jsonl").keys() == {"a", "b"}
+
+
+def test_a_broken_first_line_of_another_study_is_named_too(tmp_path: Path) -> None:
+    (tmp_path / "two.jsonl").write_text("oops\n")
+    append_records(tmp_path / "two.jsonl", [FIRST])
+    with pytest.raises(ValueError, match=r"two.jsonl:1: is no record of a run"):
+        read_all(tmp_path, tmp_path / "one.jsonl")
+
+
+def test_a_record_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"x.jsonl: cannot be written \(.*\); give another file with --results"):
+        append_records(tmp_path / "file" / "x.jsonl", [FIRST])

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from study.common import make, record
 
 from subspan.cli import main
@@ -87,6 +88,7 @@ def test_it_shows_what_was_measured_and_needs_nothing_else(page: Path) -> None:
     assert "reported 60M" in by_name["row"]
     assert "A &lt;small&gt; study" in text
     assert "(abc)" in text
+    assert f"torch {torch.__version__}" in text  # of the run
     assert by_name["q_proj"][1] == "4"
     assert reader.figures == 6  # differences, curves, losses of runs, overlaps, spectra, memory
 
@@ -120,6 +122,12 @@ def test_figures_take_the_ink_of_the_page() -> None:
     assert "#010203" not in svg
     assert "#000000" not in svg
     assert 'width="' not in svg[: svg.index(">")]
+
+
+def test_no_two_rows_look_alike() -> None:
+    svg = figures.loss_bands({str(row): [[(1, 2.0), (2, float(row))]] for row in range(13)}, "loss")
+    curves = re.findall(r'clip-path="[^"]*" style="fill: none; ([^"]*)stroke-width: 1.5', svg)
+    assert len(curves) == len(set(curves)) == 13
 
 
 _LOOK = """<script>

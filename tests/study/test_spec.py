@@ -1,5 +1,6 @@
 """What a study file says, and what is wrong with one."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,34 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], words: str, tmp_path: P
     path = write(tmp_path, **changes)
     with pytest.raises(InputError) as caught:
         load_study(path)
-    assert str(caught.value).startswith(f"{path}: ")
+    lines, (key, _) = path.read_text().splitlines(), next(iter(changes.items()))
+    found = re.match(rf"{path}(:(\d+))?: ", str(caught.value))
+    assert found
+    if key in ("seedz", "seeds", "reference", "base", "sweep", "rows"):  # the line of the key, or of one within
+        at = int(found[2])
+        begin = next(number for number, line in enumerate(lines, 1) if line.startswith(f"{key}:"))
+        end = next((number for number, line in enumerate(lines, 1) if number > begin and line[0] not in " -"), len(lines) + 1)
+        assert begin <= at < end
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_line_is_that_of_the_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("seeds: [0]\nrows:\n  full: {optimizer: adamw}\n\n  a: {optimizer: sarra_adamw}\n")
+    with pytest.raises(InputError, match=rf"^{path}:5: rows.a: optimizer 'sarra_adamw' is unknown"):
+        load_study(path)
+
+
+def test_a_row_that_would_be_lost_is_refused(tmp_path: Path) -> None:
+    """YAML takes the last of two keys that are alike, and drops the other in silence."""
+    path = tmp_path / "a.yaml"
+    path.write_text("seeds: [0]\nrows:\n  a: {optimizer: adamw}\n  a: {optimizer: sara_adamw}\n")
+    with pytest.raises(InputError, match=rf"^{path}:4: 'rows.a' stands in line 3 too; rename or remove one$"):
+        load_study(path)
+    path.write_text("seeds: [0]\nrows:\n  a: {optimizer: sara_adamw, grid: {rank: [4, 4]}}\n")
+    with pytest.raises(InputError, match=r"a.yaml:3: rows.a\[rank=4\]: 2 rows have this name"):
+        load_study(path)
 
 
 def test_a_file_that_is_none(tmp_path: Path) -> None:

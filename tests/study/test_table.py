@@ -7,6 +7,7 @@ import pytest
 from study.common import make, record
 
 from subspan.cli import main
+from subspan.study.papers import reported
 from subspan.study.records import append_records
 from subspan.study.spec import Study
 from subspan.study.table import as_latex, as_text, compare
@@ -57,6 +58,39 @@ def test_what_is_missing_or_diverged_is_shown(tmp_path: Path) -> None:
     text = as_text(compare(study))
     assert "2 (1 diverged)" in text
     assert "1 (2 missing)" in text
+
+
+def test_a_comparison_of_fewer_seeds_than_the_row_has_says_so(tmp_path: Path) -> None:
+    study = filled(tmp_path, {"full": [1.0, 1.1, 1.2], "galore": [2.0, None, 2.1], "sara": [1.7, 2.0, 1.9]})
+    _, galore, sara = compare(study)["rows"]
+    assert (galore["n"], galore["pairs"], galore["gap_pairs"]) == (2, 2, 2)
+    assert (sara["n"], sara["pairs"], sara["gap_pairs"]) == (3, 2, 3)
+    assert sara["difference"] == pytest.approx(((1.7 - 2.0) + (1.9 - 2.1)) / 2)
+    line = next(line for line in as_text(compare(study)).splitlines() if line.startswith("sara"))
+    assert line.count("(2 of 3)") == 1
+    assert "of 3)" not in as_text(compare(filled(tmp_path / "whole", dict(LOSSES))))
+
+
+def test_runs_of_code_that_is_in_no_commit_are_counted(tmp_path: Path) -> None:
+    study = filled(tmp_path, {"full": [1.0, 1.1, 1.2], "galore": [2.0, 2.2, 2.1], "sara": [1.7, 2.0]})
+    assert "in no commit" not in as_text(compare(study))
+    sara = study.rows[2]
+    append_records(study.results, [record(sara.cell(sara.lr, 2), 1.9) | {"commit": "0123abc-dirty"}])
+    assert "! 1 of 9 runs were computed by code with changes that are in no commit" in as_text(compare(study))
+    assert compare(study)["commits"] == ["0123abc-dirty", "None"]
+
+
+def test_what_a_paper_reports_is_of_its_own_method_alone(tmp_path: Path) -> None:
+    rows = {
+        "sara": {"optimizer": "sara_adamw", "lr": 0.02, "rank": 8},
+        "random": {"optimizer": "sara_adamw", "optim": {"selector": {"name": "random"}}},
+        "scaled": {"optimizer": "sara_adamw", "scale": 1.0},
+        "backward": {"optimizer": "sara_adamw", "backward_side": True},
+    }
+    found = compare(make(tmp_path, rows=rows))["rows"]
+    assert [row["name"] for row in found if row["as_published"]] == ["sara"]
+    assert reported("sara_adamw", as_published=True) == (30.47, 24.21, 19.16)
+    assert set(reported("sara_adamw", as_published=False)) == {None}
 
 
 def test_runs_of_different_precisions_are_not_compared_in_silence(tmp_path: Path) -> None:

@@ -10,17 +10,22 @@ from subspan.drawing import COLOURS, GREY, style
 _STYLE = style(GREY) | {"grid.color": GREY}
 
 
-def growth(found: Mapping[str, Any]) -> str:
-    """What ``grow.measure`` found: times over the width, a line for each share of the rank; floors dashed.
+def check() -> None:
+    """Make sure that something can be drawn, before it is measured.
 
     Raises:
         ValueError: matplotlib is not installed.
     """
     try:
-        import matplotlib
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise ValueError(f"plot: {error}; it comes with an extra: pip install 'subspan[study]'") from error
+
+
+def growth(found: Mapping[str, Any]) -> str:
+    """What ``grow.measure`` found: times over the width, a line for each share of the rank; floors dashed."""
+    import matplotlib
+    from matplotlib.figure import Figure
 
     shares = sorted({row["share"] for row in found["rows"]})
     with matplotlib.rc_context(_STYLE):

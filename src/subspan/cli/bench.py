@@ -2,7 +2,9 @@
 
 import json
 import logging
+import shlex
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ def add_to(commands: Any, name: str, about: str) -> None:
 def run(settings: Namespace) -> int:
     from subspan.bench import comm, grow, memory, plot, refresh, report, scale, speed, step, together, train
     from subspan.training.files import write_text
+    from subspan.training.stamp import stamp
 
     logging.getLogger("subspan").setLevel(logging.WARNING)
     what = settings.what
@@ -72,15 +75,28 @@ def run(settings: Namespace) -> int:
     measure, write = measures[what]
     try:
         setting: Any = _WHAT[what][0](**vars(chosen))
+        if drawing:
+            plot.check()
         found = measure(together.quickened(setting) if quick else setting)
+        found |= {"command": _command(what, setting, quick, pairs), "made_by": stamp()}
+        print(
+            json.dumps(found) if as_json else write(found)
+        )  # first: what follows may fail, and takes minutes to measure again
         if out:
             write_text(out, json.dumps(found, indent=1) + "\n")
         if drawing:
             write_text(drawing, plot.growth(found["grow"] if what == "all" else found))
     except ValueError as error:
         fail(str(error))
-    print(json.dumps(found) if as_json else write(found))
     return 0
+
+
+def _command(what: str, setting: Any, quick: bool, pairs: int) -> str:
+    """That measures the same."""
+    changed = {field.name: value for field in fields(setting) if (value := getattr(setting, field.name)) != field.default}
+    words = [f"--{name}={list(value) if isinstance(value, tuple) else value}" for name, value in changed.items()]
+    words += ["--quick"] * quick + [f"--pairs={pairs}"] * (what == "train" and pairs != PAIRS)
+    return shlex.join(["subspan", "bench", what, *words, "--json"])
 
 
 def _file(name: str, value: str | None) -> Path | None:

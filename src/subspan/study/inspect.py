@@ -29,8 +29,13 @@ from torch import Tensor
 from subspan.linalg import orthonormalise
 from subspan.subspaces import angles, overlap
 from subspan.text import aligned
-from subspan.training.checkpoint import list_checkpoints, load_part, step_of
+from subspan.training.checkpoint import holds_parts, list_checkpoints, load_part, step_of
 from subspan.training.errors import InputError, first_line
+
+
+class NothingToSeeError(InputError):
+    """A sound run, of which nothing can be compared."""
+
 
 FROZEN = 0.9
 _LEAST = 3
@@ -45,7 +50,8 @@ def inspect(run: Path, begin: int | None = None, end: int | None = None) -> dict
         begin, end: steps of two of its checkpoints; ``None`` is the first and the last that are there.
 
     Raises:
-        InputError: no run, or nothing in it to look at, or a line of it is broken; names the file.
+        NothingToSeeError: a run with neither probes nor two checkpoints that can be compared.
+        InputError: no run, or a line of it is broken; names the file.
     """
     if not (run / "config.yaml").exists():
         raise InputError(f"run={str(run)!r}: holds no run; give a directory that subspan pretrain has written to")
@@ -53,8 +59,13 @@ def inspect(run: Path, begin: int | None = None, end: int | None = None) -> dict
     found = list_checkpoints(run / "checkpoints")
     asked = begin is not None or end is not None
     pair = (_checkpoint(run, found, begin, 0), _checkpoint(run, found, end, -1)) if asked or len(found) > 1 else None
+    if any(map(holds_parts, found)):
+        raise NothingToSeeError(
+            f"run={str(run)!r}: its checkpoints hold the parts of several ranks (parallel='fsdp'), which are not compared; to "
+            "inspect it train with --parallel ddp, or in one process"
+        )
     if not rows and pair is None:
-        raise InputError(
+        raise NothingToSeeError(
             f"run={str(run)!r}: no probes.jsonl, and {len(found)} checkpoint{'s' * (len(found) != 1)} where two are needed; "
             "train with --probes.subspace true, or with --checkpoint.keep 10"
         )
@@ -82,10 +93,26 @@ def _read(path: Path) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-            rows.append({"kind": row["kind"], "name": row["name"], "step": row["step"] + 0, **row})
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}:{number}: is no row of a probe; mend or remove that line") from error
+            good = _is_row(row)
+        except (ValueError, KeyError, TypeError):
+            good = False
+        if not good:
+            raise InputError(f"{path}:{number}: is no row of a probe; mend or remove that line")
+        rows.append(row)
     return rows
+
+
+_NUMBERS = {"subspace": (), "noise": ("noise", "signal")}
+_OPTIONAL = ("overlap", "anchor", "captured", "captured_before", "step_seconds", "usual_seconds")
+
+
+def _is_row(row: Row) -> bool:
+    """Whether all is there that is read of it."""
+    numbers = [row["step"], *(row[key] for key in _NUMBERS[row["kind"]])]
+    numbers += [row[key] for key in _OPTIONAL if row.get(key) is not None]
+    numbers += row.get("angles", [])
+    named = isinstance(row["name"], str) and len(row.get("angles", [0, 0, 0])) == 3
+    return named and all(isinstance(value, int | float) for value in numbers)
 
 
 def _checkpoint(run: Path, found: Sequence[Path], step: int | None, place: int) -> Path:
@@ -165,7 +192,8 @@ def _noise(rows: Iterable[Row]) -> list[Row]:
 
 
 def _from_checkpoints(found: Sequence[Path]) -> list[Row]:
-    """Rows as a probe would have written them, from what checkpoints hold: one for each basis, at the step of its choice."""
+    """Rows as a probe would have written them, from what checkpoints hold: one for each basis, at the step of its choice. None
+    where the optimizer keeps no basis, as full rank."""
     rows: list[Row] = []
     before: dict[str, tuple[int, Tensor]] = {}
     for path in found:
@@ -180,8 +208,6 @@ def _from_checkpoints(found: Sequence[Path]) -> list[Row]:
                 row |= {"overlap": overlap(old, Q), "angles": [float(turned[i]) for i in (0, len(turned) // 2, -1)]}
             rows.append(row)
             before[name] = step, Q
-    if not rows:
-        raise InputError(f"{found[0].parent}: its optimizer keeps no basis to compare; train with --probes.subspace true")
     return rows
 
 
@@ -235,6 +261,8 @@ def as_text(found: Mapping[str, Any]) -> str:
     def cell(value: float | None) -> str:
         return "" if value is None else f"{value:.3f}"
 
+    if not found["layers"]:
+        return "\n".join(["its checkpoints hold no basis to compare", *_changes(found)])
     rows = [["module", "subspaces", "overlap adjacent", "with anchor", "captured", "before refresh"]]
     for kind, row in found["types"].items():
         rows.append([kind, str(row["layers"]), *(cell(row[key]) for key in list(row)[1:])])
@@ -249,11 +277,17 @@ def as_text(found: Mapping[str, Any]) -> str:
             f"no probes.jsonl: compared are the bases of checkpoints, {far}; every refresh, and what a basis captures, need "
             "--probes.subspace true"
         )
-    if "update" in found:
-        update = found["update"]
-        by_type: dict[str, list[float]] = {}
-        for layer in update["layers"]:
-            by_type.setdefault(layer["type"], []).append(layer["effective_rank"])
-        lines.append(f"effective rank of the change from step {update['from']} to {update['to']}:")
-        lines.append(aligned([[kind, f"{statistics.fmean(ranks):.1f}"] for kind, ranks in by_type.items()], numbers=False))
-    return "\n".join(lines)
+    return "\n".join([*lines, *_changes(found)])
+
+
+def _changes(found: Mapping[str, Any]) -> list[str]:
+    if "update" not in found:
+        return []
+    update = found["update"]
+    by_type: dict[str, list[float]] = {}
+    for layer in update["layers"]:
+        by_type.setdefault(layer["type"], []).append(layer["effective_rank"])
+    return [
+        f"effective rank of the change from step {update['from']} to {update['to']}:",
+        aligned([[kind, f"{statistics.fmean(ranks):.1f}"] for kind, ranks in by_type.items()], numbers=False),
+    ]

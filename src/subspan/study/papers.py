@@ -22,3 +22,11 @@ REPORTED: dict[str, tuple[float | None, float | None, float | None]] = {
     "online_pca_adamw": (33.69, None, None),
 }
 """By optimizer, in the order of ``SIZES``. Table 3's 130M column is of another number of tokens and is left out."""
+
+
+def reported(optimizer: str, as_published: bool) -> tuple[float | None, ...]:
+    """By size. Of an optimizer with a part changed no paper reports anything."""
+    return REPORTED.get(optimizer, _NONE) if as_published else _NONE
+
+
+_NONE: tuple[float | None, ...] = (None,) * len(SIZES)

@@ -32,7 +32,8 @@ def read_records(path: Path) -> dict[str, Record]:
         try:
             record = json.loads(line)
             records[record["key"]] = record
-            good = record["status"] == "diverged" or record["val_loss"] + 0 == record["val_loss"]
+            status = record["status"]
+            good = status == "diverged" or (status == "finished" and record["val_loss"] + 0 == record["val_loss"])
         except (ValueError, TypeError, KeyError):
             good = False
         if not good:
@@ -50,12 +51,9 @@ def read_all(folder: Path, first: Path) -> dict[str, Record]:
 
 
 def _is_study(path: Path) -> bool:
-    """Whether the file holds records; other results are kept beside them."""
+    """Whether the file holds records, by its first line that is whole; other results are kept beside them."""
     with open(path) as file:
-        try:
-            return "key" in json.loads(file.readline())
-        except (ValueError, TypeError):
-            return False
+        return next(("key" in json.loads(line) for line in file if _is_whole(line)), False)
 
 
 def _is_whole(line: str | bytes) -> bool:
@@ -70,9 +68,16 @@ def append_records(path: Path, records: Iterable[Record]) -> None:
     """Append, so that a kill leaves whole lines and at most one cut one, which the next append removes.
 
     A last record that is whole but for the end of its line, as an editor may leave it, gets that end.
+
+    Raises:
+        InputError: the file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = open(path, "ab+")  # noqa: SIM115  # the writing below has errors of its own
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); give another file with --results") from error
+    with opened as file:
         file.seek(0)
         content = file.read()
         if content and not content.endswith(b"\n"):

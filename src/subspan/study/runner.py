@@ -3,10 +3,8 @@
 import contextlib
 import json
 import os
-import platform
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -19,7 +17,6 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import subspan
 from subspan.study.plan import cells_of, total
 from subspan.study.records import Record, append_records, read_all, read_records
 from subspan.study.spec import Cell, Study
@@ -30,6 +27,7 @@ from subspan.training.kinds import resolve_run
 from subspan.training.metrics import read_metrics
 from subspan.training.progress import duration, say, terminal
 from subspan.training.signals import RunInterruptedError, collect_signals
+from subspan.training.stamp import stamp
 
 _DIVERGED = 3  # not 1, with which Python ends a process that fails before it runs
 _OF_FINETUNING = ("metric", "majority", "saved_activation_bytes", "trainable", "best_step")
@@ -63,7 +61,7 @@ class Runner:
         self.study, self.runs, self.jobs = study, runs / study.name, jobs
         self.records = read_all(study.results.parent, study.results)
         self.failed: dict[str, Path] = {}
-        self._stamp = _stamp()
+        self._stamp = stamp()
 
     def run(self) -> int:
         """Run what is missing.
@@ -77,6 +75,8 @@ class Runner:
         context = get_context("forkserver")
         context.set_forkserver_preload(_MODULES)
         known, whole = self._known()
+        if known.keys() - self.records:
+            append_records(study.results, [])  # what cannot be written is better known before anything runs
         with _Bar(study) as bar, collect_signals() as received:
             while True:
                 under_way = {entry.cell.key for entry in running}
@@ -205,26 +205,6 @@ def _run(config: Any, log: str) -> None:
 
         traceback.print_exc()
         sys.exit(70)
-
-
-def _stamp() -> dict[str, str]:
-    """What made a record: the code's version and commit, Python's, torch's, the kind of machine."""
-    import torch
-
-    source = Path(subspan.__file__).parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(source), *words], capture_output=True, text=True, check=False).stdout.strip()
-
-    # Of the code alone: the record that a study appends to is tracked too.
-    dirty = "-dirty" if git("status", "--porcelain", "--", ".") else ""
-    return {
-        "subspan": subspan.__version__,
-        "commit": git("describe", "--always", "--abbrev=12") + dirty or "unknown",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
-    }
 
 
 class _Bar:

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
-import yaml
 
 from subspan.names import near_names
+from subspan.study.document import Document
 from subspan.training.config import FinetuneConfig, PretrainConfig, without_defaults
 from subspan.training.errors import InputError, first_line
 from subspan.training.kinds import CONFIGS, resolve_run
@@ -61,6 +61,12 @@ class Row:
     versus: str | None
     lr: float
     """Before any factor of the sweep."""
+
+    @property
+    def is_as_published(self) -> bool:
+        """Whether it pretrains by its method as the recipe has it, no part or factor of it changed."""
+        changed = without_defaults(asdict(self.config)).keys() & {"optim", "scale", "backward_side"}
+        return isinstance(self.config, PretrainConfig) and not changed
 
     def cell(self, lr: float, seed: int) -> "Cell":
         """The run of this row at a learning rate and a seed."""
@@ -105,47 +111,50 @@ def load_study(path: Path) -> Study:
     """Read and check a study file.
 
     Raises:
-        InputError: it cannot be read, or a key or value in it is wrong; names the file and the key.
+        InputError: it cannot be read, or a key or value in it is wrong; names the file, the line and the key.
     """
 
-    def wrong(message: str) -> NoReturn:
-        raise InputError(f"{path}: {message}")
+    document = Document(path, "a study file, such as studies/table1_nano.yaml")
+    found = document.value
 
-    try:
-        found = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise InputError(
-            f"{path}: {error.strerror}; give the path of a study file, such as studies/table1_nano.yaml"
-        ) from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
+    def wrong(message: str, *keys: str) -> NoReturn:
+        raise InputError(f"{document.place(*keys)}: {message}")
+
     if not isinstance(found, dict):
         wrong(f"expected keys {', '.join(_KEYS)}")
     for key in found:
         if key not in _KEYS:
-            wrong(f"{key!r}: no key of a study; {near_names(str(key), _KEYS)}")
+            wrong(f"{key!r}: no key of a study; {near_names(str(key), _KEYS)}", str(key))
     rows, base, command = found.get("rows"), found.get("base") or {}, found.get("command", "pretrain")
     if command not in CONFIGS:
-        wrong(f"command={command!r}: expected {' or '.join(CONFIGS)}")
+        wrong(f"command={command!r}: expected {' or '.join(CONFIGS)}", "command")
     if not isinstance(rows, dict) or not rows:
-        wrong("rows: expected a mapping of names to settings")
+        wrong("rows: expected a mapping of names to settings", "rows")
     if not isinstance(base, dict):
-        wrong(f"base={base!r}: expected settings of subspan {command}")
+        wrong(f"base={base!r}: expected settings of subspan {command}", "base")
     for name in ("seed", "lr"):
         if name in base:
-            wrong(f"base.{name}: belongs to " + ("seeds" if name == "seed" else "a row, or to the sweep"))
-    expanded = tuple(row for name, given in rows.items() for row in _rows(path, command, str(name), given, base, rows))
+            wrong(f"base.{name}: belongs to " + ("seeds" if name == "seed" else "a row, or to the sweep"), "base", name)
+    expanded = tuple(row for name, given in rows.items() for row in _rows(document, command, str(name), given, base, rows))
     names = [row.name for row in expanded]
+    for name in names:
+        if names.count(name) > 1:
+            wrong(
+                f"rows.{name}: {names.count(name)} rows have this name; let their grids or names differ",
+                "rows",
+                name.split("[")[0],
+            )
     reference = found.get("reference", names[0])
     if reference not in names:
-        wrong(f"reference={reference!r}: no row of this name; {near_names(str(reference), names)}")
+        wrong(f"reference={reference!r}: no row of this name; {near_names(str(reference), names)}", "reference")
     for row in expanded:
         if row.versus is not None and row.versus not in names:
-            wrong(f"rows.{row.name}.versus={row.versus!r}: no row of this name; {near_names(row.versus, names)}")
+            message = f"rows.{row.name}.versus={row.versus!r}: no row of this name; {near_names(row.versus, names)}"
+            wrong(message, "rows", row.name.split("[")[0], "versus")
     seeds = found.get("seeds")
     if not isinstance(seeds, list) or not seeds or not all(_whole(seed) for seed in seeds) or len(set(seeds)) < len(seeds):
-        wrong(f"seeds={seeds!r}: expected a list of different whole numbers >= 0")
-    sweep = _sweep(path, found["sweep"], seeds) if found.get("sweep") is not None else None
+        wrong(f"seeds={seeds!r}: expected a list of different whole numbers >= 0", "seeds")
+    sweep = _sweep(document, found["sweep"], seeds) if found.get("sweep") is not None else None
     folder = path.resolve().parent.parent / "results"
     return Study(
         path.stem, str(found.get("about", "")), expanded, tuple(seeds), sweep, reference, folder / f"{path.stem}.jsonl"
@@ -156,23 +165,28 @@ def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _sweep(path: Path, given: Any, seeds: list[int]) -> Sweep:
-    known = ("seed", "factors", "extend")
+def _sweep(document: Document, given: Any, seeds: list[int]) -> Sweep:
+    known, where = ("seed", "factors", "extend"), document.place("sweep")
     if not isinstance(given, dict) or not {"seed", "factors"} <= given.keys() <= set(known):
-        raise InputError(f"{path}: sweep={given!r}: expected seed, factors and, if wanted, extend")
+        raise InputError(f"{where}: sweep={given!r}: expected seed, factors and, if wanted, extend")
     seed, factors, extend = given["seed"], given["factors"], given.get("extend", 0)
     if not _whole(seed) or seed in seeds:
-        raise InputError(f"{path}: sweep.seed={seed!r}: expected a whole number >= 0 that is none of seeds={seeds}")
+        at = document.place("sweep", "seed")
+        raise InputError(f"{at}: sweep.seed={seed!r}: expected a whole number >= 0 that is none of seeds={seeds}")
     good = isinstance(factors, list) and all(isinstance(f, int | float) and 0 < f < float("inf") for f in factors)
     if not good or len(factors) < 2 or sorted(set(factors)) != factors:
-        raise InputError(f"{path}: sweep.factors={factors!r}: expected two or more rising numbers > 0")
+        raise InputError(
+            f"{document.place('sweep', 'factors')}: sweep.factors={factors!r}: expected two or more rising numbers > 0"
+        )
     if not _whole(extend):
-        raise InputError(f"{path}: sweep.extend={extend!r}: expected a whole number >= 0")
+        raise InputError(f"{document.place('sweep', 'extend')}: sweep.extend={extend!r}: expected a whole number >= 0")
     return Sweep(seed, tuple(map(float, factors)), extend)
 
 
-def _rows(path: Path, command: str, name: str, given: Any, base: Mapping[str, Any], others: Mapping[str, Any]) -> Iterator[Row]:
-    where = f"{path}: rows.{name}"
+def _rows(
+    document: Document, command: str, name: str, given: Any, base: Mapping[str, Any], others: Mapping[str, Any]
+) -> Iterator[Row]:
+    where = f"{document.place('rows', name)}: rows.{name}"
     if not isinstance(given, dict):
         raise InputError(f"{where}={given!r}: expected settings of subspan {command}, such as {{optimizer: sara_adamw}}")
     own = dict(given)

@@ -7,6 +7,7 @@
                    pairs of the table
 
 Runs that are missing or diverged are counted and shown; a diverged run takes part in no mean, and a row with one says so.
+Where the other row lacks seeds that a row has, what compares them is of those they share, and is marked ``(3 of 5)``.
 """
 
 import json
@@ -49,6 +50,9 @@ def compare(study: Study, metric: str = "val_loss") -> Table:
         "reference": study.reference,
         "pairs": len(tested),
         "precisions": sorted({precision for row in rows for precision in row["precisions"]}),
+        "commits": sorted({commit for row in rows for commit in row["commits"]}),
+        "uncommitted": sum(row["uncommitted"] for row in rows),
+        "runs": sum(row["n"] + row["diverged"] for row in rows),
         "rows": rows,
     }
 
@@ -90,12 +94,13 @@ def _row(
     shared = [seed for seed in own if seed in other]
     pair = compare_pairs([own[seed] for seed in shared], [other[seed] for seed in shared]) if shared else None
     low, high = interval(list(own.values()))
-    closes, closes_interval = None, None
+    closes, closes_interval, commits = None, None, [str(record.get("commit")) for record in runs]
     if versus is not None and versus != study.reference:
         closes, closes_interval = _reduction(own, other, reference, 1 if metric in SCORES else -1)
     return {
         "name": row.name,
         "optimizer": row.config.optimizer,
+        "as_published": row.is_as_published,
         "lr": choice.lr,
         "lr_at_edge": choice.at_edge,
         "n": len(own),
@@ -106,10 +111,12 @@ def _row(
         "low": low,
         "high": high,
         "gap": _mean_difference(own, reference),
+        "gap_pairs": len(own.keys() & reference.keys()),
         "versus": versus,
         "gap_reduction": closes,
         "gap_reduction_low": closes_interval and closes_interval[0],
         "gap_reduction_high": closes_interval and closes_interval[1],
+        "pairs": len(shared),
         "difference": pair.difference if pair else None,
         "difference_low": pair.low if pair else None,
         "difference_high": pair.high if pair else None,
@@ -118,10 +125,14 @@ def _row(
         "p_value": pair.p_value if pair else None,
         "p_wilcoxon": pair.p_wilcoxon if pair else None,
         "p_holm": None,
-        "state_bytes": next((record["state_bytes"] for record in runs if record["state_bytes"]), None),
+        "state_bytes": next((record["state_bytes"] for record in runs if record.get("state_bytes")), None),
         "saved_activation_bytes": _mean_of(runs, "saved_activation_bytes"),
         "precisions": sorted({record.get("precision", "a precision not recorded") for record in runs}),
-        "seconds": stdlib.median(record["seconds"] for record in runs if record["seconds"]) if own else None,
+        "commits": sorted(set(commits)),
+        "uncommitted": sum(commit.endswith("-dirty") for commit in commits),
+        "seconds": stdlib.median(seconds)
+        if (seconds := [record["seconds"] for record in runs if record.get("seconds")])
+        else None,
     }
 
 
@@ -156,6 +167,11 @@ _OF_FINETUNING = "saved"
 """Bytes saved for the backward pass."""
 
 
+def part(pairs: int, n: int) -> str:
+    """A mark where some of a row's ``n`` seeds have nothing that they could be compared with."""
+    return f" ({pairs} of {n})" if 0 < pairs < n else ""
+
+
 def _cells(row: Mapping[str, Any]) -> list[str]:
     def number(value: float | None, form: str = ".4f") -> str:
         return "" if value is None else format(value, form)
@@ -171,10 +187,10 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         number(row["lr"], ".3g") + ("*" if row["lr_at_edge"] else ""),
         n,
         number(row["mean"]) + ("" if row["std"] is None else f" ({row['std']:.4f})"),
-        number(row["gap"], "+.4f"),
+        number(row["gap"], "+.4f") + part(row["gap_pairs"], row["n"]),
         number(row["gap_reduction"], ".0%") + share,
         row["versus"] or "",
-        number(row["difference"], "+.4f") + reach,
+        number(row["difference"], "+.4f") + reach + part(row["pairs"], row["n"]),
         number(row["p_value"], ".2g"),
         number(row["p_holm"], ".2g"),
         number(row["state_bytes"], ",d"),
@@ -205,6 +221,10 @@ def notes(table: Table) -> list[str]:
         found.append("* the best learning rate is at an end of those tried")
     if len(table["precisions"]) > 1:
         found.append(f"! computed in {' and in '.join(table['precisions'])}: differences may be those of precision")
+    if table["uncommitted"]:
+        found.append(
+            f"! {table['uncommitted']} of {table['runs']} runs were computed by code with changes that are in no commit"
+        )
     return found
 
 

@@ -187,7 +187,11 @@ class ProjectionError:
         slack = 1e-12 if enumerated else chance(least * (1 - least), self.draws)
         off = max(abs(row["error"] - row["error_exact"]) for row in random)
         claims = [
-            Claim("sara leaves at most 1 - delta", f"{len(rows)} spectra", all(row["bounded"] for row in rows)),
+            Claim(
+                "sara leaves at most 1 - delta",
+                f"{len(bare)} spectra, with and without a floor",
+                all(row["bounded"] for row in rows),
+            ),
             Claim("random leaves 1 - r/n", f"off by {off:.2g} at most", all(row["equal"] for row in random)),
             Claim(
                 "without a floor delta falls as the spectrum does",

@@ -32,6 +32,7 @@ from subspan.training.saved import SavedBytes
 from subspan.training.schedule import lr_factor
 from subspan.training.signals import RunInterruptedError, collect_signals
 from subspan.training.snapshot import Snapshots, Standing
+from subspan.training.stamp import stamp
 from subspan.training.task import Task
 
 
@@ -140,7 +141,7 @@ class Training(ABC, Generic[R]):
             place = ranks.from_first(lambda: str(checkpoints.plain_model(self.out, kept, self.model, self.tokenizer)))
             summary = self.summarise(measured, Path(place))
             if ranks.first:
-                write_text(self.out / "summary.json", json.dumps(summary.as_json()) + "\n")
+                write_text(self.out / "summary.json", json.dumps(summary.as_json() | {"made_by": stamp()}) + "\n")
             ranks.barrier()
         return summary
 

@@ -6,7 +6,8 @@ A row of kind ``subspace`` for each subspace that the step has chosen anew:
     anchor         overlap with the basis that was current at the step ``probes.anchor``
     captured       share of this step's gradient that the new basis holds; ``captured_before``: that the old one held
     skipped        refreshes skipped so far
-    step_seconds   time of the whole optimizer step, and ``usual_seconds``, the median of steps without a refresh so far
+    step_seconds   time of the whole optimizer step, and ``usual_seconds``, the median of steps without a refresh so far; of
+                   backward-side layers neither, for the backward pass chooses their bases
 
 A row of kind ``noise`` for each projected weight every ``probes.noise_every`` steps: the batch in k parts with gradients g_i,
 
@@ -63,9 +64,8 @@ class Probes:
 
     def step(self, number: int, take: Callable[[], object]) -> None:
         """Take the optimizer's step ``number`` (the first is 1) and look at what it has chosen."""
-        began = time.monotonic()
-        take()
-        seconds = time.monotonic() - began
+        seconds = self._timed(take)
+        usual = statistics.median(self._usual[-50:]) if self._usual else None
         rows = []
         for subspace in subspaces(self.optimizer):
             chosen, old = self._before[subspace.name]
@@ -74,6 +74,8 @@ class Probes:
             new, G = subspace.basis(), subspace.gradient()
             self._before[subspace.name] = (subspace.refreshed_at, new)
             row: dict[str, Any] = {"kind": "subspace", "name": subspace.name, "step": number, "skipped": subspace.skipped}
+            if subspace.layout is not None:  # the backward pass chooses its own, at another time
+                row |= {"step_seconds": seconds, "usual_seconds": usual}
             if chosen >= 0:
                 turned = angles(old, new)
                 row |= {"overlap": overlap(old, new), "angles": [float(turned[i]) for i in (0, len(turned) // 2, -1)]}
@@ -87,10 +89,21 @@ class Probes:
         if not rows:
             self._usual.append(seconds)
         for row in rows:
-            usual = statistics.median(self._usual[-50:]) if self._usual else None
-            self._file.write(row | {"step_seconds": seconds, "usual_seconds": usual})
+            self._file.write(row)
         if number == self.config.anchor:
             self._drop_anchor()
+
+    def _timed(self, take: Callable[[], object]) -> float:
+        """Seconds on the device: it must have done what was asked before, and then what is asked now."""
+        self._wait()
+        began = time.monotonic()
+        take()
+        self._wait()
+        return time.monotonic() - began
+
+    def _wait(self) -> None:
+        if any(p.is_cuda for group in self.optimizer.param_groups for p in group["params"]):
+            torch.cuda.synchronize()
 
     def noise(self, number: int, batch: Batch, loss_of: Callable[[Batch], Tensor], model: nn.Module) -> None:
         """Before step ``number``, if it is its turn: how noisy the gradient of ``batch`` is. It leaves generators alone."""

@@ -15,7 +15,7 @@ from subspan.drawing import COLOURS, style
 from subspan.study.report.gather import KINDS, Curve, MemoryPart, RunPart
 
 _INK = "#010203"  # replaced by the page's own colour
-_STYLE = style(_INK) | {"axes.prop_cycle": cycler(color=COLOURS)}
+_STYLE = style(_INK) | {"axes.prop_cycle": cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS)}  # the colours first
 
 
 def _draw(draw: Callable[[Figure], None], title: str, size: tuple[float, float] = (7.2, 4.0)) -> str:

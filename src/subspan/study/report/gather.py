@@ -1,14 +1,15 @@
 """What a report shows, found by what its sources are: study files, directories of runs, results of ``subspan bench memory``."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from subspan.study.inspect import inspect
+from subspan.study.inspect import NothingToSeeError, inspect
 from subspan.study.plan import choose_lr
 from subspan.study.records import read_records
 from subspan.study.spec import load_study
@@ -40,6 +41,7 @@ class RunPart:
     validation: Curve
     found: dict[str, Any] | None
     command: str
+    made_by: str
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class MemoryPart:
 
     rows: list[dict[str, Any]]
     command: str
+    made_by: str
 
 
 @dataclass
@@ -102,8 +105,7 @@ def _study(path: Path) -> StudyPart:
             if record:
                 if record["status"] == "finished":  # as in the table: a run that diverged takes part in no mean
                     curves.setdefault(row.name, []).append([(step, loss) for step, loss in record.get("curve", [])])
-                versions.add(f"subspan {record.get('subspan')} ({record.get('commit')}), torch {record.get('torch')}, "
-                             f"Python {record.get('python')}, {record.get('machine')}")  # fmt: skip
+                versions.add(_versions(record))
     shown = f"{path.parent.name}/{path.name}"
     return StudyPart(compare(study), curves, f"subspan study run {shown}; subspan study table {shown}", sorted(versions))
 
@@ -115,12 +117,10 @@ def _run(path: Path) -> RunPart:
         raise InputError(f"{path / 'config.yaml'}: cannot be read: {error}") from error
     rows = read_metrics(path)
     looked = (path / "probes.jsonl").exists() or len(list_checkpoints(path / "checkpoints")) > 1
-    try:
-        found = inspect(path) if looked else None
-    except InputError as error:
-        if "keeps no basis" not in str(error):
-            raise
-        found = None
+    found = None
+    if looked:
+        with contextlib.suppress(NothingToSeeError):
+            found = inspect(path)
     return RunPart(
         path.name if path.name != "run" else f"{path.parent.parent.name}, {path.parent.name}",
         config,
@@ -128,7 +128,25 @@ def _run(path: Path) -> RunPart:
         [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row],
         found,
         f"subspan {'finetune' if 'task' in config else 'pretrain'} --config {path}/config.yaml",
+        _made_by(path / "summary.json"),
     )
+
+
+def _made_by(summary: Path) -> str:
+    """Versions, once the run has finished."""
+    try:
+        return _versions(json.loads(summary.read_text())["made_by"])
+    except FileNotFoundError:
+        return "not finished"
+    except (KeyError, TypeError, ValueError):  # of an older version, or damaged
+        return ""
+
+
+def _versions(made: Mapping[str, Any]) -> str:
+    """``subspan 0.1.0 (3f2a...), torch 2.13.0, ...``, as far as it is known."""
+    forms = {"subspan": "subspan {}", "commit": "({})", "torch": "torch {}", "python": "Python {}", "machine": "{}"}
+    words = ", ".join(form.format(made[key]) for key, form in forms.items() if made.get(key))
+    return words.replace(", (", " (")
 
 
 def _memory(path: Path) -> MemoryPart:
@@ -139,7 +157,7 @@ def _memory(path: Path) -> MemoryPart:
         raise InputError(
             f"{path}: holds no results of subspan bench memory --json ({type(error).__name__}: {error})"
         ) from error
-    return MemoryPart(rows, str(found.get("command", "subspan bench memory --json")))
+    return MemoryPart(rows, str(found.get("command", "the command is not recorded")), _versions(found.get("made_by", found)))
 
 
 KINDS = ("weight_bytes", "carrier_bytes", "gradient_bytes", "state_bytes", "basis_bytes", "saved_activation_bytes")

@@ -10,7 +10,7 @@ import subspan
 from subspan.study import papers
 from subspan.study.report import figures
 from subspan.study.report.gather import MemoryPart, Parts, RunPart, StudyPart
-from subspan.study.table import notes
+from subspan.study.table import notes, part
 
 
 def render(parts: Parts, title: str = "subspan report") -> str:
@@ -19,7 +19,7 @@ def render(parts: Parts, title: str = "subspan report") -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["number"] = _number
+    environment.filters |= {"number": _number, "of": part}
     return environment.get_template("page.html").render(
         title=title,
         version=subspan.__version__,
@@ -38,7 +38,7 @@ def _number(value: float | None, form: str = ".4f") -> str:
 
 def _study(study: StudyPart) -> Mapping[str, Any]:
     table, name = study.table, study.table["study"]
-    rows = [row | {"reported": papers.REPORTED.get(row["optimizer"], (None,) * len(papers.SIZES))} for row in table["rows"]]
+    rows = [row | {"reported": papers.reported(row["optimizer"], row["as_published"])} for row in table["rows"]]
     compared = any(row["difference"] is not None for row in rows)
     return {
         "table": table | {"rows": rows},
@@ -59,6 +59,7 @@ def _run(run: RunPart) -> Mapping[str, Any]:
         "optimizer": run.config.get("optimizer"),
         "seed": run.config.get("seed"),
         "command": run.command,
+        "made_by": run.made_by,
         "validation": run.validation[-1][1] if run.validation else None,
         "types": found["types"] if found else {},
         "overlaps": figures.overlap_map(found["layers"], f"{run.path}: overlap") if found and overlaps else None,
@@ -68,4 +69,9 @@ def _run(run: RunPart) -> Mapping[str, Any]:
 
 
 def _memory(memory: MemoryPart) -> Mapping[str, Any]:
-    return {"rows": memory.rows, "command": memory.command, "bars": figures.memory_bars(memory, "memory of a step")}
+    return {
+        "rows": memory.rows,
+        "command": memory.command,
+        "made_by": memory.made_by,
+        "bars": figures.memory_bars(memory, "memory of a step"),
+    }
