@@ -317,3 +317,15 @@ def test_overrides_are_settings():
         param_groups(net(), rank=4, overrides={"up": 5})
     with pytest.raises(ValueError, match="'lrr' is no setting; did you mean"):
         subspan.create("adamw", net(), overrides={"up": {"lrr": 5}})
+
+
+def test_an_override_gives_a_filter_of_one_dimension_a_rank():
+    """It is flattened to (out, in * width), not taken for a stack of matrices."""
+    model = nn.Sequential(nn.Conv1d(64, 48, 3), nn.Linear(64, 64))
+    optimizer = subspan.create("galore_adamw", model, rank=8, overrides={r"^0\.": {"rank": 8}})
+    assert optimizer.state[model[0].weight]["basis"].shape == (48, 8)
+
+
+def test_an_override_behind_another_is_named():
+    with pytest.raises(ValueError, match=r"'0.weight' comes after '0', which '0.weight' matches first; put it before"):
+        param_groups(nn.Sequential(nn.Linear(8, 8)), rank=4, overrides={"0": {"rank": 2}, "0.weight": {"rank": 3}})

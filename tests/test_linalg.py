@@ -250,3 +250,13 @@ def test_large_spectra_are_in_fp32_and_as_good_as_that():
         assert (sigma - exact).abs().max() < tolerance * exact[0]
         lost = Vh[:16].T - V[:, :16].double() @ (V[:, :16].double().T @ Vh[:16].T)
         assert lost.norm(dim=0).max() < 100 * tolerance**2 + 1e-4 * (dtype == torch.float32)
+
+
+def test_a_gram_matrix_has_no_more_singular_vectors_than_its_gradient():
+    """What lies beyond is the null space of G, and a selector that draws evenly would draw from it."""
+    G = torch.randn(5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    S = linalg.Gram(linalg.gram(G), G[:1], 5)
+    (sigma, V), (expected, U) = linalg.right_singular(S), linalg.right_singular(G)
+    assert V.shape == (12, 5)
+    torch.testing.assert_close(sigma, expected)
+    torch.testing.assert_close(V @ V.mT, U @ U.mT)

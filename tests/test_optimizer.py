@@ -360,3 +360,52 @@ def test_groups_may_hold_generators():
     model = net()
     optimizer = SubspaceAdamW([{"params": (p for p in model.parameters()), "rank": 4}])
     assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
+
+
+def test_names_are_not_chosen_among_groups():
+    p = nn.Parameter(torch.randn(16, 16))
+    for params in ([{"params": [p], "rank": 4}], [p]):
+        for settings in ({"targets": ["nonsense"]}, {"exclude": ("head",)}):
+            with pytest.raises(ValueError, match=r"targets=.*exclude=.*are taken as they come; leave both out"):
+                subspan.SubspaceAdamW(params, rank=4, **settings)
+
+
+def test_a_parameter_that_was_swapped_in_is_named():
+    model = nn.Linear(16, 16)
+    optimizer = subspan.create("sara_adamw", nn.Sequential(model), rank=4)
+    flat = nn.Parameter(torch.zeros(272))
+    flat.grad = torch.ones(272)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(ValueError, match=r"'0.weight' \(272,\) has been put into its group since, and has no state"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["online_pca_adamw", "ldadam_adamw"])
+def test_no_pull_to_a_basis_that_moves_at_every_step(name):
+    with pytest.raises(ValueError, match=r"eta=0.5: pulls towards .* moves the basis at every step; use eta=None"):
+        subspan.create(name, nn.Sequential(nn.Linear(16, 16)), rank=4, eta=0.5)
+
+
+def test_momentum_that_comes_later_is_refused_at_a_refresh_too():
+    for name, rule, later in (
+        ("galore_sgd", {"momentum": 0.0}, {"momentum": 0.9}),
+        ("sara_adafactor", {"beta1": 0.0}, {"beta1": 0.9}),
+    ):
+        for transfer in ("keep", "rotate", "reset"):
+            model = nn.Sequential(nn.Linear(16, 16))
+            optimizer = subspan.create(name, model, rank=4, rule=rule, transfer=transfer)
+            optimizer.param_groups[0].update(later)
+            model(torch.randn(3, 16)).sum().backward()
+            with pytest.raises(ValueError, match=r"(none|no momentum) is kept; build it anew"):
+                optimizer.step()
+
+
+def test_the_side_that_spread_rows_cannot_have_is_refused_by_any_name():
+    """The longer side of a tall matrix is its rows, which are on several ranks."""
+    model = nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 16))
+    optimizer = subspan.create("galore_adamw", model, rank=4, proj_type="reverse_std")
+    (group,) = (group for group in optimizer.param_groups if group["rank"])
+    tall, wide = group["params"]
+    with pytest.raises(ValueError, match=r"proj_type='reverse_std', which is the rows of a matrix \(64, 16\)"):
+        optimizer.check_spreadable(tall, group)
+    optimizer.check_spreadable(wide, group)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import EVERY_SELECTOR, RANK, SHAPES, NoSync, assert_same, gradients, matrix_of, part_of
 
+import subspan
 from subspan.parts import Key, Momentum
 from subspan.selectors import (
     Coordinates,
@@ -376,6 +377,18 @@ def test_switch_switches_at_a_step_or_a_share(at, total_steps, step):
         expected = Dominant() if now < step else Random()
         key = Key(0, "w", now)
         assert torch.equal(basis(switch, G, key), basis(expected, G, key))
+
+
+def test_a_share_that_is_no_whole_number_in_floats():
+    """0.55 * 100 is 55.00000000000001, and a refresh at step 55 is at the switch."""
+    assert Switch(Dominant(), Random(), at=0.55, total_steps=100)._step() == 55
+
+
+def test_a_switch_within_another_selector_is_told_the_length_of_the_run():
+    chosen = Lazy(Switch(Dominant(), Random()))
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    optimizer = subspan.create("galore_adamw", model, rank=4, selector=chosen, total_steps=100)
+    assert optimizer.selector.selector.total_steps == 100
 
 
 def test_a_share_needs_the_length_of_the_run():

@@ -167,3 +167,11 @@ def test_ddp_is_refused() -> None:
     finally:
         del wrapped
         dist.destroy_process_group()
+
+
+def test_the_lagged_norm_has_its_place_before_the_first_step() -> None:
+    """``torch.distributed.checkpoint`` loads into the keys that a fresh optimizer has."""
+    model = nn.Sequential(nn.Linear(16, 16))
+    optimizer = subspan.create("sara_adamw", model, rank=4)
+    optimizer.enable_step_in_backward(model, clip="lagged_global")
+    assert optimizer.state_dict()["param_groups"][0]["lagged_norm"] == 0.0

@@ -148,7 +148,7 @@ class CarriedSteps:
         group, rule = work.group, work.rule
         own = distributed.local_state(self.state[work.p])
         moments = self._unpacked(own, rule, group, work.grad)
-        U, factor = self._inside(rule, proximal.pull(work.grad, own, group), moments, distributed.rows_of(work.p))
+        U, factor = self._inside(rule, proximal.pull(work.grad, own, group), moments, distributed.rows_of(work.p, 2))
         proximal.move_(U, factor, own, group)
         if moments is not own:
             quantization.store_(own, moments, rule.moments)

@@ -25,13 +25,16 @@ from subspan.optimizer import SubspaceOptimizer
 class LowRankAllReduce:
     """What the hook knows, and what it has sent.
 
+    Args:
+        group: the ranks that the model averages over; ``None`` is all.
+
     Attributes:
         bytes: sent by this rank since ``reset``, those of gradients before any algorithm of the all-reduce.
         dense_bytes: what the gradients would have been.
     """
 
-    def __init__(self, optimizer: SubspaceOptimizer) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizer: SubspaceOptimizer, group: Any = None) -> None:
+        self.optimizer, self.group = optimizer, group
         self.reset()
 
     def reset(self) -> None:
@@ -67,7 +70,7 @@ def register(model: Any, optimizer: SubspaceOptimizer) -> LowRankAllReduce:
             f"selector={optimizer.selector!r}: its columns are not orthonormal, so R cannot be had from R Qᵀ; use "
             "selectors.Random() or another that is, or no hook"
         )
-    state = LowRankAllReduce(optimizer)
+    state = LowRankAllReduce(optimizer, getattr(model, "process_group", None))
     model.register_comm_hook(state, lambda state, bucket: hook(state, bucket))  # whose annotations torch would check
     return state
 
@@ -97,4 +100,4 @@ def hook(state: LowRankAllReduce, bucket: Any) -> Any:
                 grad.copy_(place.layout.leave(G, grad.shape))
         return whole
 
-    return distributed.mean_later(sent, lift)
+    return distributed.mean_later(sent, state.group, lift)

@@ -89,9 +89,9 @@ class _SpreadRows(Rows):
         return self._rows
 
 
-def mean_later(A: Tensor, then: Callable[[Tensor], Tensor]) -> Any:
-    """A future of ``then`` of the mean of ``A`` over all ranks. ``A`` is overwritten."""
-    work = dist.all_reduce(A.div_(dist.get_world_size()), async_op=True)
+def mean_later(A: Tensor, group: Any, then: Callable[[Tensor], Tensor]) -> Any:
+    """A future of ``then`` of the mean of ``A`` over the ranks of ``group``. ``A`` is overwritten."""
+    work = dist.all_reduce(A.div_(dist.get_world_size(group)), group=group, async_op=True)
     return work.get_future().then(lambda _: then(A))
 
 
@@ -124,9 +124,9 @@ def ranks_of(p: Any) -> Ranks:
     return Ranks([], [])
 
 
-def rows_of(p: Any) -> Rows:
-    """The rows of the matrix or vector ``p``. Matrices of a stack are whole wherever they are."""
-    return _SpreadRows(ranks_of(p), p.shape[0]) if is_spread(p) and 0 < p.ndim != 3 else ALL_HERE
+def rows_of(p: Any, dimensions: int) -> Rows:
+    """The rows of ``p``, seen as a vector (1), a matrix (2) or a stack of them (3), which are whole wherever they are."""
+    return _SpreadRows(ranks_of(p), p.shape[0]) if is_spread(p) and dimensions in (1, 2) else ALL_HERE
 
 
 def local(A: Any) -> Any:

@@ -114,10 +114,10 @@ def create(
         adamw = torch.optim.AdamW(groups, lr=lr, betas=chosen_rule.betas, eps=chosen_rule.eps, weight_decay=weight_decay)
         return _with_known_overrides(adamw, overrides)
     chosen = _with(recipe.selector or Dominant(), selector, SELECTORS, "selector")
-    if isinstance(chosen, Switch) and chosen.total_steps is None:
-        chosen = replace(chosen, total_steps=total_steps)
-    if isinstance(chosen, Switch) and not chosen.switches_within(update_proj_gap):
-        logger.warning("%s never switches: no refresh falls after %s of %s steps", name, chosen.at, chosen.total_steps)
+    chosen = _timed(chosen, total_steps)
+    switch = _switch_in(chosen)
+    if switch is not None and not switch.switches_within(update_proj_gap):
+        logger.warning("%s never switches: no refresh falls after %s of %s steps", name, switch.at, switch.total_steps)
     optimizer = SubspaceOptimizer(
         groups,
         lr,
@@ -160,6 +160,28 @@ def _check_carriers(groups: list[dict[str, Any]], rank: int, proj_type: str) -> 
                 f"proj_type={proj_type!r}: would compress the rows of {layer.weight_name} {tuple(layer.weight.shape)}, and a "
                 "backward-side layer compresses columns ('right'); leave proj_type out, or leave project_backward out"
             )
+
+
+def _timed(selector: Selector, total_steps: int | None) -> Selector:
+    """``selector`` with the length of the run where a switch in it wants to know."""
+    if isinstance(selector, Switch):
+        return selector if selector.total_steps is not None else replace(selector, total_steps=total_steps)
+    inner = {name: _timed(part, total_steps) for name, part in _inner(selector).items()}
+    return replace(selector, **inner) if inner else selector  # type: ignore[type-var]  # every part is a dataclass
+
+
+def _switch_in(selector: Selector) -> Switch | None:
+    """There is one at most: a switch holds no other."""
+    if isinstance(selector, Switch):
+        return selector
+    inner = (_switch_in(part) for part in _inner(selector).values())
+    return next((switch for switch in inner if switch is not None), None)
+
+
+def _inner(selector: Selector) -> dict[str, Selector]:
+    """The selectors that a selector is made of."""
+    parts: dict[str, Any] = vars(selector)
+    return {name: part for name, part in parts.items() if hasattr(part, "refresh_")}
 
 
 def _with_known_overrides(

@@ -88,10 +88,11 @@ def param_groups(
     groups: dict[tuple[int, int, bool, bool, str], dict[str, Any]] = {}
     for name, p in named:
         kind = 0 if name in projected or name in carriers else 1 if p.ndim > 1 else 2
-        # Three dimensions look like a stack of matrices; of a convolution they are none.
         own_rank = carriers.get(name, rank) if kind == 0 else None
-        flatten = kind == 0 and p.ndim == 3 and id(p) in filters
         pattern, settings = next(((row.pattern, s) for row, s in rows if row.search(name)), ("", {}))
+        # Three dimensions look like a stack of matrices; of a convolution they are none.
+        has_rank = kind == 0 or settings.get("rank") is not None
+        flatten = has_rank and p.ndim == 3 and id(p) in filters
         used.add(pattern)
         layer = layer_of(p)
         decay = kind < 2 if decayed is None else name in decayed or (layer is not None and layer.weight_name in decayed)
@@ -110,6 +111,11 @@ def param_groups(
         groups[place]["params"].append((name, p))
     for row, _ in rows:
         if row.pattern not in used:
+            if hidden := next((name for name, _ in named if row.search(name)), None):
+                first = next(other.pattern for other, _ in rows if other.search(hidden))
+                raise ValueError(
+                    f"overrides: {row.pattern!r} comes after {first!r}, which {hidden!r} matches first; put it before"
+                )
             raise ValueError(f"overrides: {row.pattern!r} matches no parameter; {_names_like(row.pattern, named)}")
     return [groups[key] for key in sorted(groups)]
 

@@ -78,6 +78,8 @@ class StepInBackward:
         self._low_rank: dict[Tensor, Tensor] = {}
         self._squares: list[tuple[Tensor, Tensor]] = []
         self._places = {place.p: place for place in optimizer._places() if place.p.requires_grad}
+        if clip == "lagged_global":  # from the start, for a checkpoint is loaded into the keys that are there
+            optimizer.param_groups[0].setdefault("lagged_norm", 0.0)
         self._handles = [p.register_post_accumulate_grad_hook(self._receive) for p in self._places]
 
     def remove(self) -> None:
@@ -108,21 +110,21 @@ class StepInBackward:
     def _step(self, place: Place) -> None:
         p = place.p
         R = self._low_rank.pop(p, None)
-        G = self._clipped(p, R if R is not None else distributed.local_gradient(p, place.name))
+        G = self._clipped(place, R if R is not None else distributed.local_gradient(p, place.name))
         p.grad = None
         work = self.optimizer._work(place, G)
         self.optimizer._take([work if R is None else work._replace(low_rank=True)])
         p.grad = _Taken(p)
 
-    def _clipped(self, p: Tensor, G: Tensor) -> Tensor:
+    def _clipped(self, place: Place, G: Tensor) -> Tensor:
         if self.clip == "none":
             return G
         square = torch.linalg.vector_norm(G, dtype=torch.promote_types(G.dtype, torch.float32)).square()
         if self.clip == "per_param":
-            norm = (distributed.rows_of(p).total(square) if p.ndim != 3 else square).sqrt()
+            norm = distributed.rows_of(place.p, len(place.layout.shape)).total(square).sqrt()
             return G * (self.max_norm / (norm + 1e-6)).clamp_max(1).to(G.dtype)
-        self._squares.append((p, square))
-        last = self.optimizer.param_groups[0].get("lagged_norm", 0.0)
+        self._squares.append((place.p, square))
+        last = self.optimizer.param_groups[0]["lagged_norm"]
         return G * min(1.0, self.max_norm / (last + 1e-6)) if math.isfinite(last) else G
 
     def finish(self) -> None:

@@ -39,6 +39,8 @@ class Gram:
     """``GᵀG``, in ``spectral_dtype``."""
     row: Tensor
     """``(1, n)``: any row of the kind of ``G``."""
+    rows: int
+    """``m``, on all ranks: beyond ``min(m, n)`` what an eigendecomposition finds is no singular vector of ``G``."""
 
     @property
     def shape(self) -> torch.Size:
@@ -130,7 +132,8 @@ def right_singular(G: Tensor | Gram, method: str = "gram", dtype: torch.dtype | 
             continue
         # Some drivers return NaN where others raise.
         if sigma.isfinite().all() and V.isfinite().all():
-            return sigma, V
+            k = min(G.rows, V.shape[-1]) if isinstance(G, Gram) else V.shape[-1]
+            return sigma[..., :k], V[..., :k]
     raise LinAlgError(f"no finite singular vectors of a matrix of shape {tuple(G.shape)}")
 
 

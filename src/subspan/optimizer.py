@@ -167,6 +167,11 @@ class SubspaceOptimizer(ProjectedSteps, CarriedSteps, Restorable):
             quantization.check_available()
             if not rule.moments:
                 raise ValueError(f"state_dtype='int8': {rule} keeps no moments; use 'float32', or a rule with momentum")
+        if settings["eta"] is not None and self.selector.tracks:
+            raise ValueError(
+                f"eta={settings['eta']!r}: pulls towards where the weight was when its basis was chosen, and {self.selector!r} "
+                "moves the basis at every step; use eta=None, or a selector that is refreshed, such as selectors.Random()"
+            )
         own_rank = param_group.get("rank")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -235,13 +240,14 @@ class SubspaceOptimizer(ProjectedSteps, CarriedSteps, Restorable):
         if self._in_backward is not None:
             self._in_backward.finish()
         # Those that have stepped in the backward pass have no gradient any more.
-        self._take(
-            [
-                self._work(place, distributed.local_gradient(place.p, place.name))
-                for place in self._places()
-                if place.p.grad is not None
-            ]
-        )
+        places = [place for place in self._places() if place.p.grad is not None]
+        for place in places:
+            if place.p not in self.state:
+                raise ValueError(
+                    f"params: {place.name!r} {tuple(place.p.shape)} has been put into its group since, and has no state. If "
+                    f"it is another tensor of the same model, load a state_dict of this optimizer. {FLATTENED}"
+                )
+        self._take([self._work(place, distributed.local_gradient(place.p, place.name)) for place in places])
         for group in self.param_groups:
             group["clock"] += 1
         self._plan()
@@ -353,10 +359,15 @@ def _as_groups(params: Params, rank: int | None, targets: str | list[str], exclu
             f"params: got a {type(params).__name__}; expected a module, its named_parameters(), groups, or tensors"
         )
     given: list[Any] = list(params)
+    if given and isinstance(given[0], tuple):
+        return param_groups(given, rank=rank, targets=targets, exclude=exclude)
+    if targets != "all-linear" or exclude != EXCLUDED:
+        raise ValueError(
+            f"targets={targets!r}, exclude={exclude!r}: choose by name, and groups and bare tensors are taken as they come; "
+            "leave both out, or pass the model, its named_parameters(), or what subspan.param_groups makes of them"
+        )
     if not given or isinstance(given[0], dict):
         return given
-    if isinstance(given[0], tuple):
-        return param_groups(given, rank=rank, targets=targets, exclude=exclude)
     if rank is not None and sum(p.ndim > 1 for p in given) > 1:
         logger.warning(
             "parameters without names: every matrix is projected, embeddings and heads too; pass model.named_parameters()"

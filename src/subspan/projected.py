@@ -20,7 +20,7 @@ from subspan.parts import Key, Residual, Rule, Selector, Transfer
 from subspan.rounding import add_rounded_
 from subspan.rows import Rows
 from subspan.schedule import offset_of, refresh_due
-from subspan.shapes import PROJ_TYPES, Layout
+from subspan.shapes import PROJ_TYPES, Layout, layout_of
 from subspan.state import State
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class ProjectedSteps:
         held = self.state[work.p]
         state = distributed.local_state(held)
         moments = self._unpacked(state, rule, group, p)
-        rows = distributed.rows_of(work.p)
+        rows = distributed.rows_of(work.p, len(layout.shape))
         G = work.grad if work.low_rank else layout.enter(work.grad)
         if layout.side is None:
             D, factor = self._inside(rule, G, moments, rows)
@@ -180,8 +180,11 @@ class ProjectedSteps:
         why = None
         if p.ndim == 3 and not group["flatten"]:
             why = f"params: a stack of matrices {tuple(p.shape)}"
-        elif PROJ_TYPES[group["proj_type"]] == "left":
-            why = f"proj_type={group['proj_type']!r}"
+        elif (
+            PROJ_TYPES[group["proj_type"]] != "short"
+            and layout_of(p.shape, group["rank"], group["proj_type"], group["flatten"]).side == "left"
+        ):  # of std: the columns
+            why = f"proj_type={group['proj_type']!r}, which is the rows of a matrix {tuple(p.shape)}"
         elif self.selector.tracks or (self.selector.needs_gradient and not self.selector.takes_gram):
             why = f"selector={self.selector!r}"
         elif not self.residual.takes_rows:
@@ -226,7 +229,7 @@ class ProjectedSteps:
             G = work.layout.enter(work.grad)
             S = ranks.add_rows_(linalg.gram(G))
             if owner == ranks.index:
-                mine = Gram(S, G.new_zeros(1, G.shape[-1]))
+                mine = Gram(S, G.new_zeros(1, G.shape[-1]), work.p.shape[0])
         change = None
         if mine is not None:
             own = chunk[owners.index(ranks.index)]

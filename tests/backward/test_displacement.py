@@ -1,6 +1,7 @@
 """``merge="refresh"``: what is kept in the carriers is lost by nothing that happens to the model or its optimizer."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -124,3 +125,72 @@ def test_copies(llama: Any) -> None:
     losses = [train(*pair, batches(3, seed=5)) for pair in ((model, optimizer), (other, its_optimizer))]
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-10, atol=0)
     assert losses[0][0] != losses[0][2]
+
+
+def test_a_copy_changes_nothing_and_loses_nothing() -> None:
+    """An average of the weights copies the model at every step: bf16 steps that are kept must not be rounded away by that."""
+    ends = []
+    for copies in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 32)).to(torch.bfloat16)
+        subspan.project_backward(model, rank=4, share="none", merge="refresh")
+        optimizer = subspan.create("golore_adamw", model, lr=1e-4, update_proj_gap=100)
+        x = torch.randn(8, 32, dtype=torch.bfloat16)
+        for _ in range(30):
+            y = model(x)
+            if copies:
+                other = copy.deepcopy(model)
+                assert torch.equal(model.state_dict()["0.weight"], other.state_dict()["0.weight"])
+            y.float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(model.state_dict()["0.weight"])
+        with torch.no_grad():
+            assert torch.equal(copy.deepcopy(model)(x), model(x))
+            assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+    assert torch.equal(*ends)
+
+
+def test_an_expert_without_a_token() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    subspan.project_backward(model, rank=4, share="none", merge="refresh")
+    optimizer = subspan.create("golore_adamw", model)
+    for tokens in (3, 0, 3):
+        model(torch.randn(tokens, 16)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model[0].carrier.isfinite().all()
+
+
+def test_weights_that_get_their_memory_later() -> None:
+    """``to_empty`` leaves anything in the carriers."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(16, 16))
+    subspan.project_backward(model, rank=4, share="none", merge="refresh")
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        model[0].carrier.fill_(float("nan"))
+        model[0].reset_parameters()
+    optimizer = subspan.create("golore_adamw", model)
+    model(torch.randn(3, 16)).sum().backward()
+    optimizer.step()
+    assert model.state_dict()["0.weight"].isfinite().all()
+
+
+def test_the_input_may_be_named() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.a(input=x)
+            return y
+
+    model = Named()
+    subspan.project_backward(model, rank=4)
+    optimizer = subspan.create("golore_adamw", model)
+    model(torch.randn(3, 16)).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert model(torch.randn(3, 16)).isfinite().all()

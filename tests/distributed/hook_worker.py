@@ -11,9 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 import subspan
 
 
-def train(model, recipe, settings):
+def train(model, recipe, settings, group=None):
     optimizer = subspan.create(recipe, model, **{"lr": 1e-2, "rank": RANK, "update_proj_gap": 7, **settings})
-    wrapped = DistributedDataParallel(model)
+    wrapped = DistributedDataParallel(model, process_group=group)
     sending = subspan.comm.register(wrapped, optimizer)
     sent = []
     for x, y in batches():
@@ -25,6 +25,14 @@ def train(model, recipe, settings):
         refreshed = before != [state.get("refresh_step") for state in optimizer.state.values()]
         sent.append((refreshed, sending.bytes, sending.dense_bytes))
     return sent
+
+
+def alone(path):
+    with joined():
+        groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+        model = build()
+        train(model, "sara_adamw", {}, groups[dist.get_rank()])
+        torch.save(dict(model.state_dict()), f"{path}.{dist.get_rank()}.pt")
 
 
 def main(recipe, settings, path):

@@ -26,11 +26,15 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "adam_mini": ("sara_adam_mini", {"transfer": "moments"}),
     "8bit": ("sara_adamw_8bit", {"rank": 8}),
     "grass": ("grass_adamw", {}),
+    # Of the wide weights the Gram matrix has more eigenvectors than the gradient has singular vectors.
+    "floor": ("sara_adamw", {"selector": {"floor": 0.5}}),
+    "cyclic": ("sara_adamw", {"selector": {"name": "cyclic"}}),
+    "stratified": ("sara_adamw", {"selector": {"name": "stratified"}}),
     "lazy": ("galore_lazy_adamw", {}),
     "proximal": ("galore_sgd", {"eta": 10.0}),
     "full": ("adafactor", {}),
 }
-NO_COLLECTIVE = {"sara", "galore", "golore", "hybrid", "adam_mini", "8bit", "grass", "proximal"}
+NO_COLLECTIVE = METHODS.keys() - {"fira", "adafactor", "lazy", "full"}
 
 
 def one_process(recipe: str, settings: dict[str, Any], backward: dict[str, Any] | None = None) -> Any:

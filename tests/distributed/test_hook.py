@@ -42,6 +42,22 @@ def test_equals_one_process(tmp_path: Path, recipe: str, settings: dict[str, Any
     assert runs[0]["sent"][0] == (True, dense, dense)
 
 
+@pytest.mark.distributed
+def test_a_group_of_its_own(tmp_path: Path) -> None:
+    """Two ranks, each a replica that averages with nobody: each trains on its own part, as a process alone would."""
+    launch(hook_worker.alone, 2, str(tmp_path / "run"))
+    for rank in (0, 1):
+        model = build()
+        optimizer = subspan.create("sara_adamw", model, lr=1e-2, rank=RANK, update_proj_gap=7)
+        for x, y in batches():
+            loss_of(model, *(part.chunk(2)[rank] for part in (x, y))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        theirs = torch.load(f"{tmp_path}/run.{rank}.pt")
+        for key, value in model.state_dict().items():
+            torch.testing.assert_close(theirs[key], value, rtol=1e-8, atol=1e-9)
+
+
 def test_errors() -> None:
     model = build()
     optimizer = subspan.create("sara_adamw", model, rank=RANK)

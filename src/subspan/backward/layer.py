@@ -43,11 +43,11 @@ class BackwardLinear(nn.Linear):
         self.__class__ = nn.Linear  # type: ignore[assignment]
         self.weight.requires_grad_(True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # named as nn.Linear names it, for who passes it by name
         if torch.is_grad_enabled() and self.carrier.requires_grad:
-            return self._train(x)
-        y = super().forward(x)
-        return y + self.projection.moved(x, self).to(y.dtype) if self.projection.displaced else y
+            return self._train(input)
+        y = super().forward(input)
+        return y + self.projection.moved(input, self).to(y.dtype) if self.projection.displaced else y
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # the basis may change on the way, and what is saved depends on it
     def _train(self, x: Tensor) -> Tensor:
@@ -90,10 +90,6 @@ class BackwardLinear(nn.Linear):
             self.carrier.data = self.carrier.data.float()
         mark(self.carrier, self)  # of a DTensor another parameter is made
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.projection.fold()  # a copy has no basis to read a displacement in
-        return self.__dict__.copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

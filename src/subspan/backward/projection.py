@@ -55,6 +55,8 @@ class Projection:
     def bind(self, selector: Selector, state: State, driver: Driver) -> None:
         """Make ``driver`` the optimizer that this basis belongs to."""
         self.fold()  # a displacement is in the old one
+        for layer in self.layers:  # on a device of its own since (``to_empty``) a carrier holds anything
+            layer.carrier.detach().zero_()
         self.selector, self.state, self._driver = selector, state, weakref.ref(driver)
 
     def expect(self, plan: Plan) -> None:
@@ -75,8 +77,12 @@ class Projection:
         return driver
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy belongs to no optimizer: what is the optimizer's stays with it.
-        return self.__dict__ | {"selector": None, "state": {}, "_driver": None, "_pass": None, "_rounding": {}}
+        # A copy belongs to no optimizer: what is the optimizer's stays with it, but for the basis of a displacement.
+        selector, state = None, {}
+        if self.displaced and self.selector is not None:
+            selector, weight = self.selector, self.layers[0].weight
+            state = {key: self.state[key] for key in selector.init(weight, self.rank)}
+        return self.__dict__ | {"selector": selector, "state": state, "_driver": None, "_pass": None, "_rounding": {}}
 
     # --- the forward pass ---------------------------------------------------------------------------------------------
 
@@ -136,7 +142,7 @@ class Projection:
         """``A Qᵀ (..., in)``, in at least fp32."""
         assert self.selector is not None
         rows = A.reshape(-1, A.shape[-1]).to(torch.promote_types(A.dtype, torch.float32))
-        return self.selector.project_back(rows, self.state).reshape(*A.shape[:-1], -1)
+        return self.selector.project_back(rows, self.state).reshape(*A.shape[:-1], self.layers[0].in_features)
 
     def apply_(self, layer: "BackwardLinear", step: Tensor, keep: float | Tensor, generator: torch.Generator | None) -> None:
         """``W <- keep * W - step Qᵀ``, at once or, with ``merge="refresh"``, in the carrier until the basis changes."""

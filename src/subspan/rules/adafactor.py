@@ -79,7 +79,7 @@ class Adafactor(Rule):
             for name in _HELD & state.keys():  # the state holds other parts' tensors too
                 state[name].zero_()
             return
-        if self.beta1:
+        if self.beta1 and "exp_avg" in state:  # else ``update_`` will speak of it
             state["exp_avg"].copy_(state["exp_avg"] @ change)
         if how == "moments":  # the rows' means do not depend on the basis; the columns' move as squares do
             col = state["exp_avg_sq_col"]

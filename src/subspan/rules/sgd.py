@@ -49,13 +49,13 @@ class _MomentumSGD(Rule, ABC):
     def transfer_(self, state: State, change: Tensor, how: Transfer) -> None:
         if how == "reset":
             state["step"].zero_()
-            if self.decay:
+            if "exp_avg" in state:
                 state["exp_avg"].zero_()
-        elif self.decay:  # there is one moment, so "moments" is "rotate"
+        elif self.decay and "exp_avg" in state:  # there is one moment, so "moments" is "rotate"
             state["exp_avg"].copy_(state["exp_avg"] @ change)
 
     def first_moment(self, state: State) -> Momentum | None:
-        if not self.decay:
+        if not self.decay or "exp_avg" not in state:  # of which ``update_`` will speak
             return None
         # What all past gradients weigh in M: gain * (1 + decay + decay² + ...).
         weight = (1 - self.decay ** state["step"].double()).clamp_min(1e-30) * self.gain / (1 - self.decay)

@@ -72,7 +72,7 @@ class Switch(Selector):
         if state["switched"]:
             return self.second.period(gap, state)
         # A first selector that does without refreshes has one at the switch.
-        return self.first.period(gap, state) or max(1, math.ceil(self._step()))
+        return self.first.period(gap, state) or max(1, self._step())
 
     def track_(self, G: Tensor, state: State, momentum: Momentum | None) -> Tensor | None:
         return self._active(state).track_(G, state, momentum)
@@ -105,9 +105,9 @@ class Switch(Selector):
     def _active(self, state: State) -> Selector:
         return self.second if state["switched"] else self.first
 
-    def _step(self) -> float:
+    def _step(self) -> int:
         if isinstance(self.at, int):
             return self.at
         if self.total_steps is None:
             raise ValueError(f"total_steps=None: to switch at {self.at} of the run its length is needed; pass total_steps")
-        return self.at * self.total_steps
+        return math.ceil(round(self.at * self.total_steps, 6))  # 0.55 of 100 is 55.00000000000001
