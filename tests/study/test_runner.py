@@ -114,8 +114,16 @@ def test_anew_is_to_run_all_of_it_again(tmp_path: Path) -> None:
     assert json.loads(table.stdout)["rows"][0]["n"] == 1
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("to_all", [False, True], ids=["to the command", "to its runs too"])
+# Half a minute each: what a scheduler and what a terminal sends are tried always, the other two among the slow tests.
+@pytest.mark.parametrize(
+    ("signum", "to_all"),
+    [
+        pytest.param(signal.SIGTERM, False, id="SIGTERM to the command"),
+        pytest.param(signal.SIGINT, True, id="SIGINT to its runs too"),
+        pytest.param(signal.SIGTERM, True, id="SIGTERM to its runs too", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, False, id="SIGINT to the command", marks=pytest.mark.slow),
+    ],
+)
 def test_a_study_that_is_stopped_goes_on_and_loses_nothing(signum: int, to_all: bool, tmp_path: Path) -> None:
     """A terminal sends Ctrl-C to the runs too, some schedulers SIGTERM: they must not take the command's for a second one."""
     path, study = write(tmp_path, **LONG), make(tmp_path, **LONG)

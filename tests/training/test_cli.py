@@ -53,7 +53,7 @@ def test_without_json_a_person_reads_the_perplexity(corpus: Path, tmp_path: Path
     assert "perplexity" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_the_unbroken_run(how: signal.Signals, corpus: Path, tmp_path: Path) -> None:
     """The process is really killed in the middle; the continued run ends in the same weights, bit for bit."""
     steps, broken, whole = 300, tmp_path / "broken", tmp_path / "whole"
