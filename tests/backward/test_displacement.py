@@ -148,6 +148,8 @@ def test_a_copy_changes_nothing_and_loses_nothing() -> None:
         with torch.no_grad():
             assert torch.equal(copy.deepcopy(model)(x), model(x))
             assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+        assert torch.equal(copy.deepcopy(model).double().state_dict()["0.weight"].bfloat16(), ends[-1])
+        assert copy.deepcopy(model).to("meta").state_dict()["0.weight"].is_meta
     assert torch.equal(*ends)
 
 

@@ -104,6 +104,12 @@ def test_a_row_that_would_be_lost_is_refused(tmp_path: Path) -> None:
     path.write_text("seeds: [0]\nrows:\n  a: {optimizer: adamw}\n  a: {optimizer: sara_adamw}\n")
     with pytest.raises(InputError, match=rf"^{path}:4: 'rows.a' stands in line 3 too; rename or remove one$"):
         load_study(path)
+    path.write_text("seeds: [0]\nrows:\n  a: {grid: {optim.selector: [{power: 0, power: 1}]}}\n")
+    with pytest.raises(InputError, match=r"power' stands in line 3 too"):
+        load_study(path)
+    path.write_text("a: &a\n  b: *a\n")
+    with pytest.raises(InputError, match=r"a.yaml: is no YAML: maximum recursion depth"):
+        load_study(path)
     path.write_text("seeds: [0]\nrows:\n  a: {optimizer: sara_adamw, grid: {rank: [4, 4]}}\n")
     with pytest.raises(InputError, match=r"a.yaml:3: rows.a\[rank=4\]: 2 rows have this name"):
         load_study(path)

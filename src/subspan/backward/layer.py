@@ -85,6 +85,7 @@ class BackwardLinear(nn.Linear):
                 self.carrier.zero_()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.projection.fold_copy()  # its basis is not among what is moved
         super()._apply(fn, recurse)
         if self.carrier.dtype in (torch.bfloat16, torch.float16):  # steps add up in it, in fp32, whatever the weight is
             self.carrier.data = self.carrier.data.float()

@@ -185,6 +185,11 @@ class Projection:
             layer.carrier.zero_()
         self.displaced = False
 
+    def fold_copy(self) -> None:
+        """Fold, if this is a copy that no optimizer is bound to."""
+        if self._driver is None:
+            self.fold()
+
     @torch.no_grad()
     def displacement(self, layer: "BackwardLinear") -> Tensor:
         """``B Qᵀ (out, in)``."""

@@ -77,8 +77,9 @@ def run(settings: Namespace) -> int:
         setting: Any = _WHAT[what][0](**vars(chosen))
         if drawing:
             plot.check()
+        made_by = stamp()  # before: the code may be changed meanwhile
         found = measure(together.quickened(setting) if quick else setting)
-        found |= {"command": _command(what, setting, quick, pairs), "made_by": stamp()}
+        found |= {"command": _command(what, setting, quick, pairs), "made_by": made_by}
         print(
             json.dumps(found) if as_json else write(found)
         )  # first: what follows may fail, and takes minutes to measure again

@@ -30,10 +30,13 @@ class Document:
             raise InputError(f"{path}: {error.strerror}; give the path of {example}") from error
         except InputError:
             raise
-        except (ValueError, yaml.YAMLError) as error:
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
             raise InputError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
 
     def _walk(self, node: Any, within: tuple[str, ...]) -> None:
+        if isinstance(node, yaml.SequenceNode):
+            for number, item in enumerate(node.value):
+                self._walk(item, (*within, str(number)))
         if not isinstance(node, yaml.MappingNode):
             return
         for key, value in node.value:

@@ -59,7 +59,7 @@ def inspect(run: Path, begin: int | None = None, end: int | None = None) -> dict
     found = list_checkpoints(run / "checkpoints")
     asked = begin is not None or end is not None
     pair = (_checkpoint(run, found, begin, 0), _checkpoint(run, found, end, -1)) if asked or len(found) > 1 else None
-    if any(map(holds_parts, found)):
+    if (not rows or pair is not None) and any(map(holds_parts, pair if rows and pair else found)):
         raise NothingToSeeError(
             f"run={str(run)!r}: its checkpoints hold the parts of several ranks (parallel='fsdp'), which are not compared; to "
             "inspect it train with --parallel ddp, or in one process"

@@ -52,7 +52,7 @@ def read_all(folder: Path, first: Path) -> dict[str, Record]:
 
 def _is_study(path: Path) -> bool:
     """Whether the file holds records, by its first line that is whole; other results are kept beside them."""
-    with open(path) as file:
+    with open(path, errors="replace") as file:
         return next(("key" in json.loads(line) for line in file if _is_whole(line)), False)
 
 

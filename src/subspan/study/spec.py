@@ -64,8 +64,8 @@ class Row:
 
     @property
     def is_as_published(self) -> bool:
-        """Whether it pretrains by its method as the recipe has it, no part or factor of it changed."""
-        changed = without_defaults(asdict(self.config)).keys() & {"optim", "scale", "backward_side"}
+        """Whether it pretrains by its method as the recipe has it, at the preset's period: no part or factor of it changed."""
+        changed = without_defaults(asdict(self.config)).keys() & {"optim", "scale", "backward_side", "update_proj_gap"}
         return isinstance(self.config, PretrainConfig) and not changed
 
     def cell(self, lr: float, seed: int) -> "Cell":

@@ -67,6 +67,7 @@ class Training(ABC, Generic[R]):
     def __init__(self, config: ResolvedConfig | ResolvedFinetune, open_task: Callable[[], Task], ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         self.settings = _plain(asdict(config))
+        self._made_by = stamp()  # now: the code may be changed while this runs
         if config.batch_size % ranks.size:
             raise InputError(f"batch_size={config.batch_size}: expected a multiple of the {ranks.size} processes that share it")
         # Said by one rank: others may still be looking when it has begun to write.
@@ -141,7 +142,7 @@ class Training(ABC, Generic[R]):
             place = ranks.from_first(lambda: str(checkpoints.plain_model(self.out, kept, self.model, self.tokenizer)))
             summary = self.summarise(measured, Path(place))
             if ranks.first:
-                write_text(self.out / "summary.json", json.dumps(summary.as_json() | {"made_by": stamp()}) + "\n")
+                write_text(self.out / "summary.json", json.dumps(summary.as_json() | {"made_by": self._made_by}) + "\n")
             ranks.barrier()
         return summary
 
