@@ -98,20 +98,26 @@ def test_the_line_is_that_of_the_row(tmp_path: Path) -> None:
         load_study(path)
 
 
-def test_a_row_that_would_be_lost_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (
+            "  a: {optimizer: adamw}\n  a: {optimizer: sara_adamw}\n",
+            r":4: 'rows.a' stands in line 3 too; rename or remove one$",
+        ),
+        (
+            "  a: {grid: {optim.selector: [{power: 0, power: 1}]}}\n",
+            r":3: 'rows.a.grid.optim.selector.0.power' stands in line 3 too",
+        ),
+        ("  a: &a\n    b: *a\n", r": is no YAML: maximum recursion depth"),
+        ("  a: {optimizer: sara_adamw, grid: {rank: [4, 4]}}\n", r":3: rows.a\[rank=4\]: 2 rows have this name"),
+    ],
+)
+def test_a_row_that_would_be_lost_is_refused(rows: str, words: str, tmp_path: Path) -> None:
     """YAML takes the last of two keys that are alike, and drops the other in silence."""
     path = tmp_path / "a.yaml"
-    path.write_text("seeds: [0]\nrows:\n  a: {optimizer: adamw}\n  a: {optimizer: sara_adamw}\n")
-    with pytest.raises(InputError, match=rf"^{path}:4: 'rows.a' stands in line 3 too; rename or remove one$"):
-        load_study(path)
-    path.write_text("seeds: [0]\nrows:\n  a: {grid: {optim.selector: [{power: 0, power: 1}]}}\n")
-    with pytest.raises(InputError, match=r"power' stands in line 3 too"):
-        load_study(path)
-    path.write_text("a: &a\n  b: *a\n")
-    with pytest.raises(InputError, match=r"a.yaml: is no YAML: maximum recursion depth"):
-        load_study(path)
-    path.write_text("seeds: [0]\nrows:\n  a: {optimizer: sara_adamw, grid: {rank: [4, 4]}}\n")
-    with pytest.raises(InputError, match=r"a.yaml:3: rows.a\[rank=4\]: 2 rows have this name"):
+    path.write_text(f"seeds: [0]\nrows:\n{rows}")
+    with pytest.raises(InputError, match=f"^{path}{words}"):
         load_study(path)
 
 

@@ -17,7 +17,7 @@ def check() -> None:
         ValueError: matplotlib is not installed.
     """
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib  # noqa: F401  # whether it can be is the question
     except ImportError as error:
         raise ValueError(f"plot: {error}; it comes with an extra: pip install 'subspan[study]'") from error
 

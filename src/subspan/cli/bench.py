@@ -80,9 +80,8 @@ def run(settings: Namespace) -> int:
         made_by = stamp()  # before: the code may be changed meanwhile
         found = measure(together.quickened(setting) if quick else setting)
         found |= {"command": _command(what, setting, quick, pairs), "made_by": made_by}
-        print(
-            json.dumps(found) if as_json else write(found)
-        )  # first: what follows may fail, and takes minutes to measure again
+        # Before any file: writing may fail, and to measure again takes minutes.
+        print(json.dumps(found) if as_json else write(found))
         if out:
             write_text(out, json.dumps(found, indent=1) + "\n")
         if drawing:

@@ -23,9 +23,10 @@ class Document:
         self._lines: dict[tuple[str, ...], int] = {}
         try:
             text = path.read_text()
-            root = yaml.compose(text, Loader=yaml.SafeLoader)
+            loader = yaml.SafeLoader(text)
+            root = loader.get_single_node()
             self._walk(root, ())
-            self.value: Any = yaml.safe_load(text)
+            self.value: Any = None if root is None else loader.construct_document(root)
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}; give the path of {example}") from error
         except InputError:

@@ -94,7 +94,9 @@ def _row(
     shared = [seed for seed in own if seed in other]
     pair = compare_pairs([own[seed] for seed in shared], [other[seed] for seed in shared]) if shared else None
     low, high = interval(list(own.values()))
-    closes, closes_interval, commits = None, None, [str(record.get("commit")) for record in runs]
+    commits = [str(record.get("commit")) for record in runs]
+    seconds = [record["seconds"] for record in runs if record.get("seconds")]
+    closes, closes_interval = None, None
     if versus is not None and versus != study.reference:
         closes, closes_interval = _reduction(own, other, reference, 1 if metric in SCORES else -1)
     return {
@@ -130,9 +132,7 @@ def _row(
         "precisions": sorted({record.get("precision", "a precision not recorded") for record in runs}),
         "commits": sorted(set(commits)),
         "uncommitted": sum(commit.endswith("-dirty") for commit in commits),
-        "seconds": stdlib.median(seconds)
-        if (seconds := [record["seconds"] for record in runs if record.get("seconds")])
-        else None,
+        "seconds": stdlib.median(seconds) if seconds else None,
     }
 
 

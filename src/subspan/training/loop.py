@@ -67,7 +67,7 @@ class Training(ABC, Generic[R]):
     def __init__(self, config: ResolvedConfig | ResolvedFinetune, open_task: Callable[[], Task], ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         self.settings = _plain(asdict(config))
-        self._made_by = stamp()  # now: the code may be changed while this runs
+        self._made_by = stamp() if ranks.first else {}  # now: the code may be changed while this runs
         if config.batch_size % ranks.size:
             raise InputError(f"batch_size={config.batch_size}: expected a multiple of the {ranks.size} processes that share it")
         # Said by one rank: others may still be looking when it has begun to write.
