@@ -47,7 +47,10 @@ napoleon_use_rtype = False
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|transformers|collections|concurrent|dataclasses|pathlib)(\..*)?"),  # other people's
-    ("py:.*", r"(Any|Tensor|Callable|Path|Future|Field|LinAlgError)"),  # the same, where an annotation gives the short name
+    (
+        "py:.*",
+        r"(Any|Tensor|Callable|Path|Future|Field|LinAlgError)",
+    ),  # the same, where an annotation gives the short name
     ("py:.*", r"(subspan\.training\.errors\.)?InputError|subspan\.training\.shards\.Written"),  # the harness's
     ("py:.*", r"(.*\.)?_\w+(\..*)?"),  # private bases
     # What public classes are made of, and show of their inside.

@@ -1,9 +1,11 @@
 """Fine-tuning with SARA in the backward pass: linear layers make their low-rank gradient, and save no input for it.
 
     python examples/backward_side.py --steps 60
-    python examples/backward_side.py --model OWNER/NAME     # or a checkpoint's directory; without one a small random LLaMA
+    python examples/backward_side.py --model OWNER/NAME     # or a checkpoint's directory; without one a small random
+    LLaMA
 
-One call, ``project_backward``, before the optimizer is built. It ends with the bytes of gradients, of optimizer state and of
+One call, ``project_backward``, before the optimizer is built. It ends with the bytes of gradients, of optimizer state
+and of
 what a forward pass saves, beside those of AdamW on the same model and text, and the losses before and after.
 """
 

@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/fsdp2.py --steps 100
 
-Shard the model, then build the optimizer. A step sends nothing beside FSDP's gradients; a refresh, one Gram matrix a weight.
+Shard the model, then build the optimizer. A step sends nothing beside FSDP's gradients; a refresh, one Gram matrix a
+weight.
 """
 
 import argparse
@@ -43,7 +44,10 @@ def train(steps: int, text_file: Path, device: torch.device) -> None:
     dist.all_reduce(mean)
     if rank == 0:
         whole = sum(8 * p.numel() + 4 for p in model.parameters())
-        print(f"state: {subspan.state_bytes(optimizer):,} bytes on each of {ranks} ranks; AdamW would hold {whole:,} in all")
+        print(
+            f"state: {subspan.state_bytes(optimizer):,} bytes on each of {ranks} ranks; AdamW would hold {whole:,} "
+            "in all"
+        )
         print(f"loss {mean[0] / ranks:.3f} before, {mean[1] / ranks:.3f} after {steps} steps")
 
 

@@ -1,4 +1,5 @@
-"""Lightning with SARA: the optimizer is built in ``configure_optimizers``; clipping and checkpoints are Lightning's own.
+"""Lightning with SARA: the optimizer is built in ``configure_optimizers``; clipping and checkpoints are Lightning's
+own.
 
     python examples/lightning_module.py --steps 100
 

@@ -1,4 +1,5 @@
-"""A plain PyTorch loop: SARA on a small LLaMA, with warmup, clipping, and a checkpoint from which a second call goes on.
+"""A plain PyTorch loop: SARA on a small LLaMA, with warmup, clipping, and a checkpoint from which a second call goes
+on.
 
     python examples/loop.py --steps 100
     python examples/loop.py --steps 200     # the same run, from step 100 on
@@ -52,7 +53,9 @@ while step < args.steps:
     step, first = step + 1, loss.item() if first is None else first
     if step % 50 == 0 or step == args.steps:
         print(f"step {step}: loss {loss.item():.3f}")
-        torch.save({name: part.state_dict() for name, part in parts.items()} | {"step": step, "first": first}, args.checkpoint)
+        torch.save(
+            {name: part.state_dict() for name, part in parts.items()} | {"step": step, "first": first}, args.checkpoint
+        )
 
 last = model(input_ids=batch(0), labels=batch(0)).loss.item()
 adamw = sum(8 * p.numel() + 4 for p in model.parameters())

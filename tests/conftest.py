@@ -1,4 +1,6 @@
-"""One thread: the matrices here are small, and results must not depend on the machine. And what runs of all kinds read."""
+"""One thread: the matrices here are small, and results must not depend on the machine. And what runs of all kinds
+read.
+"""
 
 import logging
 import os
@@ -9,7 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before its import: no test may reach a hub
 
 import pytest
 import torch
-from small_runs import documents
+from support.small_runs import documents
 
 torch.set_num_threads(1)
 

@@ -6,13 +6,13 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from helpers import RANK, SHAPES, net, oriented_side
+from support.helpers import RANK, SHAPES, net, oriented_side
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import subspan
 from subspan import SubspaceAdamW, create, param_groups
-from subspan.shapes import layout_of
+from subspan.step.layout import layout_of
 
 LINEAR = [
     f"self_attn.{name}_proj" for name in "qkvo"
@@ -79,7 +79,16 @@ def test_plain_words(shape, word, same):
 
 @pytest.mark.parametrize(
     ("shape", "rank"),
-    [((48,), 4), ((), 4), ((5, 8, 6), 6), ((16, 1, 3), 2), ((48, 20), None), ((48, 20), 20), ((20, 48), 20), ((32, 32), 40)],
+    [
+        ((48,), 4),
+        ((), 4),
+        ((5, 8, 6), 6),
+        ((16, 1, 3), 2),
+        ((48, 20), None),
+        ((48, 20), 20),
+        ((20, 48), 20),
+        ((32, 32), 40),
+    ],
 )
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "right", "left"])
 def test_full_rank(shape, rank, proj_type):
@@ -90,7 +99,9 @@ def test_full_rank(shape, rank, proj_type):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize(("proj_type", "kept"), [("std", max), ("reverse_std", min)])
 def test_the_moments_keep_the_other_side(shape, proj_type, kept):
-    """std keeps moments of max(m, n) x r, reverse_std of min(m, n) x r, with a basis for the side that is compressed."""
+    """std keeps moments of max(m, n) x r, reverse_std of min(m, n) x r, with a basis for the side that is
+    compressed.
+    """
     p = nn.Parameter(torch.zeros(shape))
     state = SubspaceAdamW([p], rank=RANK, proj_type=proj_type).state[p]
     assert state["exp_avg"].shape == (kept(shape), RANK)
@@ -149,7 +160,14 @@ def test_of_a_module_only_linear_weights():
     """Embeddings, convolutions, heads and norms are full rank; names that merely resemble them are projected."""
     projected, full = by_rank(param_groups(Block(), rank=RANK))
     assert projected == ["headroom.weight", "outputs.weight", "multihead.weight"]
-    assert {"positions.weight", "conv.weight", "head.weight", "score.weight", "rms_norm.weight", "headroom.bias"} <= set(full)
+    assert {
+        "positions.weight",
+        "conv.weight",
+        "head.weight",
+        "score.weight",
+        "rms_norm.weight",
+        "headroom.bias",
+    } <= set(full)
 
 
 def test_a_bare_linear_layer():
@@ -243,7 +261,9 @@ def test_the_names_an_error_shows_can_be_used(llama):
 
 
 def test_nothing_to_project():
-    """all-linear without a matrix names fully_shard; with matrices of other layers alone, targets; frozen, it says so."""
+    """all-linear without a matrix names fully_shard; with matrices of other layers alone, targets; frozen, it says
+    so.
+    """
     with pytest.raises(ValueError, match="fully_shard"):
         param_groups([("flat_param", nn.Parameter(torch.zeros(100)))], rank=RANK)
     for module in (nn.Embedding(10, 4), nn.LSTM(8, 8)):
@@ -286,7 +306,8 @@ def test_one_expression_to_exclude():
 
 
 def test_names_under_wrappers():
-    """torch.compile's wrapper leaves no trace in names; a head called output stays full rank in any module, and a block's
+    """torch.compile's wrapper leaves no trace in names; a head called output stays full rank in any module, and a
+    block's
     output.dense does not."""
 
     class Inner(torch.nn.Module):
@@ -306,7 +327,10 @@ def test_names_under_wrappers():
 
 def test_flat_parameters_are_refused_beside_matrices():
     """Also with targets of one's own."""
-    named = [("a.weight", torch.nn.Parameter(torch.zeros(20, 30))), ("_flat_param", torch.nn.Parameter(torch.zeros(600)))]
+    named = [
+        ("a.weight", torch.nn.Parameter(torch.zeros(20, 30))),
+        ("_flat_param", torch.nn.Parameter(torch.zeros(600))),
+    ]
     for targets in ("all-linear", ["a"]):
         with pytest.raises(ValueError, match=r"'_flat_param' is many weights in one.*fully_shard"):
             param_groups(named, rank=4, targets=targets)

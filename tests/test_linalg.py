@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from helpers import RANK, SHAPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.helpers import RANK, SHAPES
 from torch.utils.flop_counter import FlopCounterMode
 
 from subspan import linalg
@@ -28,11 +28,19 @@ def assert_orthonormal(Q: torch.Tensor, tolerance: float = 1e-12) -> None:
 @shapes
 @pytest.mark.parametrize(
     ("scale", "dtype"),
-    [(1e-20, torch.float32), (1.0, torch.float32), (1e18, torch.float32), (1e-200, torch.float64), (1e200, torch.float64)],
+    [
+        (1e-20, torch.float32),
+        (1.0, torch.float32),
+        (1e18, torch.float32),
+        (1e-200, torch.float64),
+        (1e200, torch.float64),
+    ],
 )
 @pytest.mark.parametrize("method", ["gram", "svd"])
 def test_spectrum_is_that_of_the_svd(shape, scale, dtype, method):
-    """Singular values and leading subspaces equal torch.linalg.svd's, also where the square leaves the range of the dtype."""
+    """Singular values and leading subspaces equal torch.linalg.svd's, also where the square leaves the range of the
+    dtype.
+    """
     G = gaussian(*shape, dtype=dtype) * scale
     _, s, Vh = torch.linalg.svd(G.double(), full_matrices=False)
     sigma, V = linalg.right_singular(G, method)
@@ -143,7 +151,9 @@ def test_keyed_generator_leaves_the_global_one_alone():
 
 
 def test_haar_moments():
-    """Uniform on the Stiefel manifold: E[Q] = 0, E[QQᵀ] = (r/n) I, and along any unit vector E[(u·q)⁴] = 3 / (n (n + 2))."""
+    """Uniform on the Stiefel manifold: E[Q] = 0, E[QQᵀ] = (r/n) I, and along any unit vector E[(u·q)⁴] = 3 / (n (n +
+    2)).
+    """
     n, r, draws = 6, 2, 40_000
     Q = linalg.haar(torch.empty(draws, n, r), torch.Generator().manual_seed(0))
     assert_orthonormal(Q)
@@ -154,7 +164,11 @@ def test_haar_moments():
     eighth = 105 / (n * (n + 2) * (n + 4) * (n + 6))
     fourth = 3 / (n * (n + 2))
     error = math.sqrt((eighth - fourth**2) / draws)
-    for u in (torch.eye(n, dtype=Q.dtype)[0], torch.full((n,), n**-0.5, dtype=Q.dtype), gaussian(n) / gaussian(n).norm()):
+    for u in (
+        torch.eye(n, dtype=Q.dtype)[0],
+        torch.full((n,), n**-0.5, dtype=Q.dtype),
+        gaussian(n) / gaussian(n).norm(),
+    ):
         for column in range(r):
             assert abs(((Q[..., column] @ u) ** 4).mean().item() - fourth) < 5 * error
 
@@ -174,7 +188,9 @@ def set_probabilities(w: list[float], r: int) -> dict[tuple[int, ...], float]:
     ("power", "floor"), [(1.0, 0.0), (0.0, 0.0), (2.0, 0.0), (0.5, 0.0), (1.0, 0.3), (3.0, 0.5), (1.0, 1.0)]
 )
 def test_sampling_frequencies(power, floor):
-    """20,000 draws of 2 of 5 follow the exact law of successive draws: chi-square over the ten sets, at the 1e-4 level."""
+    """20,000 draws of 2 of 5 follow the exact law of successive draws: chi-square over the ten sets, at the 1e-4
+    level.
+    """
     sigma, draws, r = [4.0, 2.5, 1.0, 0.6, 0.3], 20_000, 2
     total = sum(s**power for s in sigma)
     w = [(1 - floor) * s**power / total + floor / 5 for s in sigma]
@@ -206,7 +222,9 @@ def test_zero_weights_only_fill_up():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_project_raises_low_precision_gradients(dtype):
-    """``G Q`` in the precision of ``Q``: nothing is lost beyond the rounding of the gradient itself, at any number of rows."""
+    """``G Q`` in the precision of ``Q``: nothing is lost beyond the rounding of the gradient itself, at any number of
+    rows.
+    """
     Q = linalg.orthonormalise(gaussian(24, RANK)).float()
     for m in (1, 256, 600):
         G = gaussian(m, 24).to(dtype)
@@ -241,7 +259,9 @@ def test_large_gram_matrices_are_made_in_blocks(shape):
 
 
 def test_large_spectra_are_in_fp32_and_as_good_as_that():
-    """Singular values to 3e-4 of the largest, and the leading subspace, against an SVD in fp64. One in fp64 stays there."""
+    """Singular values to 3e-4 of the largest, and the leading subspace, against an SVD in fp64. One in fp64 stays
+    there.
+    """
     G = gaussian(700, 512) * torch.logspace(0, -4, 512, dtype=torch.float64)
     _, exact, Vh = torch.linalg.svd(G, full_matrices=False)
     for dtype, tolerance in ((torch.float32, 3e-4), (torch.float64, 1e-7)):

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import (
+from support.helpers import (
     METHODS,
     RANK,
     SETTINGS,
@@ -24,13 +24,15 @@ from torch import nn
 
 import subspan
 from subspan import SubspaceAdamW, SubspaceOptimizer, create
-from subspan.ranges import LARGEST, SMALLEST
+from subspan.utils.checks import LARGEST, SMALLEST
 
 methods = pytest.mark.parametrize("method", METHODS)
 
 
 def build(method, model, **settings):
-    return create(method, model, **{"rank": RANK, "update_proj_gap": 5, "lr": 1e-2, **SETTINGS.get(method, {}), **settings})
+    return create(
+        method, model, **{"rank": RANK, "update_proj_gap": 5, "lr": 1e-2, **SETTINGS.get(method, {}), **settings}
+    )
 
 
 # --- the schedule -----------------------------------------------------------------------------------------------------
@@ -51,7 +53,9 @@ def test_refreshes_at_multiples_of_the_gap():
 
 
 def test_stagger_spreads_the_refreshes():
-    """After the first step every matrix is refreshed once in each period, and no step pays for more than its share plus one."""
+    """After the first step every matrix is refreshed once in each period, and no step pays for more than its share
+    plus one.
+    """
     gap, count = 10, 20
     params = [parameter((8, 6), seed) for seed in range(count)]
     optimizer = SubspaceAdamW(params, rank=2, selector="random", update_proj_gap=gap, stagger=True)
@@ -82,7 +86,12 @@ def test_the_order_of_parameters_does_not_matter(method):
         ]
         recipe = build(method, net())
         optimizer = SubspaceOptimizer(
-            groups[::order], 1e-2, selector=recipe.selector, rule=recipe.rule, residual=recipe.residual, update_proj_gap=5
+            groups[::order],
+            1e-2,
+            selector=recipe.selector,
+            rule=recipe.rule,
+            residual=recipe.residual,
+            update_proj_gap=5,
         )
         walk(model, optimizer, range(12))
         results.append(weights(model))
@@ -91,7 +100,9 @@ def test_the_order_of_parameters_does_not_matter(method):
 
 @pytest.mark.parametrize("method", ["sara_adamw", "golore_adamw"])
 def test_the_seed_decides(method):
-    """Equal seeds give equal runs whatever the process's generator does, and leave it alone; another seed gives another run."""
+    """Equal seeds give equal runs whatever the process's generator does, and leave it alone; another seed gives
+    another run.
+    """
     runs = []
     for seed in (0, 0, 1):
         model = net()
@@ -205,7 +216,9 @@ def test_foreign_keys_and_empty_groups():
 
 
 def test_parameters_without_a_gradient_are_skipped():
-    """Weight, moments and schedule of a parameter without a gradient stay; its first refresh comes with its first gradient."""
+    """Weight, moments and schedule of a parameter without a gradient stay; its first refresh comes with its first
+    gradient.
+    """
     model = net()
     optimizer = build("sara_adamw", model, weight_decay=0.1)
     for step in range(3):
@@ -220,13 +233,22 @@ def test_parameters_without_a_gradient_are_skipped():
 
 
 def test_add_param_group():
-    """A later group is trained like one given at the start, with its own settings; a bad one adds nothing (contract R15)."""
+    """A later group is trained like one given at the start, with its own settings; a bad one adds nothing (contract
+    R15).
+    """
     model, other = net(), nn.Linear(24, 40)
     optimizer = build("sara_adamw", model)
     optimizer.add_param_group({"params": [("other.weight", other.weight)], "rank": 2, "lr": 0.5})
     assert optimizer.state[other.weight]["basis"].shape == (24, 2)
     before = snapshot(optimizer)
-    for bad in ({"rank": 0}, {"lr": -1.0}, {"update_proj_gap": 0}, {"betas": (0.9, 2.0)}, {"proj_type": "up"}, {"rank": 2}):
+    for bad in (
+        {"rank": 0},
+        {"lr": -1.0},
+        {"update_proj_gap": 0},
+        {"betas": (0.9, 2.0)},
+        {"proj_type": "up"},
+        {"rank": 2},
+    ):
         with pytest.raises(ValueError, match=r"rank=0|lr=-1|update_proj_gap=0|betas=|proj_type='up'|fully_shard"):
             optimizer.add_param_group({"params": [("vector", nn.Parameter(torch.zeros(7)))], **bad})
     assert_same(snapshot(optimizer), before)
@@ -237,7 +259,9 @@ def test_add_param_group():
 
 
 def test_flattened_parameters_are_an_error():
-    """A rank for a group without a matrix names fully_shard; nothing falls back to full rank in silence (contract R13)."""
+    """A rank for a group without a matrix names fully_shard; nothing falls back to full rank in silence (contract
+    R13).
+    """
     flat = nn.Parameter(torch.zeros(100))
     with pytest.raises(ValueError, match="fully_shard"):
         SubspaceAdamW([flat], rank=RANK)
@@ -289,7 +313,11 @@ def test_the_ends_of_a_range_can_be_used(name, size, proximal):
 def test_parts_refuse_what_fp32_cannot_use(value):
     """Every number of every part: refused by its name, or the step goes on in numbers."""
     refusals: list[tuple[str, str]] = []
-    tables = {"selector": subspan.selectors.SELECTORS, "rule": subspan.rules.RULES, "residual": subspan.residuals.RESIDUALS}
+    tables = {
+        "selector": subspan.selectors.SELECTORS,
+        "rule": subspan.rules.RULES,
+        "residual": subspan.residuals.RESIDUALS,
+    }
     for kind, table in tables.items():
         for name, make in table.items():
             for key, own in vars(make()).items():
@@ -309,7 +337,9 @@ def test_parts_refuse_what_fp32_cannot_use(value):
 
 
 @methods
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
+)
 def test_copies_go_on_alike(method, clone):
     """A copy of model and optimizer continues bit for bit, and independently (contract R15)."""
     model = net()

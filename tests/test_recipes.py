@@ -6,16 +6,27 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import METHODS, RANK, SETTINGS, SHAPES, net, parameter, set_gradients
+from support.helpers import METHODS, RANK, SETTINGS, SHAPES, net, parameter, set_gradients
 from torch import nn
 
 import subspan
 from subspan import create, list_optimizers, state_bytes
-from subspan.recipes import RECIPES, describe
+from subspan.costs.describe import describe
+from subspan.recipes import RECIPES
 from subspan.residuals import Discard, ErrorFeedback, Fira
 from subspan.rules import SGD, Adafactor, AdamMini, AdamW, Lion
-from subspan.selectors import Coordinates, Dominant, Gaussian, Importance, Lazy, OnlinePCA, PowerIteration, Random, Switch
-from subspan.state import tensor_bytes
+from subspan.selectors import (
+    Coordinates,
+    Dominant,
+    Gaussian,
+    Importance,
+    Lazy,
+    OnlinePCA,
+    PowerIteration,
+    Random,
+    Switch,
+)
+from subspan.storage.allocation import tensor_bytes
 
 SIX = ("adamw", "adafactor", "adam_mini", "sgd", "lion", "adamw_8bit")
 TABLE = {
@@ -72,7 +83,13 @@ def test_defaults(method, rule):
     for group in optimizer.param_groups:
         settings = {key: group[key] for key in ("scale", "update_proj_gap", "proj_type", "weight_decay", "state_dtype")}
         eight = "int8" if rule.endswith("_8bit") else "float32"
-        expected = {"scale": scale, "update_proj_gap": 200, "proj_type": "std", "weight_decay": 0.0, "state_dtype": eight}
+        expected = {
+            "scale": scale,
+            "update_proj_gap": 200,
+            "proj_type": "std",
+            "weight_decay": 0.0,
+            "state_dtype": eight,
+        }
         assert settings == expected
         assert group["lr"] * scale == pytest.approx(step)
 
@@ -283,7 +300,12 @@ def test_a_selector_by_name():
 
 
 def test_names_are_found_whatever_their_case():
-    assert list(list_optimizers("SARA_adamw")) == ["sara_adamw", "sara_adamw_8bit", "fira_sara_adamw", "fira_sara_adamw_8bit"]
+    assert list(list_optimizers("SARA_adamw")) == [
+        "sara_adamw",
+        "sara_adamw_8bit",
+        "fira_sara_adamw",
+        "fira_sara_adamw_8bit",
+    ]
     with pytest.raises(ValueError, match="did you mean galore_adamw"):
         create("GaLore", net(), rank=4)
 
@@ -301,7 +323,10 @@ LIKELY_MISTAKES = {
     "parameters for a model": (lambda m: create("sara_adamw", m.parameters(), rank=4), "model: got a generator"),
     "a tensor for parameters": (lambda m: subspan.SubspaceAdamW(m.up.weight, rank=4), "params: got a Parameter"),
     "a dict": (lambda m: subspan.SubspaceAdamW(dict(m.named_parameters()), rank=4), "params: got a dict"),
-    "a group without params": (lambda m: subspan.SubspaceAdamW([{"param": [m.up.weight]}], rank=4), "is no parameter group"),
+    "a group without params": (
+        lambda m: subspan.SubspaceAdamW([{"param": [m.up.weight]}], rank=4),
+        "is no parameter group",
+    ),
     "one beta": (lambda m: subspan.SubspaceAdamW(m, rank=4, betas=0.9), "betas=0.9: expected two numbers"),
     "betas as text": (lambda m: subspan.SubspaceAdamW(m, rank=4, betas=("0.9", "0.99")), "betas="),
     "eps as text": (lambda m: subspan.SubspaceAdamW(m, rank=4, eps="1e-8"), "eps='1e-8'"),
@@ -334,7 +359,9 @@ def test_a_module_is_enough():
 def test_nothing_projected_and_misspelt_keys_are_said(caplog):
     subspan.SubspaceAdamW(net())
     assert "no matrix is projected" in caplog.text
-    subspan.SubspaceAdamW([{"params": [net().up.weight], "rank": 4, "update_projgap": 3, "fused": True, "initial_lr": 1.0}])
+    subspan.SubspaceAdamW(
+        [{"params": [net().up.weight], "rank": 4, "update_projgap": 3, "fused": True, "initial_lr": 1.0}]
+    )
     assert "'update_projgap' is not used here; did you mean 'update_proj_gap'" in caplog.text
     assert "fused" not in caplog.text
     assert "initial_lr" not in caplog.text

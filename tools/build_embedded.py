@@ -2,7 +2,7 @@
 
     python tools/build_embedded.py documents.jsonl.xz
 
-Input: one ``{"source", "doc", "text"}`` a line. Output, in ``src/subspan/training/embedded/``:
+Input: one ``{"source", "doc", "text"}`` a line. Output, in ``src/subspan/training/data/embedded/``:
 
 - ``corpus.jsonl.xz``: the same, and a ``split``: every twentieth document is validation, so all sources are in it;
 - ``bpe-4096.json``: a byte-level BPE of 4,096 tokens, trained on the training documents.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-OUT = Path(__file__).parents[1] / "src/subspan/training/embedded"
+OUT = Path(__file__).parents[1] / "src/subspan/training/data/embedded"
 EVERY, OFFSET = 20, 10
 
 

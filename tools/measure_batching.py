@@ -1,8 +1,11 @@
 """Would it pay to batch layers of one shape? ``python tools/measure_batching.py``, two minutes on a quiet machine.
 
-For each shape of a LLaMA's linear layers, side by side: the products of an ordinary step (``G Q`` and ``W -= U Qᵀ``) layer by
-layer, as the optimizer makes them; all batched, over stacks that are there already, which is the most that batching could give;
-and the gradients, which autograd leaves apart, gathered into a stack for the first product alone. And ``eigh`` of matrices,
+For each shape of a LLaMA's linear layers, side by side: the products of an ordinary step (``G Q`` and ``W -= U Qᵀ``)
+layer by
+layer, as the optimizer makes them; all batched, over stacks that are there already, which is the most that batching
+could give;
+and the gradients, which autograd leaves apart, gathered into a stack for the first product alone. And ``eigh`` of
+matrices,
 one by one and batched. Printed are medians of the ratios to one by one, with 95 % intervals.
 """
 
@@ -12,9 +15,9 @@ import torch
 from torch import Tensor
 
 from subspan.bench import timing
-from subspan.bench.shapes import Llama
+from subspan.costs.llama import Llama
 from subspan.linalg import spectral_dtype
-from subspan.training.presets import PRESETS
+from subspan.training.models.presets import PRESETS
 
 
 def products(m: int, n: int, r: int, count: int, rounds: int) -> dict[str, dict[str, float]]:
@@ -54,7 +57,9 @@ def factorisations(n: int, count: int, rounds: int) -> dict[str, dict[str, float
 def _ratios(contenders: dict, rounds: int) -> dict[str, dict[str, float]]:
     seconds = timing.rounds(contenders, rounds, warm_up=2)
     base = seconds.pop("one by one")
-    return {name: timing.interval(timing.median_ratio, zip(taken, base, strict=True)) for name, taken in seconds.items()}
+    return {
+        name: timing.interval(timing.median_ratio, zip(taken, base, strict=True)) for name, taken in seconds.items()
+    }
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
 """Time of a training step of each row of a study of fine-tuning over that of its reference.
 
-Every row's run is built, then all take one step in turn, so that what else the machine does falls on all alike. Evaluations and
-saving are left out. Printed for each row: the median over rounds of its step's time over the reference's in the same round, the
+Every row's run is built, then all take one step in turn, so that what else the machine does falls on all alike.
+Evaluations and
+saving are left out. Printed for each row: the median over rounds of its step's time over the reference's in the same
+round, the
 quartiles, and the ratio of the sums, in which the refreshes count too.
 """
 
@@ -12,8 +14,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from subspan.study.spec import load_study
-from subspan.training.kinds import prepare
+from subspan.study.study_file import load_study
+from subspan.training.runs import prepare
 
 
 def main() -> None:
@@ -23,7 +25,9 @@ def main() -> None:
     given = parser.parse_args()
     study, seconds = load_study(given.study), {}
     with tempfile.TemporaryDirectory() as folder:
-        runs = {row.name: prepare(replace(row.config, seed=0, threads=1, out=f"{folder}/{row.name}")) for row in study.rows}
+        runs = {
+            row.name: prepare(replace(row.config, seed=0, threads=1, out=f"{folder}/{row.name}")) for row in study.rows
+        }
         for _ in range(given.rounds):
             for name, run in runs.items():
                 began = time.perf_counter()

@@ -1,7 +1,9 @@
 """Where the time of a pretraining step goes: ``python tools/profile_pretrain.py --model llama-nano --steps 20``.
 
-The harness's own training step, its data, clipping and schedule included, is recorded by torch.profiler after some steps to
-warm up; the CPU time that each operation spends itself is added up by kind. What is called in the optimizer's step is the
+The harness's own training step, its data, clipping and schedule included, is recorded by torch.profiler after some
+steps to
+warm up; the CPU time that each operation spends itself is added up by kind. What is called in the optimizer's step is
+the
 optimizer's, whatever the operation. Nothing is saved, and nothing evaluated.
 """
 
@@ -12,8 +14,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from subspan.training.config import PretrainConfig
-from subspan.training.pretrain import Pretraining
+from subspan.training.config.settings import PretrainConfig
+from subspan.training.pretraining import Pretraining
 
 WARM_UP = 5
 KINDS = {

@@ -1,7 +1,9 @@
 """Which public names have no docstring. It needs no Sphinx: tests call it too.
 
-Public is what a module lists in ``__all__``, or, where it has none, what it defines under a name without an underscore; of a
-class every method and property of such a name, its bases' included as far as they are ours. A method may inherit the docstring
+Public is what a module lists in ``__all__``, or, where it has none, what it defines under a name without an underscore;
+of a
+class every method and property of such a name, its bases' included as far as they are ours. A method may inherit the
+docstring
 of the protocol or base that it fulfils: one text, one place.
 """
 
@@ -22,12 +24,12 @@ PUBLIC = (
     "subspan.residuals",
     "subspan.parts",
     "subspan.backward",
-    "subspan.comm",
+    "subspan.ddp",
     "subspan.distributed",
     "subspan.linalg",
-    "subspan.subspaces",
+    "subspan.inspection",
     "subspan.integrations.transformers",
-    "subspan.training.sharded",
+    "subspan.checkpoints.sharded",
 )
 
 
@@ -78,7 +80,9 @@ def _has_own_text(kind: type) -> bool:
 
 
 def _members(kind: type) -> Iterator[tuple[str, Any]]:
-    """Methods and properties by name, each with how to take it from the class so that ``getdoc`` finds what it inherits."""
+    """Methods and properties by name, each with how to take it from the class so that ``getdoc`` finds what it
+    inherits.
+    """
     seen: set[str] = set()
     for base in kind.__mro__:
         if not base.__module__.startswith(PACKAGE) and base is not kind:

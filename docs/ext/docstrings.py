@@ -40,7 +40,10 @@ def _indent(line: str) -> int:
 def _tidy(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     lines[:] = literal_blocks(lines)
     if what in ("attribute", "data", "property"):
-        lines[:0] = ["..", ""]  # an empty comment: napoleon takes what stands before a colon in the first line for a type
+        lines[:0] = [
+            "..",
+            "",
+        ]  # an empty comment: napoleon takes what stands before a colon in the first line for a type
 
 
 def _check(app: Sphinx) -> None:
@@ -52,7 +55,9 @@ def _check_pages(app: Sphinx, env: Any) -> None:
     """Every public name is on a page, under one of the modules that it can be had from."""
     shown = env.get_domain("py").objects
     held = {id(_value(name)) for name in shown if name.rpartition(".")[0] in sys.modules}
-    public = {f"{module}.{name}" for module in coverage.PUBLIC for name in coverage.names_of(importlib.import_module(module))}
+    public = {
+        f"{module}.{name}" for module in coverage.PUBLIC for name in coverage.names_of(importlib.import_module(module))
+    }
     lost = [name for name in sorted(public) if name not in shown and id(_value(name)) not in held]
     if lost:
         raise ExtensionError("public, and on no page of docs/api: " + ", ".join(lost))

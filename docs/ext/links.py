@@ -1,6 +1,7 @@
 """Every relative link of every Markdown file of the repository leads to a file, and to a heading of it.
 
-Sphinx sees the pages of the site alone, and of these not where they lead outside of it. Nothing is fetched: a link with a
+Sphinx sees the pages of the site alone, and of these not where they lead outside of it. Nothing is fetched: a link with
+a
 scheme is taken as it is.
 """
 

@@ -31,7 +31,9 @@ def _inline(self: Any, node: nodes.math) -> None:
 
 
 def _block(self: Any, node: nodes.math_block) -> None:
-    self.body.append(self.starttag(node, "div", style=_SCROLLS, tabindex="0") + mathml(node.astext(), "block") + "</div>\n")
+    self.body.append(
+        self.starttag(node, "div", style=_SCROLLS, tabindex="0") + mathml(node.astext(), "block") + "</div>\n"
+    )
     raise nodes.SkipNode
 
 

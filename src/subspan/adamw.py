@@ -3,14 +3,14 @@
 from torch import Tensor
 
 from subspan.groups import EXCLUDED
-from subspan.names import look_up
 from subspan.optimizer import Params, SubspaceOptimizer
 from subspan.parts import Residual, Selector, Transfer
-from subspan.quantization import SMALLEST
 from subspan.residuals import RESIDUALS
 from subspan.rules import AdamW
 from subspan.selectors import SELECTORS
-from subspan.state import StateDtype
+from subspan.storage.allocation import StateDtype
+from subspan.storage.eight_bit import SMALLEST
+from subspan.utils.suggestions import look_up
 
 
 class SubspaceAdamW(SubspaceOptimizer):
@@ -20,7 +20,8 @@ class SubspaceAdamW(SubspaceOptimizer):
     moments of ``m x n``.
 
     Args:
-        selector: ``"importance"`` (SARA), ``"dominant"`` (GaLore), ``"random"`` (GoLore), or a selector with its settings,
+        selector: ``"importance"`` (SARA), ``"dominant"`` (GaLore), ``"random"`` (GoLore), or a selector with its
+            settings,
             such as ``subspan.selectors.Importance(floor=0.1)``.
         residual: ``"discard"``, ``"fira"``, or a residual with its settings.
         betas: decay of the moments.

@@ -1,7 +1,9 @@
 """The only file that knows torch.distributed. In one process, on plain tensors, everything here does nothing.
 
-A weight of ``fully_shard`` is a DTensor whose rows are spread over the ranks of its mesh. With a basis of its columns each row
-of ``R = G Q`` belongs to one row of the weight, so every rank steps on its own rows, with its own part of the moments, and
+A weight of ``fully_shard`` is a DTensor whose rows are spread over the ranks of its mesh. With a basis of its columns
+each row
+of ``R = G Q`` belongs to one row of the weight, so every rank steps on its own rows, with its own part of the moments,
+and
 with a basis that all ranks hold. What remains to be sent is a sum over rows, here and there, and the basis.
 """
 
@@ -14,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from subspan.rows import ALL_HERE, Rows
-from subspan.state import State
+from subspan.parts import ALL_HERE, Rows
+from subspan.storage.allocation import State
+from subspan.utils.errors import SettingError
 
 
 class Ranks:
@@ -118,14 +121,18 @@ def ranks_of(p: Any) -> Ranks:
     """The ranks that hold ``p``, a DTensor, or else one of the copies that data-parallel processes have."""
     if is_spread(p):
         mesh = p.device_mesh
-        return Ranks([mesh.get_group(d) for d in range(mesh.ndim)], [not placed.is_replicate() for placed in p.placements])
+        return Ranks(
+            [mesh.get_group(d) for d in range(mesh.ndim)], [not placed.is_replicate() for placed in p.placements]
+        )
     if dist.is_available() and dist.is_initialized():
         return Ranks([None], [False])
     return Ranks([], [])
 
 
 def rows_of(p: Any, dimensions: int) -> Rows:
-    """The rows of ``p``, seen as a vector (1), a matrix (2) or a stack of them (3), which are whole wherever they are."""
+    """The rows of ``p``, seen as a vector (1), a matrix (2) or a stack of them (3), which are whole wherever they
+    are.
+    """
     return _SpreadRows(ranks_of(p), p.shape[0]) if is_spread(p) and dimensions in (1, 2) else ALL_HERE
 
 
@@ -135,7 +142,9 @@ def local(A: Any) -> Any:
 
 
 def local_state(state: State) -> State:
-    """``state`` with the rows that are here: the same memory. A dict of its own if there is a DTensor among its values."""
+    """``state`` with the rows that are here: the same memory. A dict of its own if there is a DTensor among its
+    values.
+    """
     return {key: local(value) for key, value in state.items()} if any(map(is_spread, state.values())) else state
 
 
@@ -190,10 +199,13 @@ def place_of(p: Any) -> tuple[int, ...]:
 def local_gradient(p: Any, name: str) -> Tensor:
     """The rows of the gradient of ``p`` that are here."""
     if p.grad.layout != torch.strided:
-        raise ValueError(f"gradient of {name!r}: layout {p.grad.layout} is not supported; use dense gradients (sparse=False)")
+        raise SettingError(
+            f"gradient of {name!r}: layout {p.grad.layout} is not supported; use dense gradients (sparse=False)"
+        )
     if is_spread(p) and (not is_spread(p.grad) or p.grad.placements != p.placements):
-        raise ValueError(
-            f"gradient of {name!r}: {getattr(p.grad, 'placements', 'not on a mesh')}, but the parameter is {p.placements}; "
+        raise SettingError(
+            f"gradient of {name!r}: {getattr(p.grad, 'placements', 'not on a mesh')}, but the parameter is "
+            f"{p.placements}; "
             "reduce it first, as fully_shard does in the backward pass"
         )
     gradient: Tensor = local(p.grad)
@@ -203,7 +215,8 @@ def local_gradient(p: Any, name: str) -> Tensor:
 def check_placement(p: Any, name: str) -> None:
     """Raise unless each rank holds whole rows of ``p``, or all of it."""
     if is_spread(p) and not all(placed.is_replicate() or placed.is_shard(0) for placed in p.placements):
-        raise ValueError(
-            f"{name}: placed as {p.placements} on its mesh; a basis of the columns needs whole rows: shard dimension 0, as "
+        raise SettingError(
+            f"{name}: placed as {p.placements} on its mesh; a basis of the columns needs whole rows: shard dimension "
+            "0, as "
             "fully_shard does"
         )

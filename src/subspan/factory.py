@@ -8,18 +8,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from subspan.carriers import layer_of
 from subspan.groups import EXCLUDED, param_groups
-from subspan.names import look_up, near_names
 from subspan.optimizer import SubspaceOptimizer
 from subspan.parts import Residual, Rule, Selector, Transfer
-from subspan.quantization import SMALLEST
 from subspan.recipes import find
 from subspan.residuals import RESIDUALS
 from subspan.rules import RULES, AdamW
 from subspan.selectors import SELECTORS, Dominant, Switch
-from subspan.shapes import PROJ_TYPES, layout_of
-from subspan.state import StateDtype
+from subspan.step.carriers import layer_of
+from subspan.step.layout import PROJ_TYPES, layout_of
+from subspan.storage.allocation import StateDtype
+from subspan.storage.eight_bit import SMALLEST
+from subspan.utils.errors import SettingError
+from subspan.utils.suggestions import look_up, near_names
 
 logger = logging.getLogger(__name__)
 Part = TypeVar("Part")
@@ -62,7 +63,8 @@ def create(
         name: one of ``list_optimizers()``. Full-rank ones ignore what concerns subspaces; ``adamw`` is torch's.
         model: its ``nn.Linear`` weights are projected, except those that ``exclude`` names.
         lr: learning rate; ``None`` is the recipe's own, as is ``None`` for scale, transfer, betas, eps and state_dtype.
-        selector: another selector, its name, or settings for the recipe's own such as ``{"power": 2.0, "floor": 0.1}``; with
+        selector: another selector, its name, or settings for the recipe's own such as ``{"power": 2.0, "floor": 0.1}``;
+            with
             a ``"name"`` among them, for the selector of that name.
         rule: likewise, such as ``{"momentum": 0.95}``.
         residual: likewise, such as ``{"mode": "official"}``.
@@ -72,23 +74,26 @@ def create(
         lr_full: learning rate of what is not projected; ``None`` is ``lr``.
         targets, exclude, overrides, decayed: see ``subspan.param_groups``.
 
-    The other arguments are those of ``SubspaceOptimizer``. Backward-side layers keep the rank and the side they were made with.
+    The other arguments are those of ``SubspaceOptimizer``. Backward-side layers keep the rank and the side they were
+    made with.
 
     Raises:
-        ValueError: an unknown name (near ones are listed), a setting out of range, or a ``rank`` or ``proj_type`` that is not
+        ValueError: an unknown name (near ones are listed), a setting out of range, or a ``rank`` or ``proj_type`` that
+            is not
             that of the backward-side layers, where nothing else is projected.
     """
     recipe = find(name)
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model: got a {type(model).__name__}; expected a torch.nn.Module, not its parameters")
+        raise SettingError(f"model: got a {type(model).__name__}; expected a torch.nn.Module, not its parameters")
     full_rank = recipe.selector is None
     if full_rank and any(layer_of(p) is not None for p in model.parameters()):
-        raise ValueError(
-            f"optimizer {name!r} is full rank, and this model's backward-side layers make no full gradient; use a method "
+        raise SettingError(
+            f"optimizer {name!r} is full rank, and this model's backward-side layers make no full gradient; use a "
+            "method "
             "with a subspace, such as 'sara_adamw', or leave project_backward out"
         )
     if rank is None and not full_rank:
-        raise ValueError(f"rank=None: {name} needs a whole number >= 1; the full-rank baseline is 'adamw'")
+        raise SettingError(f"rank=None: {name} needs a whole number >= 1; the full-rank baseline is 'adamw'")
     groups = param_groups(
         model,
         rank=None if full_rank else rank,
@@ -111,7 +116,9 @@ def create(
     ):
         for group in groups:
             del group["rank"]  # ours; torch's groups do without
-        adamw = torch.optim.AdamW(groups, lr=lr, betas=chosen_rule.betas, eps=chosen_rule.eps, weight_decay=weight_decay)
+        adamw = torch.optim.AdamW(
+            groups, lr=lr, betas=chosen_rule.betas, eps=chosen_rule.eps, weight_decay=weight_decay
+        )
         return _with_known_overrides(adamw, overrides)
     chosen = _with(recipe.selector or Dominant(), selector, SELECTORS, "selector")
     chosen = _timed(chosen, total_steps)
@@ -148,16 +155,18 @@ def _check_carriers(groups: list[dict[str, Any]], rank: int, proj_type: str) -> 
         layer, own = layer_of(p), p.shape[1]
         assert layer is not None
         if rank not in (own, _RANK):
-            raise ValueError(
-                f"rank={rank}: the backward-side layer of {layer.weight_name} was made with rank={own}; give that, or call "
+            raise SettingError(
+                f"rank={rank}: the backward-side layer of {layer.weight_name} was made with rank={own}; give that, "
+                "or call "
                 f"project_backward with rank={rank}"
             )
         if (
             PROJ_TYPES.get(proj_type, "short") != "short"
             and layout_of(layer.weight.shape, own, proj_type, False).side == "left"
         ):
-            raise ValueError(
-                f"proj_type={proj_type!r}: would compress the rows of {layer.weight_name} {tuple(layer.weight.shape)}, and a "
+            raise SettingError(
+                f"proj_type={proj_type!r}: would compress the rows of {layer.weight_name} "
+                f"{tuple(layer.weight.shape)}, and a "
                 "backward-side layer compresses columns ('right'); leave proj_type out, or leave project_backward out"
             )
 
@@ -191,7 +200,9 @@ def _with_known_overrides(
     for pattern, settings in (overrides or {}).items():
         for key in settings:
             if key not in optimizer.defaults:
-                raise ValueError(f"overrides[{pattern!r}]: {key!r} is no setting; {near_names(key, optimizer.defaults)}")
+                raise SettingError(
+                    f"overrides[{pattern!r}]: {key!r} is no setting; {near_names(key, optimizer.defaults)}"
+                )
     return optimizer
 
 
@@ -209,15 +220,16 @@ def _with(
     allowed = [field.name for field in fields(part)]  # type: ignore[arg-type]  # every part is a dataclass
     for key, value in change.items():
         if key not in allowed:
-            raise ValueError(
-                f"{what} setting {key!r}={value!r}: {type(part).__name__} has {', '.join(allowed) or 'no settings'}; leave it "
+            raise SettingError(
+                f"{what} setting {key!r}={value!r}: {type(part).__name__} has {', '.join(allowed) or 'no settings'}; "
+                "leave it "
                 f"out, or give another {what}"
             )
         if is_dataclass(getattr(part, key)) and not is_dataclass(value):
-            raise ValueError(
+            raise SettingError(
                 f"{what} setting {key!r}={value!r}: expected a part, as an object; build the {what} itself instead"
             )
     try:
         return replace(part, **change)  # type: ignore[type-var]
     except TypeError as error:  # a setting that does not compare with a number
-        raise ValueError(f"{what}={dict(change)}: {error}; {type(part).__name__} is by default {part}") from error
+        raise SettingError(f"{what}={dict(change)}: {error}; {type(part).__name__} is by default {part}") from error

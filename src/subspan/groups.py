@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from subspan.carriers import layer_of
-from subspan.ranges import DIVISORS, LARGEST, is_divisor, is_factor
-from subspan.shapes import PROJ_TYPES
+from subspan.step.carriers import layer_of
+from subspan.step.layout import PROJ_TYPES
+from subspan.utils.checks import DIVISORS, LARGEST, is_divisor, is_factor
+from subspan.utils.errors import SettingError
 
 EXCLUDED = (
     r"embed|(\b|_)emb",
@@ -41,21 +42,27 @@ def param_groups(
     """Sort named parameters into groups: projected matrices, full-rank matrices, vectors. Each lands in exactly one.
 
     Args:
-        model: a module, or pairs as ``module.named_parameters()`` gives them. Frozen parameters are left out. Carriers of
+        model: a module, or pairs as ``module.named_parameters()`` gives them. Frozen parameters are left out. Carriers
+            of
             backward-side layers (``subspan.project_backward``) are projected, at their own rank.
         rank: of the projected group; the others get ``None``.
-        targets: ``"all-linear"`` (every matrix that ``exclude`` does not name; of a module, every ``nn.Linear`` weight and
-            every stack of matrices, such as experts), a list of strings (a name that contains one of them), or a regular
-            expression for the whole name of a parameter or its module. A list or an expression that names a parameter wins
+        targets: ``"all-linear"`` (every matrix that ``exclude`` does not name; of a module, every ``nn.Linear`` weight
+            and
+            every stack of matrices, such as experts), a list of strings (a name that contains one of them), or a
+            regular
+            expression for the whole name of a parameter or its module. A list or an expression that names a parameter
+            wins
             over ``exclude``.
         exclude: regular expressions; a name in which one is found stays full rank.
         overrides: group settings by regular expression, such as ``{r"k_proj": {"rank": 64}}``; the first match wins.
         lr_full: learning rate of what has no rank (embeddings, heads, norms, biases); ``None`` is the optimizer's.
-        weight_decay: of matrices; parameters of one dimension (biases, norms) get 0. ``None`` leaves it to the optimizer.
+        weight_decay: of matrices; parameters of one dimension (biases, norms) get 0. ``None`` leaves it to the
+            optimizer.
         decayed: names of the parameters that ``weight_decay`` is for, if it is not the matrices.
 
     Returns:
-        Parameter groups with names, in the order above; empty ones are left out. The optimizer built from them prints one
+        Parameter groups with names, in the order above; empty ones are left out. The optimizer built from them prints
+        one
         table of them.
 
     Raises:
@@ -64,15 +71,17 @@ def param_groups(
     if isinstance(exclude, str):
         exclude = (exclude,)
     if not isinstance(targets, str) and not all(isinstance(target, str) for target in targets):
-        raise ValueError(f"targets={targets!r}: expected 'all-linear', a list of strings, or a regular expression")
+        raise SettingError(f"targets={targets!r}: expected 'all-linear', a list of strings, or a regular expression")
     given = {"rank": rank, "lr": lr_full, "weight_decay": weight_decay}
     check_settings({key: value for key, value in given.items() if value is not None}, {"lr": "lr_full"})
     named = list(model.named_parameters() if isinstance(model, nn.Module) else model)
     named = [(name.replace("_orig_mod.", ""), p) for name, p in named if p.requires_grad]  # torch.compile's wrapper
     if flat := next((name for name, _ in named if "_flat_param" in name), None):
-        raise ValueError(f"model: {flat!r} is many weights in one. {FLATTENED}")
+        raise SettingError(f"model: {flat!r} is many weights in one. {FLATTENED}")
     if not named:
-        raise ValueError("model: no trainable parameter; give a model, or the named_parameters() of one, that is not frozen")
+        raise SettingError(
+            "model: no trainable parameter; give a model, or the named_parameters() of one, that is not frozen"
+        )
     carriers = {name: p.shape[1] for name, p in named if layer_of(p) is not None}
     others = [(name, p) for name, p in named if name not in carriers]
     # A target may name layers whose gradient is made in the backward pass; there is nothing left to do about those.
@@ -82,7 +91,7 @@ def param_groups(
 
     for pattern, settings in (overrides or {}).items():
         if not isinstance(settings, Mapping):
-            raise ValueError(f"overrides[{pattern!r}]={settings!r}: expected group settings, such as {{'rank': 64}}")
+            raise SettingError(f"overrides[{pattern!r}]={settings!r}: expected group settings, such as {{'rank': 64}}")
     rows = [(_compiled(pattern, "overrides"), dict(settings)) for pattern, settings in (overrides or {}).items()]
     used: set[str] = set()
     groups: dict[tuple[int, int, bool, bool, str], dict[str, Any]] = {}
@@ -106,17 +115,19 @@ def param_groups(
             if weight_decay is not None:
                 group["weight_decay"] = weight_decay if decay else 0.0
             # A pattern for a matrix often names its bias too, which has no rank.
-            group |= {key: value for key, value in settings.items() if key != "rank" or (kind < 2 and name not in carriers)}
+            group |= {
+                key: value for key, value in settings.items() if key != "rank" or (kind < 2 and name not in carriers)
+            }
             groups[place] = group
         groups[place]["params"].append((name, p))
     for row, _ in rows:
         if row.pattern not in used:
             if hidden := next((name for name, _ in named if row.search(name)), None):
                 first = next(other.pattern for other, _ in rows if other.search(hidden))
-                raise ValueError(
+                raise SettingError(
                     f"overrides: {row.pattern!r} comes after {first!r}, which {hidden!r} matches first; put it before"
                 )
-            raise ValueError(f"overrides: {row.pattern!r} matches no parameter; {_names_like(row.pattern, named)}")
+            raise SettingError(f"overrides: {row.pattern!r} matches no parameter; {_names_like(row.pattern, named)}")
     return [groups[key] for key in sorted(groups)]
 
 
@@ -137,13 +148,14 @@ def select_linear(model: nn.Module, targets: str | Sequence[str], exclude: Seque
         if type(module) is not nn.Linear or own != "weight":
             if targets == "all-linear":
                 continue  # a stack of experts, or a layer of a class of its own
-            raise ValueError(
-                f"targets: {name!r} belongs to a {type(module).__name__}; only the weight of an nn.Linear can be made in the "
+            raise SettingError(
+                f"targets: {name!r} belongs to a {type(module).__name__}; only the weight of an nn.Linear can be "
+                "made in the "
                 "backward pass; exclude it, and the optimizer projects it"
             )
         found[owner] = module
     if not found:
-        raise ValueError(f"targets={targets!r}: no nn.Linear among them; {_names_like('', named)}")
+        raise SettingError(f"targets={targets!r}: no nn.Linear among them; {_names_like('', named)}")
     return found
 
 
@@ -154,26 +166,26 @@ def check_settings(group: Mapping[str, Any], called: Mapping[str, str] | None = 
         value = group.get(key, 1)
         if (key == "rank" and value is None) or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
             continue
-        raise ValueError(f"{names[key]}={value!r}: expected a whole {what}")
+        raise SettingError(f"{names[key]}={value!r}: expected a whole {what}")
     smallest = group.get("min_8bit_size", 1)
     if not isinstance(smallest, int) or isinstance(smallest, bool) or smallest < 1:
-        raise ValueError(f"min_8bit_size={smallest!r}: expected a whole number of entries >= 1; 4096 is usual")
+        raise SettingError(f"min_8bit_size={smallest!r}: expected a whole number of entries >= 1; 4096 is usual")
     for key in ("scale", "weight_decay"):
         if not is_factor(group.get(key, 0)):
-            raise ValueError(f"{names[key]}={group[key]!r}: expected a number >= 0, and at most {LARGEST:g}")
+            raise SettingError(f"{names[key]}={group[key]!r}: expected a number >= 0, and at most {LARGEST:g}")
     lr = group.get("lr", 0.0)
     # Reading a tensor would wait for its device.
     if not isinstance(lr, Tensor) and not is_factor(lr) and not (isinstance(lr, float) and 0 <= lr < math.inf):
-        raise ValueError(f"{names['lr']}={lr!r}: expected a number >= 0, as a float if beyond {LARGEST:g}")
+        raise SettingError(f"{names['lr']}={lr!r}: expected a number >= 0, as a float if beyond {LARGEST:g}")
     if group.get("proj_type", "std") not in PROJ_TYPES:
-        raise ValueError(f"proj_type={group['proj_type']!r}: expected one of {', '.join(PROJ_TYPES)}; 'std' is usual")
+        raise SettingError(f"proj_type={group['proj_type']!r}: expected one of {', '.join(PROJ_TYPES)}; 'std' is usual")
     eta = group.get("eta")
     if eta is not None and not is_divisor(eta):
-        raise ValueError(f"eta={eta!r}: expected a number > 0, {DIVISORS}, or None for no proximal term")
+        raise SettingError(f"eta={eta!r}: expected a number > 0, {DIVISORS}, or None for no proximal term")
     if group.get("proximal", "coupled") not in ("coupled", "decoupled"):
-        raise ValueError(f"proximal={group['proximal']!r}: expected 'coupled' or 'decoupled'")
+        raise SettingError(f"proximal={group['proximal']!r}: expected 'coupled' or 'decoupled'")
     if group.get("state_dtype", "float32") not in ("float32", "int8"):
-        raise ValueError(f"state_dtype={group['state_dtype']!r}: expected 'float32', or 'int8' for moments in 8 bits")
+        raise SettingError(f"state_dtype={group['state_dtype']!r}: expected 'float32', or 'int8' for moments in 8 bits")
 
 
 def names_of(number: int, group: Mapping[str, Any]) -> list[str]:
@@ -207,14 +219,14 @@ def _projected_names(
         found = {name for name in matrices if not any(pattern.search(name) for pattern in kept)}
         if not found and not made:
             why = "no weight of an nn.Linear is left" if any(p.ndim > 1 for _, p in named) else "there is no matrix"
-            raise ValueError(
+            raise SettingError(
                 f"targets='all-linear': {why} to project among {len(named)} parameters; {_names_like('', named)}. "
                 + ("Name others with targets" if any(p.ndim > 1 for _, p in named) else FLATTENED)
             )
         return found
     patterns = [targets] if isinstance(targets, str) else list(targets)
     if not patterns:
-        raise ValueError("targets=[]: nothing would be projected; give names, an expression, or 'all-linear'")
+        raise SettingError("targets=[]: nothing would be projected; give names, an expression, or 'all-linear'")
     found = set()
     for pattern in patterns:
         if isinstance(targets, str):
@@ -224,7 +236,7 @@ def _projected_names(
             hits = {n for n in (*matrices, *made) if pattern in n}
         if not hits:
             how = "; an expression must match a whole name" if isinstance(targets, str) else ""
-            raise ValueError(f"targets: {pattern!r} matches no matrix; {_names_like(pattern, named)}{how}")
+            raise SettingError(f"targets: {pattern!r} matches no matrix; {_names_like(pattern, named)}{how}")
         found |= hits.difference(made)
     return found
 
@@ -233,7 +245,7 @@ def _compiled(pattern: str, argument: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{argument}: {pattern!r} is no regular expression: {error}; mend or escape it") from error
+        raise SettingError(f"{argument}: {pattern!r} is no regular expression: {error}; mend or escape it") from error
 
 
 def _names_like(pattern: str, named: list[tuple[str, Tensor]]) -> str:

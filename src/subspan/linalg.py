@@ -18,9 +18,11 @@ LARGE = 512
 
 
 def spectral_dtype(device: torch.device, n: int = 0) -> torch.dtype:
-    """The least precision of a factorisation, ``n`` the side of the Gram matrix: fp64 on a CPU if below ``LARGE``, else fp32.
+    """The least precision of a factorisation, ``n`` the side of the Gram matrix: fp64 on a CPU if below ``LARGE``, else
+    fp32.
 
-    The Gram matrix squares the condition number, so in fp32 singular values below ``3e-4`` of the largest are noise of that
+    The Gram matrix squares the condition number, so in fp32 singular values below ``3e-4`` of the largest are noise of
+    that
     size. fp64 takes twice the time on a CPU, which is nothing where matrices are small, and far more on other devices.
     """
     return torch.float64 if device.type == "cpu" and n < LARGE else torch.float32
@@ -33,7 +35,9 @@ def _dtype_for(G: Tensor, side: int) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Gram:
-    """``GᵀG (n, n)``, for a gradient ``G`` whose rows are on several ranks: all that its right singular vectors depend on."""
+    """``GᵀG (n, n)``, for a gradient ``G`` whose rows are on several ranks: all that its right singular vectors depend
+    on.
+    """
 
     matrix: Tensor
     """``GᵀG``, in ``spectral_dtype``."""
@@ -164,14 +168,17 @@ def _svd_of_gram(S: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def orthonormalise(A: Tensor) -> Tensor:
-    """``Q`` of the QR factorisation of ``A (..., n, r)``, made unique by a positive diagonal of its triangular factor."""
+    """``Q`` of the QR factorisation of ``A (..., n, r)``, made unique by a positive diagonal of its triangular
+    factor.
+    """
     Q, R = torch.linalg.qr(A)
     diagonal = R.diagonal(dim1=-2, dim2=-1)
     return Q * torch.where(diagonal < 0, -1.0, 1.0).to(Q.dtype).unsqueeze(-2)
 
 
 def fix_signs(Q: Tensor, reference: Tensor) -> Tensor:
-    """Choose the sign of each column: that of its partner in ``reference``, else the one that makes its largest entry positive.
+    """Choose the sign of each column: that of its partner in ``reference``, else the one that makes its largest entry
+    positive.
 
     A singular vector's sign is arbitrary and differs between drivers and machines. Moments that are kept across a
     refresh are coordinates along these columns, so an arbitrary flip would reverse them.
@@ -203,7 +210,9 @@ def haar(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def usable(G: Tensor) -> Tensor:
-    """Whether each matrix of ``G (..., m, n)`` is finite and not zero, ``(..., 1, 1)``. Does not wait for the device."""
+    """Whether each matrix of ``G (..., m, n)`` is finite and not zero, ``(..., 1, 1)``. Does not wait for the
+    device.
+    """
     largest = torch.linalg.vector_norm(G, ord=torch.inf, dim=(-2, -1), keepdim=True)
     return largest.isfinite() & (largest > 0)
 

@@ -18,17 +18,19 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from subspan import distributed, logs, quantization, summary
-from subspan import proximal as prox
-from subspan.carried import CarriedSteps
-from subspan.carriers import layer_of
+from subspan import distributed, summary
 from subspan.groups import EXCLUDED, FLATTENED, check_settings, names_of, param_groups
-from subspan.in_backward import Clip, Place, StepInBackward, check
 from subspan.parts import Key, Residual, Rule, Selector, Transfer
-from subspan.projected import ProjectedSteps, Work, step_inside
-from subspan.saving import Restorable
-from subspan.shapes import Layout, layout_of
-from subspan.state import State, StateDtype
+from subspan.state_dict import Restorable
+from subspan.step import proximal as prox
+from subspan.step.backward_side import CarriedSteps
+from subspan.step.carriers import layer_of
+from subspan.step.in_backward import Clip, Place, StepInBackward, check
+from subspan.step.layout import Layout, layout_of
+from subspan.step.weights import ProjectedSteps, Work, step_inside
+from subspan.storage import eight_bit as quantization
+from subspan.storage.allocation import State, StateDtype
+from subspan.utils.errors import SettingError
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +40,18 @@ Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[
 class SubspaceOptimizer(ProjectedSteps, CarriedSteps, Restorable):
     """An optimizer made of a selector, a rule, a residual and a transfer.
 
-    Matrices of groups with a ``rank`` are trained inside a subspace; everything else (``rank=None``, vectors, and matrices
-    with a side no larger than the rank) takes the rule's full-rank step at ``lr``, without ``scale``. A parameter of three
+    Matrices of groups with a ``rank`` are trained inside a subspace; everything else (``rank=None``, vectors, and
+    matrices
+    with a side no larger than the rank) takes the rule's full-rank step at ``lr``, without ``scale``. A parameter of
+    three
     dimensions is a stack of matrices (experts), each with a basis of its own; one of four or five is flattened to
     ``(out, -1)``, as is one of three in a group with ``flatten=True`` (a 1-d convolution).
 
     A non-finite gradient reaches moments and weights as it does in ``torch.optim``; it never reaches a basis.
 
     Args:
-        params: a module (its ``nn.Linear`` weights are projected, except what ``exclude`` names), ``named_parameters()``
+        params: a module (its ``nn.Linear`` weights are projected, except what ``exclude`` names),
+            ``named_parameters()``
             (every matrix is, except what ``exclude`` names), parameter groups (those with ``rank`` are, as with
             galore_torch), or bare tensors (every matrix is).
         lr: learning rate, a float or a tensor; read at every step.
@@ -56,17 +61,22 @@ class SubspaceOptimizer(ProjectedSteps, CarriedSteps, Restorable):
         residual: what becomes of the rest of the gradient.
         transfer: what becomes of the moments at a refresh: ``keep``, ``rotate``, ``moments`` or ``reset``.
         update_proj_gap: steps between refreshes, >= 1.
-        scale: factor on the step of projected matrices. ``lr * scale`` is their learning rate: halve one, double the other.
+        scale: factor on the step of projected matrices. ``lr * scale`` is their learning rate: halve one, double the
+            other.
         proj_type: the side to compress: ``std`` (the shorter), ``reverse_std`` (the longer), ``right`` (columns) or
             ``left`` (rows).
-        weight_decay: decoupled, multiplied by ``lr``; of every parameter, as in torch (``create`` spares biases and norms).
-        stagger: spread the refreshes of different matrices over the period, after the first, so that no step pays for all.
+        weight_decay: decoupled, multiplied by ``lr``; of every parameter, as in torch (``create`` spares biases and
+            norms).
+        stagger: spread the refreshes of different matrices over the period, after the first, so that no step pays for
+            all.
             ``None``: of backward-side layers, whose first bases are then drawn at random, and not of others.
         state_dtype: ``"float32"``, or ``"int8"`` for moments in 8 bits (needs bitsandbytes).
         min_8bit_size: entries of the smallest moment that is kept in 8 bits, >= 1; vectors never are.
-        eta: strength of RSO's proximal term, ``||B||² / (2 eta)``, B the way since the last refresh; > 0. ``None`` is none.
+        eta: strength of RSO's proximal term, ``||B||² / (2 eta)``, B the way since the last refresh; > 0. ``None`` is
+            none.
         proximal: ``"coupled"`` into the gradient, or ``"decoupled"``; see ``proximal.py``.
-        bf16_stochastic_round: round updates of bf16 weights at random, right on average, where rounding to nearest would drop
+        bf16_stochastic_round: round updates of bf16 weights at random, right on average, where rounding to nearest
+            would drop
             small ones.
         seed: of every random choice. A choice depends on the seed, the parameter's name and the step alone.
         targets: with a module or named parameters: ``"all-linear"``, a list of substrings, or a regular expression.
@@ -103,22 +113,24 @@ class SubspaceOptimizer(ProjectedSteps, CarriedSteps, Restorable):
         exclude: tuple[str, ...] = EXCLUDED,
     ) -> None:
         if transfer not in typing.get_args(Transfer):
-            raise ValueError(f"transfer={transfer!r}: expected one of {', '.join(typing.get_args(Transfer))}; 'keep' is usual")
+            raise SettingError(
+                f"transfer={transfer!r}: expected one of {', '.join(typing.get_args(Transfer))}; 'keep' is usual"
+            )
         for what, part, method, example in (
             ("selector", selector, "refresh_", "selectors.Importance()"),
             ("rule", rule, "update_", "rules.AdamW()"),
             ("residual", residual, "combine", "residuals.Discard()"),
         ):
             if isinstance(part, type) or not is_dataclass(part) or not hasattr(part, method):
-                raise ValueError(f"{what}={part!r}: expected a {what}, such as subspan.{example}")
+                raise SettingError(f"{what}={part!r}: expected a {what}, such as subspan.{example}")
         if residual.needs_orthonormal and not selector.orthonormal:
-            raise ValueError(
+            raise SettingError(
                 f"residual={residual!r}: needs an orthonormal basis, and that of {selector!r} is not; use "
                 "residuals.Discard(), or a selector such as selectors.Random()"
             )
         self.selector, self.rule, self.residual = selector, rule, residual
         if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ValueError(f"seed={seed!r}: expected a whole number")
+            raise SettingError(f"seed={seed!r}: expected a whole number")
         self.transfer, self.seed = transfer, seed
         defaults = {
             "lr": lr,
@@ -141,8 +153,8 @@ class SubspaceOptimizer(ProjectedSteps, CarriedSteps, Restorable):
         self.stagger = any(layer_of(p) is not None for p in self._parameters()) if stagger is None else stagger
         self._bind()
         if rank is not None and all(p.ndim < 2 for p in self._parameters()):
-            raise ValueError(_no_matrix(rank))
-        logs.announce(self.summary())
+            raise SettingError(_no_matrix(rank))
+        summary.announce(self.summary())
         asked = any(group["rank"] is not None for group in self.param_groups)
         if asked and not any("refresh_step" in state for state in self.state.values()):
             self.warn_of_full_rank()
@@ -152,7 +164,7 @@ class SubspaceOptimizer(ProjectedSteps, CarriedSteps, Restorable):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and allocate all of its state (contract R3). Nothing is added if a setting is wrong."""
         if not isinstance(param_group, dict) or "params" not in param_group:
-            raise ValueError(f"params: {param_group!r} is no parameter group; expected a dict with 'params'")
+            raise SettingError(f"params: {param_group!r} is no parameter group; expected a dict with 'params'")
         for key in param_group.keys() - {"params", "param_names", *self.defaults}:
             # Other libraries add keys of their own (contract R8), so this is no error.
             near = difflib.get_close_matches(key, self.defaults, n=1, cutoff=0.7)
@@ -166,11 +178,15 @@ class SubspaceOptimizer(ProjectedSteps, CarriedSteps, Restorable):
         if settings["state_dtype"] == "int8":
             quantization.check_available()
             if not rule.moments:
-                raise ValueError(f"state_dtype='int8': {rule} keeps no moments; use 'float32', or a rule with momentum")
+                raise SettingError(
+                    f"state_dtype='int8': {rule} keeps no moments; use 'float32', or a rule with momentum"
+                )
         if settings["eta"] is not None and self.selector.tracks:
-            raise ValueError(
-                f"eta={settings['eta']!r}: pulls towards where the weight was when its basis was chosen, and {self.selector!r} "
-                "moves the basis at every step; use eta=None, or a selector that is refreshed, such as selectors.Random()"
+            raise SettingError(
+                f"eta={settings['eta']!r}: pulls towards where the weight was when its basis was chosen, and "
+                f"{self.selector!r} "
+                "moves the basis at every step; use eta=None, or a selector that is refreshed, such as "
+                "selectors.Random()"
             )
         own_rank = param_group.get("rank")
         super().add_param_group(param_group)
@@ -178,7 +194,7 @@ class SubspaceOptimizer(ProjectedSteps, CarriedSteps, Restorable):
         try:
             # A rank of the constructor may meet a group of biases; one that the group itself sets may not.
             if own_rank is not None and group["params"] and all(p.ndim < 2 for p in group["params"]):
-                raise ValueError(_no_matrix(own_rank))
+                raise SettingError(_no_matrix(own_rank))
             for p in group["params"]:
                 self._check_carried(p)
                 self._check_spread(p, group)
@@ -196,8 +212,12 @@ class SubspaceOptimizer(ProjectedSteps, CarriedSteps, Restorable):
         length = None
         if distributed.is_spread(p):
             length = p.shape[0] if p.ndim else None
-            longer = self._state_of(p, torch.empty((len(here) + 1, *here.shape[1:]), dtype=p.dtype, device="meta"), group)
-            grown = {key for key, value in state.items() if isinstance(value, Tensor) and value.shape != longer[key].shape}
+            longer = self._state_of(
+                p, torch.empty((len(here) + 1, *here.shape[1:]), dtype=p.dtype, device="meta"), group
+            )
+            grown = {
+                key for key, value in state.items() if isinstance(value, Tensor) and value.shape != longer[key].shape
+            }
         if group["state_dtype"] == "int8":
             state = quantization.pack(state, self._rule(group).moments, group["min_8bit_size"], length)
         return distributed.spread_state(p, state, grown) if distributed.is_spread(p) else state
@@ -217,7 +237,9 @@ class SubspaceOptimizer(ProjectedSteps, CarriedSteps, Restorable):
         G = layout.enter(here)
         shape = (*G.shape[:-1], rank)
         parts = (rule.init(here, shape, layout.rows), self.selector.init(G, rank), self.residual.init(G))
-        return {key: value for part in (*parts, prox.init(here, shape, group), refreshes) for key, value in part.items()}
+        return {
+            key: value for part in (*parts, prox.init(here, shape, group), refreshes) for key, value in part.items()
+        }
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         """The rule with the settings of ``group``, where schedulers change them; raises if one is out of range."""
@@ -243,8 +265,9 @@ class SubspaceOptimizer(ProjectedSteps, CarriedSteps, Restorable):
         places = [place for place in self._places() if place.p.grad is not None]
         for place in places:
             if place.p not in self.state:
-                raise ValueError(
-                    f"params: {place.name!r} {tuple(place.p.shape)} has been put into its group since, and has no state. If "
+                raise SettingError(
+                    f"params: {place.name!r} {tuple(place.p.shape)} has been put into its group since, and has no "
+                    "state. If "
                     f"it is another tensor of the same model, load a state_dict of this optimizer. {FLATTENED}"
                 )
         self._take([self._work(place, distributed.local_gradient(place.p, place.name)) for place in places])
@@ -278,17 +301,22 @@ class SubspaceOptimizer(ProjectedSteps, CarriedSteps, Restorable):
     def enable_step_in_backward(
         self, model: nn.Module, accumulate: int = 1, clip: Clip = "none", max_norm: float = 1.0
     ) -> StepInBackward:
-        """Step on each parameter in the backward pass, as soon as its gradient is there, and free it: one is held at a time.
+        """Step on each parameter in the backward pass, as soon as its gradient is there, and free it: one is held at a
+        time.
 
-        Call it once the model is where and as it is to be trained (after ``fully_shard``). ``step()``, schedulers, hooks and
-        ``state_dict`` are used as before; save after a step. Until ``step()`` is called nobody else can read a gradient:
+        Call it once the model is where and as it is to be trained (after ``fully_shard``). ``step()``, schedulers,
+        hooks and
+        ``state_dict`` are used as before; save after a step. Until ``step()`` is called nobody else can read a
+        gradient:
         ``clip_grad_norm_`` is refused. See ``in_backward.py``.
 
         Args:
             model: holds this optimizer's parameters.
             accumulate: micro-batches (backward passes) of a step; their gradients are added up.
-            clip: ``"none"``; ``"per_param"``, the norm of each parameter's gradient to ``max_norm``; ``"lagged_global"``, all
-                gradients by what the global norm of the last step would ask for. The norm is that of ``R`` between refreshes.
+            clip: ``"none"``; ``"per_param"``, the norm of each parameter's gradient to ``max_norm``;
+                ``"lagged_global"``, all
+                gradients by what the global norm of the last step would ask for. The norm is that of ``R`` between
+                refreshes.
             max_norm: > 0.
 
         Returns:
@@ -304,11 +332,15 @@ class SubspaceOptimizer(ProjectedSteps, CarriedSteps, Restorable):
         return self._in_backward
 
     def compile(self, **options: Any) -> None:
-        """Let ``torch.compile`` fuse what the rule does with ``R`` and its moments; in place, as ``torch.nn.Module.compile``.
+        """Let ``torch.compile`` fuse what the rule does with ``R`` and its moments; in place, as
+        ``torch.nn.Module.compile``.
 
-        What differs (rule, dtype, number of dimensions) is compiled at its first step, as often as torch's recompile limit
-        allows in one process (``torch._dynamo.config.recompile_limit``, 8 as it comes); what is beyond runs as it is. The
-        results equal those without it to rounding. Copies and pickles of the optimizer are not compiled. Not worth it for
+        What differs (rule, dtype, number of dimensions) is compiled at its first step, as often as torch's recompile
+        limit
+        allows in one process (``torch._dynamo.config.recompile_limit``, 8 as it comes); what is beyond runs as it is.
+        The
+        results equal those without it to rounding. Copies and pickles of the optimizer are not compiled. Not worth it
+        for
         AdamW on a CPU, where torch's fused kernel is used as it is.
 
         Args:
@@ -327,7 +359,9 @@ class SubspaceOptimizer(ProjectedSteps, CarriedSteps, Restorable):
         return (p for group in self.param_groups for p in group["params"])
 
     def summary(self) -> str:
-        """The parts, and one table: what is projected, to which rank, the bytes of state held, and what AdamW would hold."""
+        """The parts, and one table: what is projected, to which rank, the bytes of state held, and what AdamW would
+        hold.
+        """
         parts = f"{self.selector!r}, {self.rule!r}, {self.residual!r}, transfer={self.transfer!r}"
         return f"{parts}\n{summary.table(self.param_groups, self.state)}"
 
@@ -355,21 +389,23 @@ def _as_groups(params: Params, rank: int | None, targets: str | list[str], exclu
     if isinstance(params, nn.Module):
         return param_groups(params, rank=rank, targets=targets, exclude=exclude)
     if isinstance(params, (Tensor, dict)):
-        raise ValueError(
+        raise SettingError(
             f"params: got a {type(params).__name__}; expected a module, its named_parameters(), groups, or tensors"
         )
     given: list[Any] = list(params)
     if given and isinstance(given[0], tuple):
         return param_groups(given, rank=rank, targets=targets, exclude=exclude)
     if targets != "all-linear" or exclude != EXCLUDED:
-        raise ValueError(
-            f"targets={targets!r}, exclude={exclude!r}: choose by name, and groups and bare tensors are taken as they come; "
+        raise SettingError(
+            f"targets={targets!r}, exclude={exclude!r}: choose by name, and groups and bare tensors are taken as "
+            "they come; "
             "leave both out, or pass the model, its named_parameters(), or what subspan.param_groups makes of them"
         )
     if not given or isinstance(given[0], dict):
         return given
     if rank is not None and sum(p.ndim > 1 for p in given) > 1:
         logger.warning(
-            "parameters without names: every matrix is projected, embeddings and heads too; pass model.named_parameters()"
+            "parameters without names: every matrix is projected, embeddings and heads too; pass "
+            "model.named_parameters()"
         )
     return given

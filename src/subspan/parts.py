@@ -1,7 +1,9 @@
 """The parts of the step, as protocols. The optimizer knows these alone; ``recipes`` binds them to the concrete ones.
 
-Shapes: oriented gradient ``G (..., m, n)`` (the side to compress is last; leading dimensions are a stack of matrices, such as
-experts), basis ``Q (..., n, r)``, low-rank gradient ``R = G Q (..., m, r)``, update inside the subspace ``U (..., m, r)``.
+Shapes: oriented gradient ``G (..., m, n)`` (the side to compress is last; leading dimensions are a stack of matrices,
+    such as
+experts), basis ``Q (..., n, r)``, low-rank gradient ``R = G Q (..., m, r)``, update inside the subspace ``U (..., m,
+r)``.
 
 Parts are frozen dataclasses that hold settings only. What changes lives in the ``State`` of a parameter, which is
 allocated when the optimizer is built, changed in place, and passed in.
@@ -14,9 +16,24 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 from torch import Tensor
 
 from subspan.linalg import Gram
-from subspan.ranges import is_number
-from subspan.rows import ALL_HERE, Rows
-from subspan.state import State
+from subspan.storage.allocation import State
+from subspan.utils.checks import is_number
+from subspan.utils.errors import SettingError
+
+
+class Rows:
+    """The rows of a matrix, all of them here. ``distributed`` has those that are spread over a mesh."""
+
+    def total(self, A: Tensor) -> Tensor:
+        """``A``, which is a sum over the rows here, as the sum over all rows."""
+        return A
+
+    def count(self, here: int) -> int:
+        """How many rows there are, ``here`` of them on this rank."""
+        return here
+
+
+ALL_HERE = Rows()
 
 Transfer = Literal["keep", "rotate", "moments", "reset"]
 """What becomes of the moments when the basis changes, with ``C = Q_oldᵀ Q_new (r, r)``:
@@ -31,7 +48,9 @@ Transfer = Literal["keep", "rotate", "moments", "reset"]
 def check_selector(value: object, argument: str) -> None:
     """Raise unless ``value`` is a selector."""
     if isinstance(value, type) or not is_dataclass(value) or not hasattr(value, "refresh_"):
-        raise ValueError(f"{argument}={value!r}: expected a selector as an object, such as subspan.selectors.Importance()")
+        raise SettingError(
+            f"{argument}={value!r}: expected a selector as an object, such as subspan.selectors.Importance()"
+        )
 
 
 def holds(part: object, kind: type) -> bool:
@@ -44,7 +63,7 @@ def check_betas(betas: object) -> None:
     """Raise unless ``betas`` are two rates of decay."""
     pair = isinstance(betas, (tuple, list)) and len(betas) == 2
     if not pair or not all(is_number(beta) and 0 <= beta < 1 for beta in betas):  # type: ignore[attr-defined]
-        raise ValueError(f"betas={betas!r}: expected two numbers, each at least 0 and below 1, such as (0.9, 0.999)")
+        raise SettingError(f"betas={betas!r}: expected two numbers, each at least 0 and below 1, such as (0.9, 0.999)")
 
 
 class Key(NamedTuple):
@@ -65,7 +84,9 @@ class Momentum(NamedTuple):
     mean: Tensor
     """The average of past ``R`` that ``M`` stands for, ``M / (1 - beta1^step)``; zero before the first step."""
     weight: float
-    """The gradient that would leave ``M`` to later steps is ``weight * M``: ``decay / gain`` of ``M <- decay M + gain R``."""
+    """The gradient that would leave ``M`` to later steps is ``weight * M``: ``decay / gain`` of ``M <- decay M + gain
+    R``.
+    """
 
 
 class Selector(Protocol):
@@ -97,9 +118,11 @@ class Selector(Protocol):
         """Steps between refreshes, given the group's ``update_proj_gap``; ``None`` for no other after the first."""
 
     def refresh_(self, G: Tensor | Gram, state: State, key: Key) -> Tensor:
-        """Choose a new basis and store it in ``state``; returns the change ``Q_oldᵀ Q_new (r, r)``. It may wait for the device.
+        """Choose a new basis and store it in ``state``; returns the change ``Q_oldᵀ Q_new (r, r)``. It may wait for the
+        device.
 
-        ``G`` is finite and not entirely zero. Law: the result depends on ``G``, ``state`` and ``key`` alone. If it raises,
+        ``G`` is finite and not entirely zero. Law: the result depends on ``G``, ``state`` and ``key`` alone. If it
+        raises,
         ``state`` is unchanged.
         """
 
@@ -131,12 +154,15 @@ class Rule(Protocol):
     def init(self, like: Tensor, shape: tuple[int, ...], rows: int) -> State:
         """The state for low-rank gradients of ``shape`` that belong to the parameter ``like``.
 
-        ``rows`` is the dimension of ``shape`` along which the rows of the weight lie: -2, or -1 if it is the rows that are
+        ``rows`` is the dimension of ``shape`` along which the rows of the weight lie: -2, or -1 if it is the rows that
+        are
         compressed.
         """
 
     def memory(self, shape: tuple[str, ...], rows: int) -> dict[str, str]:
-        """Bytes of each tensor of ``init`` for fp32, as an expression; ``M(k)`` stands for a moment of ``k`` entries."""
+        """Bytes of each tensor of ``init`` for fp32, as an expression; ``M(k)`` stands for a moment of ``k``
+        entries.
+        """
 
     def transfer_(self, state: State, change: Tensor, how: Transfer) -> None:
         """Carry the moments into the new basis; see ``Transfer``. Not called for ``keep``."""
@@ -166,7 +192,9 @@ class Residual(Protocol):
         """What every other part takes for the gradient: ``G``, or a fresh tensor."""
 
     def lose_(self, momentum: Tensor, state: State) -> None:
-        """Momentum that a change of basis put outside the subspace, ``(m, n)``, as a gradient. Called if ``keeps_momentum``."""
+        """Momentum that a change of basis put outside the subspace, ``(m, n)``, as a gradient. Called if
+        ``keeps_momentum``.
+        """
 
     @property
     def keeps_momentum(self) -> bool:
@@ -194,8 +222,10 @@ class Residual(Protocol):
         state: State,
         rows: Rows = ALL_HERE,
     ) -> tuple[Tensor, Tensor | None]:
-        """``A (..., m, r)`` and ``phi (..., m, 1)`` of the update ``D = back(A) + phi * G``, without ``phi`` ``D = back(A)``.
+        """``A (..., m, r)`` and ``phi (..., m, 1)`` of the update ``D = back(A) + phi * G``, without ``phi`` ``D =
+        back(A)``.
 
-        ``back`` is the selector's ``project_back``. Law: ``A`` is a fresh tensor, or ``U``, which it may overwrite. The caller
+        ``back`` is the selector's ``project_back``. Law: ``A`` is a fresh tensor, or ``U``, which it may overwrite. The
+        caller
         lifts both into a weight of the step's precision without a tensor of its size.
         """

@@ -1,6 +1,7 @@
 """The papers' names for a choice of parts: a method, a rule, and how the moments are stored.
 
-A paper that recombines known parts is one more row of ``_METHODS``; a rule to train it with, one more word of ``_RULES_OF``.
+A paper that recombines known parts is one more row of ``_METHODS``; a rule to train it with, one more word of
+``_RULES_OF``.
 """
 
 import fnmatch
@@ -8,13 +9,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from subspan.memory import formulas
-from subspan.names import near_names
 from subspan.parts import Residual, Rule, Selector, Transfer
 from subspan.residuals import Discard, ErrorFeedback, Fira
 from subspan.rules import RULES
-from subspan.selectors import Coordinates, Dominant, Gaussian, Importance, Lazy, OnlinePCA, PowerIteration, Random, Switch
-from subspan.state import StateDtype
+from subspan.selectors import (
+    Coordinates,
+    Dominant,
+    Gaussian,
+    Importance,
+    Lazy,
+    OnlinePCA,
+    PowerIteration,
+    Random,
+    Switch,
+)
+from subspan.storage.allocation import StateDtype
+from subspan.utils.errors import SettingError
+from subspan.utils.suggestions import near_names
 
 
 @dataclass(frozen=True)
@@ -102,8 +113,10 @@ _RULES = {
     "sgd": ("SGD with momentum", "", 0.5),
     "lion": ("Lion", "Chen et al. 2023, arXiv 2302.06675", 1e-3),
 }
-"""``lr * scale`` by default: GaLore's 0.01 * 0.25 for the relatives of Adam. GoLore's scripts train at scale 1; at the same
-``lr * scale`` the methods with orthonormal bases take steps of one size, and FLora, with ``E[Q Qᵀ] = I``, that of full rank."""
+"""``lr * scale`` by default: GaLore's 0.01 * 0.25 for the relatives of Adam. GoLore's scripts train at scale 1; at the
+same
+``lr * scale`` the methods with orthonormal bases take steps of one size, and FLora, with ``E[Q Qᵀ] = I``, that of full
+rank."""
 _EIGHT_BIT = "Dettmers et al. 2022, arXiv 2110.02861"
 
 
@@ -144,7 +157,9 @@ def _recipe(method: str, rule: str) -> Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for method, rules in _RULES_OF.items() for recipe in (_recipe(method, rule) for rule in rules.split())
+    recipe.name: recipe
+    for method, rules in _RULES_OF.items()
+    for recipe in (_recipe(method, rule) for rule in rules.split())
 }
 """By name. Full-rank ``adamw`` is torch's own, the baseline."""
 
@@ -162,24 +177,7 @@ def list_optimizers(pattern: str = "*") -> dict[str, str]:
 def find(name: str) -> Recipe:
     """The recipe of this name; an unknown one is a ``ValueError`` that lists near ones."""
     if name not in RECIPES:
-        raise ValueError(f"optimizer {name!r} is unknown; {near_names(name, RECIPES)} (subspan list optimizers shows all)")
+        raise SettingError(
+            f"optimizer {name!r} is unknown; {near_names(name, RECIPES)} (subspan list optimizers shows all)"
+        )
     return RECIPES[name]
-
-
-def describe(name: str) -> dict[str, Any]:
-    """A recipe in primitives: its parts, paper, defaults, and the bytes of state it holds (see ``memory.VARIABLES``)."""
-    recipe = find(name)
-    parts = {"rule": repr(recipe.rule)}
-    if recipe.selector is not None:
-        parts = {"selector": repr(recipe.selector)} | parts
-        parts |= {"residual": repr(recipe.residual), "transfer": recipe.transfer}
-    return {
-        "name": name,
-        "summary": recipe.summary,
-        "paper": recipe.source or None,
-        "parts": parts | {"state_dtype": recipe.state_dtype},
-        "backward_side": recipe.backward_side,
-        "lr": recipe.lr,
-        "scale": recipe.scale if recipe.selector is not None else None,
-        "state_formula": formulas(recipe.selector, recipe.rule, recipe.residual, recipe.state_dtype),
-    }

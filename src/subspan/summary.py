@@ -1,15 +1,17 @@
 """The table that says what is projected, and the bytes held: one line for each group and kind of parameter."""
 
+import logging
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from subspan.carriers import layer_of
 from subspan.distributed import local
-from subspan.shapes import layout_of
-from subspan.state import State, tensor_bytes
-from subspan.text import aligned
+from subspan.step.carriers import layer_of
+from subspan.step.layout import layout_of
+from subspan.storage.allocation import State, tensor_bytes
+from subspan.utils.tables import aligned
 
 
 def table(groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, State]) -> str:
@@ -30,7 +32,10 @@ def table(groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, State]) ->
             elif len(layout.shape) < 2:
                 kind, rank = "vectors", "-"
             else:  # a rank that reaches the shorter side compresses nothing
-                kind, rank = "full-rank matrices", "full" if group["rank"] is None else f"full (side <= {group['rank']})"
+                kind, rank = (
+                    "full-rank matrices",
+                    "full" if group["rank"] is None else f"full (side <= {group['rank']})",
+                )
             row = rows.setdefault((f"{number}: {kind}", rank), [0, 0, 0, 0])
             adamw = 2 * local(held).numel() * held.element_size() + 4
             for column, value in enumerate((1, held.numel(), tensor_bytes(state[p]), adamw)):
@@ -40,3 +45,15 @@ def table(groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, State]) ->
     for (group_name, rank), numbers in [*rows.items(), (("total", ""), total)]:
         cells.append((group_name, rank, *(f"{number:,}" for number in numbers)))
     return aligned(cells)
+
+
+def announce(text: str) -> None:
+    """Log ``text``; where no program has set up logging, which would drop it, write it to stderr.
+
+    ``logging.getLogger("subspan").setLevel("WARNING")`` quiets it.
+    """
+    logger = logging.getLogger("subspan")
+    if logging.getLogger().handlers or logger.handlers or logger.level != logging.NOTSET:
+        logger.info("%s", text)
+    else:
+        print(text, file=sys.stderr)

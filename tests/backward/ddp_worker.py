@@ -7,7 +7,7 @@ import json
 
 import torch
 import torch.distributed as dist
-from processes import joined
+from support.processes import joined
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed

@@ -8,7 +8,7 @@ import pytest
 import torch
 from backward import ddp_worker
 from backward.ddp_worker import RANK, batches, build, optimizer_of
-from processes import launch
+from support.processes import launch
 
 from subspan.groups import EXCLUDED, select_linear
 
@@ -33,7 +33,8 @@ CASES = [("golore_adamw", "owner"), ("rso_adamw", "owner"), ("sara_adamw", "mean
 
 @pytest.mark.parametrize(("name", "select_from"), CASES)
 def test_two_ranks(tmp_path: Path, name: str, select_from: str, dense: dict[str, Any]) -> None:
-    """The same weights on both ranks, bit for bit. With random bases, or those of the mean gradient, they are the weights of
+    """The same weights on both ranks, bit for bit. With random bases, or those of the mean gradient, they are the
+    weights of
     one process; a single rank's gradient chooses other bases."""
     report, (first, second) = run(tmp_path, name, "backward", select_from)
     assert all(torch.equal(first[key], second[key]) for key in first)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from backward.common import backward_side, batches, train
+from support.backward_side import backward_side, batches, train
 from torch import Tensor, nn
 
 import subspan
@@ -128,7 +128,9 @@ def test_copies(llama: Any) -> None:
 
 
 def test_a_copy_changes_nothing_and_loses_nothing() -> None:
-    """An average of the weights copies the model at every step: bf16 steps that are kept must not be rounded away by that."""
+    """An average of the weights copies the model at every step: bf16 steps that are kept must not be rounded away by
+    that.
+    """
     ends = []
     for copies in (False, True):
         torch.manual_seed(0)

@@ -5,14 +5,22 @@ from typing import Any
 
 import pytest
 import torch
-from backward.common import RANK, backward_side, basis_of, batches, layers_of, train
+from support.backward_side import RANK, backward_side, basis_of, batches, layers_of, train
 from torch.utils.checkpoint import checkpoint
 
 import subspan
 from subspan.backward import project_backward
 
 NAMES = [
-    *("galore_adamw", "sara_adamw", "golore_adamw", "golore_hybrid_adamw", "gosare_adamw", "gasare_sgd", "flora_adafactor"),
+    *(
+        "galore_adamw",
+        "sara_adamw",
+        "golore_adamw",
+        "golore_hybrid_adamw",
+        "gosare_adamw",
+        "gasare_sgd",
+        "flora_adafactor",
+    ),
     *("galore_sgd", "sara_adam_mini", "sara_lion", "sara_adamw_8bit", "galore_lazy_adamw", "grass_adamw", "rso_sgd"),
 ]
 
@@ -28,8 +36,11 @@ def dense_gradients(model: Any, data: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", ["golore_adamw", "sara_adamw", "gosare_adamw", "rso_adamw", "flora_sgd"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_carriers_get_the_projected_gradient(llama: Any, share: Any, name: str, checkpointed: bool, accumulate: int) -> None:
-    """R = G Q for every carrier, at the step that chooses the basis and at one that does not; everything else gets its own
+def test_carriers_get_the_projected_gradient(
+    llama: Any, share: Any, name: str, checkpointed: bool, accumulate: int
+) -> None:
+    """R = G Q for every carrier, at the step that chooses the basis and at one that does not; everything else gets its
+    own
     gradient. Against plain autograd at the same weights, in fp64."""
     model = llama().double()
     if checkpointed:
@@ -58,10 +69,18 @@ def test_carriers_get_the_projected_gradient(llama: Any, share: Any, name: str, 
 @pytest.mark.parametrize("transfer", [None, "moments"])
 @pytest.mark.parametrize("merge", ["step", "refresh"])
 def test_both_executions_agree(llama: Any, name: str, transfer: Any, merge: str) -> None:
-    """Fifty steps over ten refreshes, with weight decay: the losses of the optimizer-side method with right bases; the same
+    """Fifty steps over ten refreshes, with weight decay: the losses of the optimizer-side method with right bases; the
+    same
     keys, so the same draws. Weights are in fp64, but transformers computes norms and losses in fp32."""
     twin, model = llama().double(), llama().double()
-    settings = {"lr": 1e-3, "update_proj_gap": 5, "transfer": transfer, "weight_decay": 0.1, "total_steps": 50, "seed": 4}
+    settings = {
+        "lr": 1e-3,
+        "update_proj_gap": 5,
+        "transfer": transfer,
+        "weight_decay": 0.1,
+        "total_steps": 50,
+        "seed": 4,
+    }
     optimizer = subspan.create(name, twin, rank=RANK, proj_type="right", **settings)
     other, handle = backward_side(model, name, "none", merge, **settings)
     expected, losses = train(twin, optimizer, batches(50)), train(model, other, batches(50))
@@ -165,7 +184,12 @@ def test_proximal_term(coupled: bool, execution: str, name: str) -> None:
         model[0].weight.copy_(W)
     if execution == "backward":
         project_backward(model, rank=3, share="none")
-    settings = {"eta": eta, "proximal": "coupled" if coupled else "decoupled", "update_proj_gap": 4, "proj_type": "right"}
+    settings = {
+        "eta": eta,
+        "proximal": "coupled" if coupled else "decoupled",
+        "update_proj_gap": 4,
+        "proj_type": "right",
+    }
     optimizer = subspan.create(name, model, lr=lr, rank=3, **settings)
     B = M = V = Q = None
     for step in range(10):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from backward.common import RANK, backward_side, basis_of, batches, layers_of, train
+from support.backward_side import RANK, backward_side, basis_of, batches, layers_of, train
 from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, RobertaConfig, RobertaForMaskedLM
 
@@ -37,12 +37,20 @@ def test_other_families(family: str) -> None:
     """OPT and RoBERTa: biases are trained, layers that share an input are found, the loss falls."""
     torch.manual_seed(0)
     if family == "opt":
-        shape = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32}
+        shape = {
+            "hidden_size": 32,
+            "ffn_dim": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "word_embed_proj_dim": 32,
+        }
         model = OPTForCausalLM(OPTConfig(vocab_size=64, max_position_embeddings=64, dropout=0.0, **shape))
         shared = 3
     else:
         shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-        model = RobertaForMaskedLM(RobertaConfig(vocab_size=64, max_position_embeddings=64, hidden_dropout_prob=0.0, **shape))
+        model = RobertaForMaskedLM(
+            RobertaConfig(vocab_size=64, max_position_embeddings=64, hidden_dropout_prob=0.0, **shape)
+        )
         shared = 3
     optimizer, handle = backward_side(model, "sara_adamw")
     assert max(len(p.layers) for p in handle.projections) == shared
@@ -54,7 +62,8 @@ def test_other_families(family: str) -> None:
 
 
 def test_saved_models_are_plain(llama: Any, tmp_path: Path) -> None:
-    """save_pretrained, mid-period and with a displacement in the carriers, loads in stock transformers with the same logits;
+    """save_pretrained, mid-period and with a displacement in the carriers, loads in stock transformers with the same
+    logits;
     merge and remove give the plain model back."""
     (batch,) = batches(1, seed=9)
     for merge in ("step", "refresh"):
@@ -358,4 +367,7 @@ def test_sharing_from_inputs_of_the_model() -> None:
             return self.c(self.a(x) + self.b(x))
 
     handle = project_backward(Block(), rank=2, share={"x": torch.zeros(1, 8)})
-    assert [[layer.weight_name for layer in p.layers] for p in handle.projections] == [["a.weight", "b.weight"], ["c.weight"]]
+    assert [[layer.weight_name for layer in p.layers] for p in handle.projections] == [
+        ["a.weight", "b.weight"],
+        ["c.weight"],
+    ]

@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from backward.common import RANK, backward_side, batches, layers_of, train
+from support.backward_side import RANK, backward_side, batches, layers_of, train
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from subspan.bench import memory
 from subspan.bench.setting import Setting
-from subspan.bench.tracker import LiveBytes
-from subspan.training.saved import SavedBytes
+from subspan.costs.live_bytes import LiveBytes
+from subspan.costs.saved_activations import SavedBytes
 
 TOKENS = 48  # of a batch
 
@@ -40,7 +40,8 @@ def saved_by_layers(model: Any, batch: Any) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("name", ["sara_adamw", "golore_adamw", "gosare_adamw", "flora_adamw"])
 def test_no_input_is_saved_between_refreshes(llama: Any, name: str) -> None:
-    """A block saves four tensors of r columns (q, k, v; o; gate, up; down) and none of the width of an input: 4r per token
+    """A block saves four tensors of r columns (q, k, v; o; gate, up; down) and none of the width of an input: 4r per
+    token
     instead of 3d + f."""
     model = llama()
     optimizer, _ = backward_side(model, name)
@@ -50,7 +51,9 @@ def test_no_input_is_saved_between_refreshes(llama: Any, name: str) -> None:
 
 
 def test_what_a_refresh_saves(llama: Any) -> None:
-    """At a step that chooses bases from gradients the inputs are saved, once for layers that share them; random bases never."""
+    """At a step that chooses bases from gradients the inputs are saved, once for layers that share them; random bases
+    never.
+    """
     for name, widths in (("sara_adamw", [32, 32, 32, 48]), ("golore_adamw", 4 * [RANK])):
         model = llama()
         _optimizer = backward_side(model, name)[0]  # holds the bases
@@ -67,7 +70,9 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        given = {
+            leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        }
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() not in given:
                 self.made += tuple(leaf.shape) in self.shapes
@@ -93,7 +98,8 @@ def test_an_ordinary_step_makes_nothing_of_the_size_of_a_weight(llama: Any, name
 
 
 def test_staggered_refreshes_form_few_gradients(llama: Any) -> None:
-    """By default the first bases are drawn from noise and each group has its first gradient at a step of its own; over a period
+    """By default the first bases are drawn from noise and each group has its first gradient at a step of its own; over
+    a period
     every one has had it."""
     model = llama()
     optimizer, handle = backward_side(model, "sara_adamw", stagger=None, update_proj_gap=20)
@@ -113,9 +119,13 @@ def test_staggered_refreshes_form_few_gradients(llama: Any) -> None:
 
 
 def test_the_bench_agrees_with_closed_forms() -> None:
-    """Measured bytes of weights, carriers, gradients, states, bases and inputs of linear layers equal the formulas, row by row;
+    """Measured bytes of weights, carriers, gradients, states, bases and inputs of linear layers equal the formulas, row
+    by row;
     and a backward-side step peaks below an optimizer-side one."""
-    rows = {row["name"]: row for row in memory.measure(Setting("llama-nano", tokens=512, rank=16, sequence_length=64))["rows"]}
+    rows = {
+        row["name"]: row
+        for row in memory.measure(Setting("llama-nano", tokens=512, rank=16, sequence_length=64))["rows"]
+    }
     assert list(rows) == ["adamw", "galore_adamw", "sara_adamw", "sara_adamw_backward", "rso_adamw"]
     for row in rows.values():
         for key, value in row["formula"].items():

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from backward.common import RANK, backward_side, layers_of
+from support.backward_side import RANK, backward_side, layers_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -35,7 +35,9 @@ def data(seed: int = 0) -> Tensor:
 
 
 def test_checkpointing_of_two_passes_at_a_refresh() -> None:
-    """A pass that is repeated after another has chosen the basis saves what it saved before; gradients are those without."""
+    """A pass that is repeated after another has chosen the basis saves what it saved before; gradients are those
+    without.
+    """
     grads = []
     for recompute in (False, True):
         model, optimizer = pair(update_proj_gap=1)

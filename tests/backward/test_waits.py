@@ -1,11 +1,13 @@
-"""An ordinary training step with backward-side layers waits for no device (contract R10): forward, backward and step."""
+"""An ordinary training step with backward-side layers waits for no device (contract R10): forward, backward and
+step.
+"""
 
 from typing import Any
 
 import pytest
 import torch
-from backward.common import backward_side
-from helpers import METHODS, NoSync
+from support.backward_side import backward_side
+from support.helpers import METHODS, NoSync
 from torch import nn
 
 from subspan.recipes import RECIPES

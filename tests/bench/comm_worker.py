@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 import torch.distributed as dist
-from processes import joined
+from support.processes import joined
 
 from subspan.bench.comm import CommSetting, _row, count
-from subspan.bench.traffic import WAYS
+from subspan.costs.traffic import WAYS
 
 
 def main(path):

@@ -8,21 +8,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from bench import comm_worker
-from processes import launch
+from support.processes import launch
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import subspan
 from subspan.bench import report
-from subspan.bench.collectives import CountCollectives, fake_world, wire_share
 from subspan.bench.comm import CommSetting, _row, count, measure
 from subspan.bench.setting import Setting, build_model
-from subspan.bench.shapes import Llama
-from subspan.bench.traffic import WAYS, Traffic, Way
 from subspan.cli import main
-from subspan.training.parallel import blocks_of
-from subspan.training.presets import PRESETS
+from subspan.costs.collectives import CountCollectives, fake_world, wire_share
+from subspan.costs.traffic import WAYS, Traffic, Way
+from subspan.training.models.blocks import blocks_of
+from subspan.training.models.presets import PRESETS, llama_of
 
-NANO = Llama.of(PRESETS["llama-nano"])
+NANO = llama_of(PRESETS["llama-nano"])
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +69,7 @@ def test_shapes_are_those_of_the_model() -> None:
     for name in ("llama-nano", "llama-60m"):
         with torch.device("meta"):
             model, _ = build_model(Setting(name, rank=8), backward_side=False)
-        shapes = Llama.of(PRESETS[name])
+        shapes = llama_of(PRESETS[name])
         assert sorted(shapes.parameters()) == sorted(tuple(p.shape) for p in model.parameters())
         assert shapes.numel == sum(p.numel() for p in model.parameters())
         assert shapes.buffers == sum(b.numel() for b in model.buffers())
@@ -116,14 +115,22 @@ def test_real_ranks_send_as_much(tmp_path: Path) -> None:
 
 
 def test_shares_of_the_ring() -> None:
-    assert [wire_share(name, 4) for name in ("all_reduce", "all_gather", "reduce_scatter", "broadcast")] == [1.5, 0.75, 0.75, 1]
+    assert [wire_share(name, 4) for name in ("all_reduce", "all_gather", "reduce_scatter", "broadcast")] == [
+        1.5,
+        0.75,
+        0.75,
+        1,
+    ]
 
 
 def test_refusals() -> None:
     for settings, words in (
         ({"world": 1}, "world=1: expected 2 ranks or more"),
         ({"model": "llama-60"}, "llama-60m"),
-        ({"rank": 64, "model": "llama-nano"}, "rank=64: expected 1 to 63, below the width of llama-nano; its own is 16"),
+        (
+            {"rank": 64, "model": "llama-nano"},
+            "rank=64: expected 1 to 63, below the width of llama-nano; its own is 16",
+        ),
         ({"threads": 0}, "threads=0: expected a whole number >= 1"),
     ):
         with pytest.raises(ValueError, match=words):

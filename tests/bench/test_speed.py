@@ -1,4 +1,5 @@
-"""The measurements of speed do what they say: what is timed is the real thing, accuracy agrees with numpy and scipy, and
+"""The measurements of speed do what they say: what is timed is the real thing, accuracy agrees with numpy and scipy,
+and
 intervals, floors and sums with hand calculation. No time is asserted."""
 
 import json
@@ -35,7 +36,9 @@ STEP = StepSetting(**TINY[StepSetting])
 
 
 def test_contenders_take_turns():
-    """Each is called once a round, the order turns around, warm-up is not counted, and a spent budget leaves three rounds."""
+    """Each is called once a round, the order turns around, warm-up is not counted, and a spent budget leaves three
+    rounds.
+    """
     calls = []
     contenders = {name: lambda name=name: calls.append(name) for name in "abc"}
     seconds = timing.rounds(contenders, 4, warm_up=2)
@@ -116,8 +119,12 @@ def test_refresh_columns_agree_with_numpy_and_scipy(shape):
 
 
 def test_share_of_training_by_hand():
-    """LLaMA-60M: eight blocks of four square layers and three of the MLP; nothing is said where a shape or a time lacks."""
-    rows = [{"shape": shape, "seconds": {"refresh": s}} for shape, s in (("512x512", 0.25), ("512x1376", 0.5), ("64x64", 9))]
+    """LLaMA-60M: eight blocks of four square layers and three of the MLP; nothing is said where a shape or a time
+    lacks.
+    """
+    rows = [
+        {"shape": shape, "seconds": {"refresh": s}} for shape, s in (("512x512", 0.25), ("512x1376", 0.5), ("64x64", 9))
+    ]
     share = refresh._share(rows, 2.0)
     assert share["refresh_seconds"] == 8 * (4 * 0.25 + 3 * 0.5)
     assert share["share"] == pytest.approx(20 / 400)
@@ -155,7 +162,14 @@ def test_step_row_by_row():
     """Every optimizer has a row; FLOPs are those that torch counts; fused AdamW holds nothing besides."""
     found = step.measure(STEP)
     rows = {row["name"]: row for row in found["rows"]}
-    assert list(rows) == ["sara_adamw", "galore_adamw", "fira_adamw", "adamw_fused", "galore_torch", "sara_adamw_backward"]
+    assert list(rows) == [
+        "sara_adamw",
+        "galore_adamw",
+        "fira_adamw",
+        "adamw_fused",
+        "galore_torch",
+        "sara_adamw_backward",
+    ]
     for key in ("ratio_vs_adamw_fused", "ratio_vs_galore_torch"):
         assert set(found[key]) == RATIO | {"shapes"}
         assert found[key]["shapes"]["matrices"] == {"64x64": 4, "172x64": 2, "64x172": 1}
@@ -182,7 +196,9 @@ def test_backward_side_steps_move_weights_by_low_rank():
     """What is timed as the backward-side step is one: carriers have gradients, and the step changes the weights."""
     model, optimizer = step._backward_side(STEP)
     before = [layer.weight.detach().clone() for layer in model.values()]
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for group in optimizer.param_groups for p in group["params"])
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for group in optimizer.param_groups for p in group["params"]
+    )
     optimizer.step()
     for layer, old in zip(model.values(), before, strict=True):
         sigma = torch.linalg.svdvals((layer.weight - old).double())

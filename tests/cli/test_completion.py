@@ -59,7 +59,9 @@ def test_zsh(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"_shtab_subspan_{name}_options" in out for name in ("pretrain", "finetune", "plan"))
 
 
-@pytest.mark.parametrize("arguments", [["--print-completion", "fish"], ["--print-completion"], ["--print_completion=fish"]])
+@pytest.mark.parametrize(
+    "arguments", [["--print-completion", "fish"], ["--print-completion"], ["--print_completion=fish"]]
+)
 def test_another_shell(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main(arguments)

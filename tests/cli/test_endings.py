@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 import subspan
-from subspan.cli import listing, main
-from subspan.starting import is_program
+from subspan._interrupt import is_program
+from subspan.cli import list as listing
+from subspan.cli import main
 from subspan.training.loop import Training
 from subspan.training.signals import RunInterruptedError
 
@@ -38,7 +39,9 @@ def test_while_torch_is_imported(start: list[str], tmp_path: Path) -> None:
     (tmp_path / "torch" / "__init__.py").write_text(
         "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
     )
-    (tmp_path / "subspan").write_text("import sys\nfrom subspan.cli import main\nsys.exit(main())\n")  # what pip installs
+    (tmp_path / "subspan").write_text(
+        "import sys\nfrom subspan.cli import main\nsys.exit(main())\n"
+    )  # what pip installs
     done = subprocess.run(
         [sys.executable, *start, "list"],
         capture_output=True,
@@ -72,10 +75,14 @@ def test_in_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert capsys.readouterr().err == "subspan: stopped\n"
 
 
-def test_a_run_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It is saved, and the very words of its last line, in a shell, continue it."""
     monkeypatch.chdir(tmp_path)
-    Path("my text.jsonl").write_text("".join(f'{{"text": "document {i}: {"the brown fox " * 9}"}}\n' for i in range(40)))
+    Path("my text.jsonl").write_text(
+        "".join(f'{{"text": "document {i}: {"the brown fox " * 9}"}}\n' for i in range(40))
+    )
     step = Training._train_step
 
     def interrupted(self: Training[Any]) -> Any:
@@ -83,7 +90,9 @@ def test_a_run_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             signal.raise_signal(signal.SIGINT)
         return step(self)
 
-    flags = "--model llama-nano --data 'my text.jsonl' --steps 8 --batch_size 2 --sequence_length 16 --rank 4 --device cpu"
+    flags = (
+        "--model llama-nano --data 'my text.jsonl' --steps 8 --batch_size 2 --sequence_length 16 --rank 4 --device cpu"
+    )
     with monkeypatch.context() as patch:
         patch.setattr(Training, "_train_step", interrupted)
         assert main(shlex.split(f'pretrain {flags} --out "it\'s my run"')) == 130
@@ -105,7 +114,8 @@ def test_the_program_that_goes_on(ranks: int, here: str | None, program: str, mo
         monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
     error = RunInterruptedError(signal.SIGTERM, 7, "a b", ranks, "finetune")
     assert str(error) == (
-        f"SIGTERM: saved at step 7; to continue: {program} finetune --config 'a b/config.yaml' --out 'a b' --resume auto"
+        f"SIGTERM: saved at step 7; to continue: {program} finetune --config 'a b/config.yaml' --out 'a b' --resume "
+        "auto"
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from subspan.cli import main
 from subspan.cli.main import COMMANDS, make_parser
-from subspan.cli.parsing import Parser, spelled
+from subspan.cli.parser import Parser, spelled
 
 
 def parsers(parser: Parser, name: str = "") -> Iterator[tuple[str, Parser]]:

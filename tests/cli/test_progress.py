@@ -1,4 +1,6 @@
-"""What is shown while a run goes on: lines where nobody watches, a bar on a terminal, colours only where they are wanted."""
+"""What is shown while a run goes on: lines where nobody watches, a bar on a terminal, colours only where they are
+wanted.
+"""
 
 import io
 import re
@@ -6,7 +8,7 @@ import sys
 
 import pytest
 
-from subspan.training.progress import ProgressLine, duration
+from subspan.training.monitor.progress import ProgressLine, duration
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*(3[0-9]|9[0-7]|38;[0-9;]*)m")
 
@@ -47,7 +49,9 @@ def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("stream", "environment"), [(io.StringIO, {}), (io.StringIO, {"FORCE_COLOR": "1"}), (Terminal, {"TERM": "dumb"})]
 )
-def test_lines_elsewhere(stream: type[io.StringIO], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_elsewhere(
+    stream: type[io.StringIO], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not a code of any kind; steps, loss, tokens per second and the time left."""
     text = shown(monkeypatch, stream(), **environment)
     assert "\x1b" not in text

@@ -1,4 +1,5 @@
-"""One rank of a fully_shard run: trains the small model by each of the methods named, writes what came of it; the first also
+"""One rank of a fully_shard run: trains the small model by each of the methods named, writes what came of it; the first
+also
 what it sent.
 
 Its argument: a JSON object with "names" {label: [recipe, settings]}, "mesh" (sizes), "out" (path), and "backward" and
@@ -9,8 +10,8 @@ import json
 
 import torch
 import torch.distributed as dist
-from distributed.small import RANK, SMALLEST, batches, build, loss_of
-from processes import joined
+from support.processes import joined
+from support.sharded_model import RANK, SMALLEST, batches, build, loss_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
@@ -57,11 +58,15 @@ def train(recipe, settings, mesh, backward, in_backward):
         with watch() as comm:
             optimizer.step()
         refreshes.append(before != [state.get("refresh_step") for state in optimizer.state.values()])
-        sent.append([{str(op): count for op, count in mode.get_comm_counts().items()} for mode in (comm, backward_sent)])
+        sent.append(
+            [{str(op): count for op, count in mode.get_comm_counts().items()} for mode in (comm, backward_sent)]
+        )
         optimizer.zero_grad()
         losses.append(loss.item())
     states = {}
-    named = [pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"], strict=True)]
+    named = [
+        pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"], strict=True)
+    ]
     for name, p in named:
         for key, value in optimizer.state[p].items():
             if isinstance(value, torch.Tensor):

@@ -4,8 +4,8 @@ import json
 
 import torch
 import torch.distributed as dist
-from distributed.small import RANK, batches, build, loss_of
-from processes import joined
+from support.processes import joined
+from support.sharded_model import RANK, batches, build, loss_of
 from torch.nn.parallel import DistributedDataParallel
 
 import subspan
@@ -14,7 +14,7 @@ import subspan
 def train(model, recipe, settings, group=None):
     optimizer = subspan.create(recipe, model, **{"lr": 1e-2, "rank": RANK, "update_proj_gap": 7, **settings})
     wrapped = DistributedDataParallel(model, process_group=group)
-    sending = subspan.comm.register(wrapped, optimizer)
+    sending = subspan.ddp.register(wrapped, optimizer)
     sent = []
     for x, y in batches():
         sending.reset()

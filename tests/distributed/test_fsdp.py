@@ -1,4 +1,6 @@
-"""``fully_shard``: the weights and states of one process, no collective in an ordinary step, one Gram matrix in a refresh."""
+"""``fully_shard``: the weights and states of one process, no collective in an ordinary step, one Gram matrix in a
+refresh.
+"""
 
 import json
 from pathlib import Path
@@ -7,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from distributed import fsdp_worker
-from distributed.small import RANK, SMALLEST, batches, build, loss_of
-from processes import launch
+from support.processes import launch
+from support.sharded_model import RANK, SMALLEST, batches, build, loss_of
 from torch import Tensor
 
 import subspan
@@ -98,7 +100,9 @@ def check_equal(name: str, ranks: Any, weights: dict[str, Tensor], states: dict[
 
 @pytest.mark.parametrize("mesh", [[2], [3], [2, 2]], ids=str)
 def test_equals_one_process(tmp_path: Path, mesh: list[int]) -> None:
-    """Thirty steps across refreshes: the weights and every state, also of shards that are uneven or empty, and of replicas."""
+    """Thirty steps across refreshes: the weights and every state, also of shards that are uneven or empty, and of
+    replicas.
+    """
     names = METHODS if mesh == [2] else {name: METHODS[name] for name in ("sara", "fira", "adafactor", "8bit")}
     for name, ranks in run(tmp_path, mesh, names, torchrun=mesh == [2]).items():
         weights, states, _ = one_process(*METHODS[name])
@@ -121,7 +125,9 @@ BACKWARD: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("mesh", [[2], [3], [2, 2]], ids=str)
 def test_backward_side_equals_one_process(tmp_path: Path, mesh: list[int]) -> None:
-    """Weight and carrier sharded, the basis on every rank; an ordinary step sends nothing beyond what fully_shard does."""
+    """Weight and carrier sharded, the basis on every rank; an ordinary step sends nothing beyond what fully_shard
+    does.
+    """
     settings = {"select_from": "mean", "share": "none"}
     names = BACKWARD if mesh == [2] else {"sara": BACKWARD["sara"]}
     for name, ranks in run(tmp_path, mesh, names, settings).items():
@@ -134,7 +140,9 @@ def test_backward_side_equals_one_process(tmp_path: Path, mesh: list[int]) -> No
 
 
 def test_step_in_backward_equals_one_process(tmp_path: Path) -> None:
-    """Two micro-batches, each gradient stepped on and freed in the backward pass: the weights of stepping afterwards."""
+    """Two micro-batches, each gradient stepped on and freed in the backward pass: the weights of stepping
+    afterwards.
+    """
     names = {name: METHODS[name] for name in ("sara", "golore", "fira", "full")}
     for name, ranks in run(tmp_path, [2], names, in_backward={"accumulate": 2}).items():
         weights, states, _ = one_process(*METHODS[name])

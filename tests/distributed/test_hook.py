@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from distributed import hook_worker
-from distributed.small import RANK, batches, build, loss_of
-from processes import launch
+from support.processes import launch
+from support.sharded_model import RANK, batches, build, loss_of
 
 import subspan
-from subspan.comm import register
+from subspan.ddp import register
 
 CASES = [("sara_adamw", {}), ("golore_sgd", {"proj_type": "left"}), ("galore_adafactor", {"stagger": True})]
 

@@ -1,4 +1,6 @@
-"""What the pages show is run: their Python; the tutorial's commands, with fewer and smaller steps; the settings of others."""
+"""What the pages show is run: their Python; the tutorial's commands, with fewer and smaller steps; the settings of
+others.
+"""
 
 import json
 import socket
@@ -9,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from pages import ROOT, commands, python_blocks, run
+from support.pages import ROOT, commands, module_of, python_blocks, run
 
 from subspan.cli import main
 from subspan.cli.main import make_parser
-from subspan.cli.parsing import spelled
+from subspan.cli.parser import spelled
 
 PAGES = {str(path.relative_to(ROOT / "docs")): path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))}
 PAGES = {name: page for name, page in PAGES.items() if not name.startswith("_build")}  # `make docs` leaves copies there
@@ -93,9 +95,8 @@ def test_commands_are_understood(page: str) -> None:
 
 def test_a_how_tos_selector_keeps_the_laws(names: dict[str, Any]) -> None:
     """The table's tests, for a selector that is on a page and not in the table."""
-    import test_conformance as contract
-    import test_selectors as laws
-    from helpers import SHAPES
+    contract, laws = module_of("step/test_conformance.py"), module_of("selectors/test_selectors.py")
+    from support.helpers import SHAPES
 
     from subspan.residuals import Discard, Fira
     from subspan.rules import AdamW
@@ -113,7 +114,7 @@ def test_a_how_tos_selector_keeps_the_laws(names: dict[str, Any]) -> None:
 
 
 def test_a_how_tos_rule_keeps_the_contract(names: dict[str, Any]) -> None:
-    import test_conformance as contract
+    contract = module_of("step/test_conformance.py")
 
     from subspan.residuals import Discard, Fira
     from subspan.selectors import Importance

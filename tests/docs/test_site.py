@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from pages import ROOT
+from support.pages import ROOT
 
 sys.path.insert(0, str(ROOT / "docs"))
 from ext import coverage, docstrings, links, mathml
@@ -20,7 +20,8 @@ from sphinx.errors import ExtensionError
 
 
 def build(builder: str, output: Path) -> None:
-    """In a process of its own: autodoc leaves signatures on what it has described, defaults as they are written, and who
+    """In a process of its own: autodoc leaves signatures on what it has described, defaults as they are written, and
+    who
     reads them later in the process (LightningCLI) takes these for defaults."""
     common = ["-q", "-n", "-W", "--keep-going", "-d", str(output.parent / "trees"), str(ROOT / "docs"), str(output)]
     done = subprocess.run([sys.executable, "-m", "sphinx", "-b", builder, *common], capture_output=True, text=True)
@@ -29,7 +30,8 @@ def build(builder: str, output: Path) -> None:
 
 @pytest.mark.timeout(900)
 def test_it_builds(tmp_path: Path) -> None:
-    """A warning is an error: a name that cannot be found, a page in no table of contents, markup that cannot be read. The
+    """A warning is an error: a name that cannot be found, a page in no table of contents, markup that cannot be read.
+    The
     examples in docstrings are run."""
     build("html", tmp_path / "html")
     method = (tmp_path / "html/methods/selectors.html").read_text()

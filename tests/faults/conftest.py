@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_runs import config
+from support.small_runs import config
 
-from subspan.training.config import CheckpointConfig, EvaluationConfig, PretrainConfig
+from subspan.training.config.settings import CheckpointConfig, EvaluationConfig, PretrainConfig
 
 TINY = {
     "model_type": "llama",

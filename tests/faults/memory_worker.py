@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from subspan.training.pretrain import Pretraining
+from subspan.training.pretraining import Pretraining
 
 
 def resident() -> float:
@@ -38,9 +38,9 @@ def growth(run: Pretraining, early: int) -> float:
 
 
 def main(config: str, early: str, kept: str) -> None:
-    import subspan.training.files
+    import subspan.utils.atomic_files
 
-    subspan.training.files.sync = lambda path: None  # the disk is not what is tested here
+    subspan.utils.atomic_files.sync = lambda path: None  # the disk is not what is tested here
     run, leak = Pretraining(pickle.loads(Path(config).read_bytes())), []
     step = run.optimizer.step
 

@@ -1,4 +1,6 @@
-"""Generated settings: each run trains a step, or is refused in one line that names a setting. Never a bare traceback."""
+"""Generated settings: each run trains a step, or is refused in one line that names a setting. Never a bare
+traceback.
+"""
 
 import logging
 import shutil
@@ -16,8 +18,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from subspan.recipes import RECIPES
-from subspan.training.config import CheckpointConfig, EvaluationConfig, OptimConfig, PretrainConfig, ScheduleConfig
-from subspan.training.pretrain import Pretraining, RunDivergedError
+from subspan.training.config.settings import (
+    CheckpointConfig,
+    EvaluationConfig,
+    OptimConfig,
+    PretrainConfig,
+    ScheduleConfig,
+)
+from subspan.training.pretraining import Pretraining, RunDivergedError
 from subspan.training.signals import RunInterruptedError
 
 Make = Callable[..., PretrainConfig]
@@ -123,7 +131,9 @@ NONSENSE: dict[str, list[Any]] = {
     "checkpoint.every": [*WHOLE, 10**30],
     "checkpoint.keep": [*WHOLE, 10**30],
 }
-"""Of the type that a flag has, since the command line sees to types; what stands inside a part's settings may be anything."""
+"""Of the type that a flag has, since the command line sees to types; what stands inside a part's settings may be
+anything.
+"""
 
 
 @st.composite
@@ -158,7 +168,9 @@ def built(given: dict[str, Any], make: Make, folder: Path) -> PretrainConfig:
         section, _, field = name.rpartition(".")
         (sections[section] if section else plain)[field] = value
     start = {"evaluation": base.evaluation, "checkpoint": base.checkpoint}
-    return make(**{name: replace(start.get(name, SECTIONS[name]), **changes) for name, changes in sections.items()} | plain)
+    return make(
+        **{name: replace(start.get(name, SECTIONS[name]), **changes) for name, changes in sections.items()} | plain
+    )
 
 
 def words(given: dict[str, Any], config: PretrainConfig) -> set[str]:
@@ -222,11 +234,13 @@ def outcome(config: PretrainConfig, finite: bool = False) -> str:
     return "trained"
 
 
-@pytest.mark.parametrize("cases", [pytest.param(60), pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+@pytest.mark.parametrize(
+    "cases", [pytest.param(60), pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
+)
 def test_generated_configurations(cases: int, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The share of cases that train is checked too: a generator of nothing but refusals would prove little."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("subspan.training.files.sync", lambda path: None)  # the disk is not what is tested here
+    monkeypatch.setattr("subspan.utils.atomic_files.sync", lambda path: None)  # the disk is not what is tested here
     folder = tmp_path / "empty"
     folder.mkdir()
     outcomes: list[str] = []

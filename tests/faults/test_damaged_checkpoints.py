@@ -1,4 +1,6 @@
-"""Checkpoints whose bytes have changed: refused with a reason, the newest sound one continued, every file left as it is."""
+"""Checkpoints whose bytes have changed: refused with a reason, the newest sound one continued, every file left as it
+is.
+"""
 
 import random
 import re
@@ -8,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from subspan.training.checkpoint import list_checkpoints
-from subspan.training.config import CheckpointConfig, PretrainConfig
-from subspan.training.errors import InputError
-from subspan.training.integrity import RECORD, damage
-from subspan.training.pretrain import Pretraining
-from subspan.training.rundir import locate
+from subspan.checkpoints.checksums import RECORD, damage
+from subspan.checkpoints.directory import list_checkpoints
+from subspan.training.config.settings import CheckpointConfig, PretrainConfig
+from subspan.training.pretraining import Pretraining
+from subspan.training.run_directory import locate
+from subspan.utils.errors import InputError
 
 Make = Callable[..., PretrainConfig]
 
@@ -98,7 +100,9 @@ def test_two_hundred_damaged_checkpoints(
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("name", ["optimizer.pt", "training.pt", "model.safetensors"])
 def test_the_sound_one_is_continued(how: Callable, name: str, run: Path, tiny: Make, tmp_path: Path) -> None:
-    """A run that passed over a damaged checkpoint ends where the unbroken one did, and mends the damage by saving again."""
+    """A run that passed over a damaged checkpoint ends where the unbroken one did, and mends the damage by saving
+    again.
+    """
     whole = files(run / "checkpoints" / "step-000006")
     how(run / "checkpoints" / "step-000006" / name, random.Random(1))
     again = Pretraining(tiny(resume="auto"))
@@ -121,7 +125,9 @@ def test_none_is_sound(run: Path, tiny: Make, settings: dict) -> None:
         truncate(path / "optimizer.pt", random.Random(0))
     left = files(run)
     for resume in ("auto", str(run)):
-        with pytest.raises(InputError, match=r"no checkpoint of it is sound: .*step-000006 \(optimizer.pt holds .*step-000002"):
+        with pytest.raises(
+            InputError, match=r"no checkpoint of it is sound: .*step-000006 \(optimizer.pt holds .*step-000002"
+        ):
             locate(tiny(resume=resume), settings)
     assert files(run) == left
 

@@ -1,4 +1,6 @@
-"""Data that shrinks, vanishes or is broken, before, while and after a run reads it: an error that names it, never a crash."""
+"""Data that shrinks, vanishes or is broken, before, while and after a run reads it: an error that names it, never a
+crash.
+"""
 
 import gzip
 import json
@@ -14,15 +16,15 @@ from pathlib import Path
 
 import pytest
 
-from subspan.training.config import CheckpointConfig, EvaluationConfig, PretrainConfig
-from subspan.training.documents import find_documents
-from subspan.training.errors import InputError
-from subspan.training.metrics import read_metrics
-from subspan.training.pretrain import Pretraining
+from subspan.training.config.settings import CheckpointConfig, EvaluationConfig, PretrainConfig
+from subspan.training.data.documents import find_documents
+from subspan.training.data.streams import TokenStream
+from subspan.training.data.token_cache import tokenise
+from subspan.training.data.tokenizer import load_tokenizer
+from subspan.training.monitor.metrics import read_metrics
+from subspan.training.pretraining import Pretraining
 from subspan.training.signals import RunInterruptedError
-from subspan.training.streams import TokenStream
-from subspan.training.tokenizer import load_tokenizer
-from subspan.training.tokens import tokenise
+from subspan.utils.errors import InputError
 
 Make = Callable[..., PretrainConfig]
 TOKENIZER = load_tokenizer("bytes")
@@ -62,7 +64,9 @@ def refused(call: Callable[[], object], *words: str) -> None:
 
 @pytest.mark.parametrize("left", [0, 1001])
 def test_the_cache_shrinks_while_a_run_reads_it(left: int, tiny: Make, cache: Path) -> None:
-    """The run ends with an error that names the file, and goes on from its last checkpoint when the cache is made anew."""
+    """The run ends with an error that names the file, and goes on from its last checkpoint when the cache is made
+    anew.
+    """
     run = Pretraining(tiny(evaluation=tiny().evaluation))
     (file,) = cache.glob("*/train.bin")
     refused(after(run, 4, lambda: os.truncate(file, left)).run, str(file), "is damaged", "ends at token")
@@ -78,7 +82,7 @@ def test_a_process_survives_a_shrinking_cache(tiny: Make, tmp_path: Path, cache:
         """
         import glob, json, os, sys
         from subspan.cli import main
-        from subspan.training.tokens import TokenWindows
+        from subspan.training.data.token_cache import TokenWindows
         read = TokenWindows.next_batch
         def shrinking(self, size):
             for file in glob.glob(os.environ["SUBSPAN_CACHE"] + "/*/train.bin"):
@@ -111,7 +115,9 @@ def test_a_token_beyond_the_vocabulary(tiny: Make, cache: Path) -> None:
 
 @pytest.mark.parametrize("name", ["train.bin", "validation.bin", "meta.json"])
 @pytest.mark.parametrize("how", ["truncated", "gone"])
-def test_a_damaged_cache_is_made_anew(how: str, name: str, tiny: Make, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_cache_is_made_anew(
+    how: str, name: str, tiny: Make, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Pretraining(tiny())
     whole = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
     (file,) = cache.glob(f"*/{name}")
@@ -132,7 +138,7 @@ def test_documents_change_while_they_are_read(corpus: Path, cache: Path, monkeyp
         yield list(found)
         corpus.write_text("other")
 
-    monkeypatch.setattr("subspan.training.tokens._chunks", chunks)
+    monkeypatch.setattr("subspan.training.data.token_cache._chunks", chunks)
     refused(lambda: tokenise(documents, TOKENIZER), "data: its files changed while they were read")
     assert not list(cache.iterdir())
 
@@ -141,7 +147,9 @@ def test_documents_change_while_they_are_read(corpus: Path, cache: Path, monkeyp
 
 
 def test_documents_vanish(tiny: Make, corpus: Path, cache: Path, tmp_path: Path) -> None:
-    """After they are found and before they are read; while the run reads its tokens, which matters not; and before a resume."""
+    """After they are found and before they are read; while the run reads its tokens, which matters not; and before a
+    resume.
+    """
     documents = find_documents(str(corpus))
     run = after(Pretraining(tiny(steps=6)), 3, corpus.unlink)
     assert run.run().steps == 6
@@ -157,7 +165,11 @@ def test_documents_shrink_before_a_resume(kept: float, tiny: Make, corpus: Path)
     Pretraining(tiny()).run()
     lines = corpus.read_text().splitlines(keepends=True)
     corpus.write_text("".join(lines[: int(len(lines) * kept)]) + ("" if kept == 0.5 else lines[-1][:20]))
-    words = ["have changed since the checkpoint"] if kept == 0.5 else [f"{corpus}, line 40", "expected one JSON object a line"]
+    words = (
+        ["have changed since the checkpoint"]
+        if kept == 0.5
+        else [f"{corpus}, line 40", "expected one JSON object a line"]
+    )
     refused(lambda: Pretraining(tiny(resume="auto")), *words)
 
 
@@ -225,7 +237,9 @@ def second_of(folder: Path) -> Path:
 
 @pytest.mark.parametrize("how", ["gone", "broken", "null", "truncated"])
 def test_a_stream_breaks_off(how: str, tiny: Make, c4: Path) -> None:
-    """While the first file is read the second one goes bad: an error when its turn comes, with checkpoints before it."""
+    """While the first file is read the second one goes bad: an error when its turn comes, with checkpoints before
+    it.
+    """
     second = second_of(c4)
     happens: dict[str, Callable[[], object]] = {
         "gone": second.unlink,
@@ -240,8 +254,13 @@ def test_a_stream_breaks_off(how: str, tiny: Make, c4: Path) -> None:
 
 @pytest.mark.parametrize(("number", "resumed"), [(0, False), (1, False), (0, True)])
 def test_a_stream_is_cut_between_two_lines(number: int, resumed: bool, tiny: Make, c4: Path, tmp_path: Path) -> None:
-    """The reader takes the cut for the end: it is noticed there. With the file put back the run goes on as if unbroken."""
-    settings = streamed(c4) | {"checkpoint": CheckpointConfig(every=40), "evaluation": EvaluationConfig(every=200, tokens=32)}
+    """The reader takes the cut for the end: it is noticed there. With the file put back the run goes on as if
+    unbroken.
+    """
+    settings = streamed(c4) | {
+        "checkpoint": CheckpointConfig(every=40),
+        "evaluation": EvaluationConfig(every=200, tokens=32),
+    }
     unbroken = Pretraining(tiny(**settings, out=str(tmp_path / "unbroken"))).run()
     if resumed:
         with pytest.raises(RunInterruptedError):
@@ -253,7 +272,9 @@ def test_a_stream_is_cut_between_two_lines(number: int, resumed: bool, tiny: Mak
     change = f"({len(whole):,} bytes, now {len(cut):,} bytes)"
     refused(run.run, f"data 'c4:{c4.parent}': {file.name} has changed while it was read {change}", "--resume auto")
     assert 50 < run.step < 200, "it was noticed at the end of the file, or of the epoch"
-    refused(lambda: Pretraining(tiny(**settings, resume="auto")), f"{file.name} has changed since the checkpoint {change}")
+    refused(
+        lambda: Pretraining(tiny(**settings, resume="auto")), f"{file.name} has changed since the checkpoint {change}"
+    )
     file.write_text(whole)
     again = Pretraining(tiny(**settings, resume="auto"))
     assert 0 < again.step <= run.step
@@ -269,7 +290,11 @@ def test_a_stream_changes_before_a_resume(how: str, tiny: Make, c4: Path) -> Non
         second.unlink()
     else:
         second.write_text(second.read_text()[:250] if how == "truncated" else second.read_text() * 2)
-    refused(lambda: Pretraining(tiny(**(streamed(c4) | {"steps": 6, "resume": "auto"}))), second.name, "since the checkpoint")
+    refused(
+        lambda: Pretraining(tiny(**(streamed(c4) | {"steps": 6, "resume": "auto"}))),
+        second.name,
+        "since the checkpoint",
+    )
 
 
 def test_a_stream_without_text(c4: Path) -> None:

@@ -1,4 +1,6 @@
-"""A disk that fills up: what was saved before stands, one line says what is needed, and the run goes on when there is room."""
+"""A disk that fills up: what was saved before stands, one line says what is needed, and the run goes on when there is
+room.
+"""
 
 import errno
 import os
@@ -11,17 +13,17 @@ from typing import Any
 import pytest
 import torch
 
+from subspan.checkpoints.checksums import damage
+from subspan.checkpoints.directory import list_checkpoints
 from subspan.cli import main
-from subspan.training.checkpoint import list_checkpoints
-from subspan.training.config import CheckpointConfig, EvaluationConfig, PretrainConfig
-from subspan.training.documents import find_documents
-from subspan.training.errors import InputError
-from subspan.training.files import write_text
-from subspan.training.integrity import damage
-from subspan.training.metrics import Metrics, read_metrics
-from subspan.training.pretrain import Pretraining
-from subspan.training.tokenizer import load_tokenizer
-from subspan.training.tokens import tokenise
+from subspan.training.config.settings import CheckpointConfig, EvaluationConfig, PretrainConfig
+from subspan.training.data.documents import find_documents
+from subspan.training.data.token_cache import tokenise
+from subspan.training.data.tokenizer import load_tokenizer
+from subspan.training.monitor.metrics import Metrics, read_metrics
+from subspan.training.pretraining import Pretraining
+from subspan.utils.atomic_files import write_text
+from subspan.utils.errors import InputError
 
 Make = Callable[..., PretrainConfig]
 
@@ -31,7 +33,10 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of a megabyte and a half."""
     path = tmp_path / "disk"
     path.mkdir()
-    if not shutil.which("mount") or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", path]).returncode:
+    if (
+        not shutil.which("mount")
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", path]).returncode
+    ):
         pytest.skip("a small tmpfs cannot be mounted here (needs Linux and root)")
     yield path
     subprocess.run(["umount", "-l", path], check=True)
@@ -74,7 +79,10 @@ def test_a_checkpoint_that_does_not_fit(leave: int, disk: Path, tiny: Make, tmp_
     message = str(error.value)
     assert "\n" not in message
     assert "--resume auto" in message
-    assert f"{disk / 'run' / 'checkpoints' / 'step-000004'} cannot be written: no space is left; it needs about " in message
+    assert (
+        f"{disk / 'run' / 'checkpoints' / 'step-000004'} cannot be written: no space is left; it needs about "
+        in message
+    )
     assert " kB, " in message
     assert f"free under {disk / 'run' / 'checkpoints'}" in message
     folder = disk / "run" / "checkpoints"
@@ -99,9 +107,20 @@ def test_the_command_says_so_in_one_line(
 
     monkeypatch.setattr(Pretraining, "__init__", init)
     config = tiny()
-    flags = [f"--{name}={getattr(config, name)}" for name in ("model", "tokenizer", "data", "steps", "batch_size", "rank")]
+    flags = [
+        f"--{name}={getattr(config, name)}" for name in ("model", "tokenizer", "data", "steps", "batch_size", "rank")
+    ]
     with pytest.raises(SystemExit) as status:
-        main(["pretrain", *flags, "--sequence_length=16", "--checkpoint.every=2", f"--out={disk / 'run'}", "--device=cpu"])
+        main(
+            [
+                "pretrain",
+                *flags,
+                "--sequence_length=16",
+                "--checkpoint.every=2",
+                f"--out={disk / 'run'}",
+                "--device=cpu",
+            ]
+        )
     assert status.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(
@@ -122,7 +141,9 @@ def test_metrics_that_cannot_be_written(disk: Path, tiny: Make, tmp_path: Path) 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Metrics, "write", until_full)
-        with pytest.raises(InputError, match=rf"{path} cannot be written: no space is left; it needs about .* free under"):
+        with pytest.raises(
+            InputError, match=rf"{path} cannot be written: no space is left; it needs about .* free under"
+        ):
             run.run()
     assert not path.read_text().endswith("\n"), "the space ended within a line"
     (disk / "ballast").unlink()
@@ -143,9 +164,7 @@ def test_tensorboard_that_cannot_be_written(
     late = {"checkpoint": CheckpointConfig(every=400), "evaluation": EvaluationConfig(every=400, tokens=32)}
     assert Pretraining(tiny(tensorboard=True, steps=60, log_every=1, **late)).run().steps == 60
     err = capsys.readouterr().err
-    line = (
-        f"{out / 'tensorboard'} cannot be written: [Errno 28] No space left on device; it ends here, and metrics.jsonl goes on"
-    )
+    line = f"{out / 'tensorboard'} cannot be written: [Errno 28] No space left on device; it ends here, and metrics.jsonl goes on"
     assert err.count(line) == 1
     assert "Traceback" not in err
     assert [row["step"] for row in read_metrics(out) if "loss" in row] == [*range(1, 61)]
@@ -166,7 +185,9 @@ def test_the_summary_and_the_metrics_stand_where_they_cannot_be_replaced(disk: P
 def test_a_cache_of_tokens_that_does_not_fit(disk: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUBSPAN_CACHE", str(disk / "cache"))
     fill(disk, 8192)
-    with pytest.raises(InputError, match=rf"the cache of tokens {disk}/cache/\w+ .* cannot be written: no space is left"):
+    with pytest.raises(
+        InputError, match=rf"the cache of tokens {disk}/cache/\w+ .* cannot be written: no space is left"
+    ):
         tokenise(find_documents(str(corpus)), load_tokenizer("bytes"))
     assert not list((disk / "cache").iterdir())
     (disk / "ballast").unlink()

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import environment
+from support.processes import environment
 
-from subspan.training.config import CheckpointConfig, EvaluationConfig, PretrainConfig
+from subspan.training.config.settings import CheckpointConfig, EvaluationConfig, PretrainConfig
 
 Make = Callable[..., PretrainConfig]
 WORKER = Path(__file__).with_name("memory_worker.py")
@@ -20,11 +20,14 @@ METHODS = {
     "stream": {"optimizer": "sara_adamw"},
 }
 ALLOWED = 2.0
-"""Megabytes. Measured are 0.0 to 0.4; a leak of one tensor of 16 x 16 in a step is beyond it, as the last test shows."""
+"""Megabytes. Measured are 0.0 to 0.4; a leak of one tensor of 16 x 16 in a step is beyond it, as the last test
+shows.
+"""
 
 
 def growth(config: PretrainConfig, tmp_path: Path, early: int, kept: int = 0) -> float:
-    """Megabytes between step ``early`` and the last, in a fresh process: one that has run other tests has room to hide a leak.
+    """Megabytes between step ``early`` and the last, in a fresh process: one that has run other tests has room to hide
+    a leak.
 
     ``kept``: tensors of 16 x 16 that each step keeps.
     """

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from integrations.small import Text
+from support.frameworks import Text
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 

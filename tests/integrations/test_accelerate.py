@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from integrations.small import PROJECTED, STEPS, projected
+from support.frameworks import PROJECTED, STEPS, projected
 from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader
 

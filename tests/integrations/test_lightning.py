@@ -6,8 +6,8 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from integrations.small import PROJECTED, Text, projected
 from lightning.pytorch.cli import LightningCLI, OptimizerCallable
+from support.frameworks import PROJECTED, Text, projected
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -102,7 +102,14 @@ CLASS_PATHS = {
 @pytest.mark.parametrize(("class_path", "settings", "shown"), CLASS_PATHS.values(), ids=CLASS_PATHS)
 def test_cli(tmp_path: Path, class_path: str, settings: dict[str, str], shown: str) -> None:
     """An optimizer named by ``class_path`` gets its settings, typed, and trains."""
-    arguments = ["--model.optimizer", class_path, "--model.optimizer.rank", "4", "--model.optimizer.update_proj_gap", "4"]
+    arguments = [
+        "--model.optimizer",
+        class_path,
+        "--model.optimizer.rank",
+        "4",
+        "--model.optimizer.update_proj_gap",
+        "4",
+    ]
     for key, value in settings.items():
         arguments += [f"--model.optimizer.{key}", value]
     command = LightningCLI(
@@ -120,5 +127,7 @@ def test_cli(tmp_path: Path, class_path: str, settings: dict[str, str], shown: s
 
 def test_cli_refuses_what_is_no_setting(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        LightningCLI(Lightning, Data, args=["fit", "--model.optimizer", "subspan.SubspaceAdamW", "--model.optimizer.rnk", "4"])
+        LightningCLI(
+            Lightning, Data, args=["fit", "--model.optimizer", "subspan.SubspaceAdamW", "--model.optimizer.rnk", "4"]
+        )
     assert "rnk" in capsys.readouterr().err

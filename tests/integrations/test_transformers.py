@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.small import PROJECTED, STEPS, projected
+from support.frameworks import PROJECTED, STEPS, projected
 from torch.optim import Optimizer
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -41,9 +41,13 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["sara_adamw", "galore_adafactor", "fira_adamw", "golore_hybrid_adamw", "ldadam_adamw"])
+@pytest.mark.parametrize(
+    "name", ["sara_adamw", "galore_adafactor", "fira_adamw", "golore_hybrid_adamw", "ldadam_adamw"]
+)
 def test_trains(llama: Any, text: Any, tmp_path: Path, name: str) -> None:
-    """The loss falls, the named matrices move inside subspaces, and the learning rate follows the Trainer's schedule."""
+    """The loss falls, the named matrices move inside subspaces, and the learning rate follows the Trainer's
+    schedule.
+    """
     run = trainer(llama(), text, arguments(tmp_path, warmup_steps=2), name=name)
     run.train()
     losses = [row["loss"] for row in run.state.log_history if "loss" in row]
@@ -56,7 +60,9 @@ def test_trains(llama: Any, text: Any, tmp_path: Path, name: str) -> None:
 
 
 def test_resume_is_exact(llama: Any, text: Any, tmp_path: Path) -> None:
-    """Stopped after ten of twelve steps and resumed from its checkpoint, every weight has the bits of the unbroken run."""
+    """Stopped after ten of twelve steps and resumed from its checkpoint, every weight has the bits of the unbroken
+    run.
+    """
 
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -75,7 +81,9 @@ def test_resume_is_exact(llama: Any, text: Any, tmp_path: Path) -> None:
 
 
 def test_settings_of_the_trainer(llama: Any, text: Any, tmp_path: Path) -> None:
-    """Learning rate, betas, eps, weight decay and its split, seed and length of the run are those of TrainingArguments."""
+    """Learning rate, betas, eps, weight decay and its split, seed and length of the run are those of
+    TrainingArguments.
+    """
     args = arguments(
         tmp_path, learning_rate=3e-3, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, weight_decay=0.1, max_steps=50
     )
@@ -133,7 +141,9 @@ def test_errors(llama: Any, text: Any, tmp_path: Path, chosen: Any, settings: An
         optimizer_of(llama(), text, arguments(tmp_path, **settings), **chosen)
 
 
-def test_settings_that_a_rule_lacks_are_said(llama: Any, text: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_settings_that_a_rule_lacks_are_said(
+    llama: Any, text: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Adafactor's eps is another thing than Adam's, and SGD has none: neither is set, and each is named."""
     for name in ("sara_sgd", "sara_adafactor"):
         caplog.clear()

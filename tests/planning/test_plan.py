@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planning.common import llama_directory
+from support.plans import llama_directory
 from transformers import RobertaConfig
 
 from subspan.cli import main
@@ -15,9 +15,9 @@ from subspan.planning.model import choose
 from subspan.planning.plan import Planner, largest, plan
 from subspan.planning.report import comparison, parts_of, text
 from subspan.planning.setting import PlanSetting, bytes_of
-from subspan.training.model import build_model
-from subspan.training.presets import PRESETS
-from subspan.training.tokenizer import load_tokenizer
+from subspan.training.data.tokenizer import load_tokenizer
+from subspan.training.models.build import build_model
+from subspan.training.models.presets import PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,17 @@ def test_nothing_fits(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert (found["fits"], found["largest_batch"], found["largest_rank"]) == (False, 0, 0)
     assert found["gpu_bytes"] == 100_000
-    kinds = {"weights", "carriers", "gradients", "states", "bases", "activations", "refresh_peak", "communication", "total"}
+    kinds = {
+        "weights",
+        "carriers",
+        "gradients",
+        "states",
+        "bases",
+        "activations",
+        "refresh_peak",
+        "communication",
+        "total",
+    }
     assert kinds <= found["bytes"].keys()
     assert main(["plan", "--model", model, "--rank", "8", "--gpu", "0.1MB"]) == 0
     assert "It does not fit" in capsys.readouterr().out
@@ -100,7 +110,8 @@ def test_accumulation_and_steps_in_the_backward_pass(model: str) -> None:
     """Gradients that stay are there in the second forward pass; those that are stepped on at once are not."""
     setting = PlanSetting(model, rank=8, seq=32)
     once, twice, at_once = (
-        Planner(replace(setting, **change)).costs(8, 8) for change in ({}, {"accumulate": 2}, {"step_in_backward": True})
+        Planner(replace(setting, **change)).costs(8, 8)
+        for change in ({}, {"accumulate": 2}, {"step_in_backward": True})
     )
     assert once.backward < twice.backward
     assert at_once.bytes["gradients"] == 0
@@ -121,7 +132,10 @@ def test_accumulation_and_steps_in_the_backward_pass(model: str) -> None:
         ({"optimizer": "adamw", "backward_side": True}, "backward_side=True: adamw is full rank"),
         ({"optimizer": "fira_adamw", "backward_side": True}, "needs every gradient"),
         ({"optimizer": "adamw", "step_in_backward": True}, "step_in_backward=True: adamw is torch's own"),
-        ({"optimizer": "ldadam_adamw", "world": 2, "parallel": "fsdp"}, "does not work where the rows of a weight are spread"),
+        (
+            {"optimizer": "ldadam_adamw", "world": 2, "parallel": "fsdp"},
+            "does not work where the rows of a weight are spread",
+        ),
     ],
 )
 def test_refusals(model: str, settings: dict[str, Any], words: str) -> None:
@@ -171,7 +185,9 @@ def test_comparison(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("flag", ["--optimizer=fira_adamw", "--state=8bit", "--backward-side=true"])
-def test_a_comparison_does_not_pass_over_what_was_asked(flag: str, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_comparison_does_not_pass_over_what_was_asked(
+    flag: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["plan", "--model", model, "--compare", flag])
     assert caught.value.code == 2
@@ -203,7 +219,13 @@ def test_a_preset_has_the_vocabulary_of_its_runs(name: str, tokens: int) -> None
 
 def test_positions_begin_behind_that_of_padding(tmp_path: Path) -> None:
     """RoBERTa with 40 positions has room for 38 tokens."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 60}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 60,
+    }
     RobertaConfig(max_position_embeddings=40, pad_token_id=1, is_decoder=True, **sizes).save_pretrained(tmp_path)
     assert choose(PlanSetting(str(tmp_path))).seq == 38
     with pytest.raises(ValueError, match=r"seq=39: the model .* has 38 positions"):
@@ -211,7 +233,13 @@ def test_positions_begin_behind_that_of_padding(tmp_path: Path) -> None:
 
 
 def test_an_encoder_is_no_causal_lm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 60}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 60,
+    }
     RobertaConfig(**sizes).save_pretrained(tmp_path)
     with pytest.raises(SystemExit) as caught:
         main(["plan", "--model", str(tmp_path), "--optimizer", "sara_adamw"])

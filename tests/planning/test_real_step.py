@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from planning.common import llama_directory, real_step
+from support.plans import llama_directory, real_step
 
 from subspan import linalg
 from subspan.planning.depth import extended, peak_of, shortened, with_blocks
@@ -13,8 +13,8 @@ from subspan.planning.model import Planned, choose, shapes_of
 from subspan.planning.passes import Passes
 from subspan.planning.plan import Planner
 from subspan.planning.setting import PlanSetting
-from subspan.rules._adam import Adam
 from subspan.rules.adamw import AdamW
+from subspan.rules.base import Adam
 
 METHODS: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": "adamw"},
@@ -47,14 +47,17 @@ def planned(setting: PlanSetting) -> dict[str, int]:
 
 @pytest.fixture(autouse=True)
 def _as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small factorisations are in fp64 on a CPU alone, where torch has a fused kernel for Adam too; the plan is of no CPU."""
+    """Small factorisations are in fp64 on a CPU alone, where torch has a fused kernel for Adam too; the plan is of no
+    CPU.
+    """
     monkeypatch.setattr(linalg, "spectral_dtype", lambda device, n=0: torch.float32)
     monkeypatch.setattr(AdamW, "update_", Adam.update_)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_six_blocks(name: str, tmp_path: Path) -> None:
-    """Every kind of bytes is, to the byte, that of a real step of a model of six blocks, of which four are run, and so, nearly,
+    """Every kind of bytes is, to the byte, that of a real step of a model of six blocks, of which four are run, and so,
+    nearly,
     are the peaks of the passes and of the optimizer's step, with and without bases to choose."""
     settings = {"rank": 24, "batch": 3, "seq": 40, "dtype": "fp32"} | METHODS[name]
     setting = PlanSetting(llama_directory(tmp_path, 6), **settings)
@@ -100,9 +103,13 @@ def test_llama_60m(backward_side: bool) -> None:
 
 
 def test_checkpointing_keeps_inputs_of_blocks_and_one_block(tmp_path: Path) -> None:
-    """What is saved is what a real step saves, and one block's own: less than without. The peak is that of the real step."""
+    """What is saved is what a real step saves, and one block's own: less than without. The peak is that of the real
+    step.
+    """
     model = llama_directory(tmp_path, 6)
-    with_it, without = (PlanSetting(model, rank=24, batch=8, seq=40, dtype="fp32", checkpointing=on) for on in (True, False))
+    with_it, without = (
+        PlanSetting(model, rank=24, batch=8, seq=40, dtype="fp32", checkpointing=on) for on in (True, False)
+    )
     measured, found, whole = real_step(with_it), planned(with_it), planned(without)
     block = (whole["activations"] - planned(PlanSetting(llama_directory(tmp_path / "five", 5), rank=24, batch=8, seq=40,
                                                         dtype="fp32"))["activations"])  # fmt: skip
@@ -118,7 +125,8 @@ def test_checkpointing_keeps_inputs_of_blocks_and_one_block(tmp_path: Path) -> N
     ids=lambda settings: "-".join(map(str, settings.values())) or "sara",
 )
 def test_few_blocks_stand_for_all(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Counts and peaks of eight blocks from four and three are those of all eight, to the byte: where activations are more than
+    """Counts and peaks of eight blocks from four and three are those of all eight, to the byte: where activations are
+    more than
     gradients, and where they are less."""
     setting = PlanSetting(llama_directory(tmp_path, 8), rank=24, seq=40, **settings)
     few_of_all(setting, 8)
@@ -146,7 +154,13 @@ def few_of_all(setting: PlanSetting, number: int) -> None:
 def test_blocks_that_differ_are_all_run(tmp_path: Path) -> None:
     from transformers import Gemma2Config
 
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
     Gemma2Config(num_hidden_layers=6, vocab_size=300, **sizes).save_pretrained(tmp_path)
     planner = Planner(PlanSetting(str(tmp_path), rank=8, seq=32))
     assert planner.blocks is None

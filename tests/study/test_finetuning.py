@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study.common import record, write
+from support.studies import record, write
 from transformers import LlamaConfig
 
 from subspan.study.records import append_records, read_records
 from subspan.study.runner import Runner
-from subspan.study.spec import Study, load_study
+from subspan.study.study_file import Study, load_study
 from subspan.study.table import as_text, compare
-from subspan.training.config import FinetuneConfig
-from subspan.training.errors import InputError
-from subspan.training.tokenizer import load_tokenizer
+from subspan.training.config.settings import FinetuneConfig
+from subspan.training.data.tokenizer import load_tokenizer
+from subspan.utils.errors import InputError
 
 ROWS: dict[str, Any] = {
     "full": {"optimizer": "adamw"},
@@ -60,7 +60,8 @@ def test_a_higher_score_closes_the_gap(tmp_path: Path) -> None:
         cells = [row.cell(row.lr, seed) for seed in study.seeds]
         rest = {"status": "finished", "row": row.name, "val_loss": 1.0, "state_bytes": 1, "seconds": 1.0}
         append_records(
-            study.results, [{"key": cell.key, "seed": cell.config.seed, "accuracy": scores[row.name], **rest} for cell in cells]
+            study.results,
+            [{"key": cell.key, "seed": cell.config.seed, "accuracy": scores[row.name], **rest} for cell in cells],
         )
     table = compare(study, "accuracy")
     assert [row["gap_reduction"] for row in table["rows"]] == [None, None, pytest.approx(0.5)]

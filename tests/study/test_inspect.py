@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from subspan.checkpoints.directory import load_part
 from subspan.cli import main
 from subspan.study.inspect import _bases, inspect
-from subspan.training.checkpoint import load_part
 
 FLAGS = ["--steps=16", "--batch_size=4", "--sequence_length=32", "--rank=4", "--update_proj_gap=4", "--threads=1",
          "--device=cpu", "--evaluation.tokens=64", "--checkpoint.every=4", "--checkpoint.keep=9"]  # fmt: skip
@@ -37,7 +37,9 @@ def test_importance_overlaps_less_than_dominant(dominant: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("every", [1, 3, 4])
 def test_checkpoints_alone_say_the_same(every: int, dominant: Path, tmp_path: Path) -> None:
-    """Where a checkpoint lies in every period, there are as many bases as refreshes, however many checkpoints hold each."""
+    """Where a checkpoint lies in every period, there are as many bases as refreshes, however many checkpoints hold
+    each.
+    """
     train(tmp_path / "bare", "--optimizer=galore_adamw", f"--checkpoint.every={every}", "--checkpoint.keep=99")
     with_probes, without = inspect(dominant), inspect(tmp_path / "bare")
     assert without["source"] == "checkpoints"
@@ -50,7 +52,9 @@ def test_checkpoints_alone_say_the_same(every: int, dominant: Path, tmp_path: Pa
 
 
 def test_bases_that_are_no_neighbours_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Checkpoints at 8 and 16 hold the bases of steps 5 and 13; those of 15 and 16 the same one, which is no overlap at all."""
+    """Checkpoints at 8 and 16 hold the bases of steps 5 and 13; those of 15 and 16 the same one, which is no overlap
+    at all.
+    """
     far = train(tmp_path / "far", "--optimizer=galore_adamw", "--checkpoint.every=8")
     assert all((layer["refreshes"], layer["steps_apart"]) == (2, 8) for layer in inspect(far)["layers"])
     near = train(tmp_path / "near", "--optimizer=galore_adamw", "--checkpoint.every=15")
@@ -81,7 +85,9 @@ def test_the_update_between_two_checkpoints(dominant: Path) -> None:
     assert max(sigma[4:]) < 1e-4
     assert by_name["model.layers.0.mlp.up_proj.weight"]["effective_rank"] <= 4.01
     s = torch.tensor(sigma, dtype=torch.float64)
-    assert by_name["model.layers.0.mlp.up_proj.weight"]["stable_rank"] == pytest.approx(float(s.square().sum()), rel=1e-3)
+    assert by_name["model.layers.0.mlp.up_proj.weight"]["stable_rank"] == pytest.approx(
+        float(s.square().sum()), rel=1e-3
+    )
     p = s / s.sum()
     entropy = -float(sum(x * math.log(x) for x in p.tolist() if x > 0))
     assert by_name["model.layers.0.mlp.up_proj.weight"]["effective_rank"] == pytest.approx(math.exp(entropy), rel=1e-2)
@@ -91,7 +97,9 @@ def test_a_subspace_that_stands_still_is_frozen_since_then(dominant: Path, tmp_p
     (tmp_path / "config.yaml").write_text("")
     row = {"kind": "subspace", "name": "a.q_proj.weight", "skipped": 0, "step_seconds": 1.0, "usual_seconds": 0.5}
     overlaps = [None, 0.95, 0.5, 0.91, 0.93, 0.97]
-    steps = [row | {"step": i} | ({} if x is None else {"overlap": x, "angles": [0, 1, 2]}) for i, x in enumerate(overlaps)]
+    steps = [
+        row | {"step": i} | ({} if x is None else {"overlap": x, "angles": [0, 1, 2]}) for i, x in enumerate(overlaps)
+    ]
     (tmp_path / "probes.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (layer,) = inspect(tmp_path)["layers"]
     assert layer["frozen_since"] == 3
@@ -105,7 +113,9 @@ def test_the_command(dominant: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["inspect", str(dominant), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {"layers", "types", "update"} <= found.keys()
-    assert {"name", "type", "overlap_adjacent", "overlap_anchor", "frozen_since", "captured"} <= found["layers"][0].keys()
+    assert {"name", "type", "overlap_adjacent", "overlap_anchor", "frozen_since", "captured"} <= found["layers"][
+        0
+    ].keys()
     assert main(["inspect", str(dominant)]) == 0
     assert "q_proj" in capsys.readouterr().out
 

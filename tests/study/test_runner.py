@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study.common import SMALL, make, record, write
+from support.studies import SMALL, make, record, write
 
-from subspan.study.plan import cells_of
+from subspan.study.missing_runs import cells_of
 from subspan.study.records import append_records, read_records
-from subspan.study.spec import Study
-from subspan.training.metrics import read_metrics
+from subspan.study.study_file import Study
+from subspan.training.monitor.metrics import read_metrics
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -26,7 +26,9 @@ def command(path: Path, *more: str) -> list[str]:
 
 def run(path: Path, *more: str) -> subprocess.CompletedProcess[str]:
     folder = path.parents[1]
-    return subprocess.run(command(path, *more), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command(path, *more), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
 
 
 def folder_of(study: Study, row: str, seed: int) -> Path:
@@ -72,8 +74,8 @@ def test_runs_are_run_once_and_are_what_pretrain_computes(tmp_path: Path) -> Non
     again = run(path)
     assert again.returncode == 0
     assert study.results.read_bytes() == before
-    from subspan.training.config import EvaluationConfig, PretrainConfig
-    from subspan.training.pretrain import Pretraining
+    from subspan.training.config.settings import EvaluationConfig, PretrainConfig
+    from subspan.training.pretraining import Pretraining
 
     config = PretrainConfig(
         optimizer="galore_adamw", rank=4, steps=4, batch_size=2, sequence_length=16, seed=1, device="cpu", threads=1,
@@ -85,7 +87,11 @@ def test_runs_are_run_once_and_are_what_pretrain_computes(tmp_path: Path) -> Non
 
 def test_what_another_study_has_is_written_down_as_soon_as_it_is_asked_for(tmp_path: Path) -> None:
     """Which cell of a row is another study's is known only when the sweep has chosen its learning rate."""
-    changes: dict[str, Any] = {"seeds": [0], "sweep": {"seed": 9, "factors": [1, 2]}, "rows": {"full": {"optimizer": "adamw"}}}
+    changes: dict[str, Any] = {
+        "seeds": [0],
+        "sweep": {"seed": 9, "factors": [1, 2]},
+        "rows": {"full": {"optimizer": "adamw"}},
+    }
     path, study = write(tmp_path, **changes), make(tmp_path, **changes)
     (row,) = study.rows
     others = [row.cell(row.lr * factor, 0) for factor in (1, 2)]
@@ -125,7 +131,9 @@ def test_anew_is_to_run_all_of_it_again(tmp_path: Path) -> None:
     ],
 )
 def test_a_study_that_is_stopped_goes_on_and_loses_nothing(signum: int, to_all: bool, tmp_path: Path) -> None:
-    """A terminal sends Ctrl-C to the runs too, some schedulers SIGTERM: they must not take the command's for a second one."""
+    """A terminal sends Ctrl-C to the runs too, some schedulers SIGTERM: they must not take the command's for a second
+    one.
+    """
     path, study = write(tmp_path, **LONG), make(tmp_path, **LONG)
     process = begun(path, study, start_new_session=True)
     (os.killpg if to_all else os.kill)(process.pid, signum)

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from study.common import make, record
+from support.studies import make, record
 
 from subspan.cli import main
-from subspan.study.papers import reported
 from subspan.study.records import append_records
-from subspan.study.spec import Study
+from subspan.study.reported import reported
+from subspan.study.study_file import Study
 from subspan.study.table import as_latex, as_text, compare
 
 ROWS = {

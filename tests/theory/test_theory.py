@@ -26,7 +26,9 @@ def run(capsys, *words):
 
 
 def test_nonconvergence(capsys):
-    """A smaller problem than the default's: GaLore alone stays above the optimum; with the same noise averaged it does not."""
+    """A smaller problem than the default's: GaLore alone stays above the optimum; with the same noise averaged it does
+    not.
+    """
     found = run(capsys, "nonconvergence", "--n", "6", "--r", "2", "--seed", "1", "--steps", "6000")
     assert found["holds"]
     assert all(claim["holds"] for claim in found["claims"])

@@ -1,6 +1,7 @@
 """The ``subspan`` command as a rank runs it, once or several times over, with something that happens on the way.
 
-Arguments: what happens ("nothing", or a key of ``ACCIDENTS``), before which step, then those of ``subspan``; "then" is between
+Arguments: what happens ("nothing", or a key of ``ACCIDENTS``), before which step, then those of ``subspan``; "then" is
+    between
 those of one run and those of the next.
 """
 
@@ -13,9 +14,9 @@ from typing import Any
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from subspan.cli import main as subspan_main
-from subspan.training import parallel
-from subspan.training.errors import InputError
-from subspan.training.pretrain import Pretraining
+from subspan.training import processes as parallel
+from subspan.training.pretraining import Pretraining
+from subspan.utils.errors import InputError
 
 
 def kill(run: Pretraining) -> None:

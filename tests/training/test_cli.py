@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from subspan.cli import main
-from subspan.training.pretrain import Pretraining
-from subspan.training.resolve import resolve
+from subspan.training.config.resolve import resolve
+from subspan.training.pretraining import Pretraining
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 STUDY = Path(__file__).parents[2] / "studies" / "table1_nano.yaml"
@@ -48,7 +48,9 @@ def test_json_is_one_last_line(corpus: Path, tmp_path: Path, capsys: pytest.Capt
     assert "step 12/12" in err
 
 
-def test_without_json_a_person_reads_the_perplexity(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_json_a_person_reads_the_perplexity(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(flags(corpus, tmp_path / "run")) == 0
     assert "perplexity" in capsys.readouterr().out
 
@@ -187,7 +189,9 @@ def test_print_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_the_config_of_a_run_repeats_it(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*flags(corpus, tmp_path / "run"), "--json"]) == 0
     first = json.loads(capsys.readouterr().out)
-    assert main(["pretrain", f"--config={tmp_path / 'run' / 'config.yaml'}", f"--out={tmp_path / 'again'}", "--json"]) == 0
+    assert (
+        main(["pretrain", f"--config={tmp_path / 'run' / 'config.yaml'}", f"--out={tmp_path / 'again'}", "--json"]) == 0
+    )
     assert json.loads(capsys.readouterr().out)["val_loss"] == first["val_loss"]
 
 
@@ -251,8 +255,12 @@ def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_flags_with_hyphens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hyphens stand for underscores, and --backward-side alone is true."""
     seen = []
-    monkeypatch.setattr("subspan.training.pretrain.Pretraining.__init__", lambda self, config, ranks: seen.append(config))
-    monkeypatch.setattr("subspan.training.pretrain.Pretraining.run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "subspan.training.pretraining.Pretraining.__init__", lambda self, config, ranks: seen.append(config)
+    )
+    monkeypatch.setattr(
+        "subspan.training.pretraining.Pretraining.run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     for flags in (["--backward-side", "--micro-batch-size", "4"], ["--micro-batch-size=4", "--backward-side"]):
         assert main(["pretrain", *flags]) == 130
         assert (seen[-1].backward_side, seen[-1].micro_batch_size) == (True, 4)
@@ -278,7 +286,10 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["shapes"]["tokens"] == 128
     assert main(["bench", "memory", *setting]) == 0
     assert "sara_adamw_backward" in capsys.readouterr().out
-    for flags, words in ((["--model", "llama-nan"], "llama-nano"), (["--tokens", "100"], "a multiple of sequence_length")):
+    for flags, words in (
+        (["--model", "llama-nan"], "llama-nano"),
+        (["--tokens", "100"], "a multiple of sequence_length"),
+    ):
         with pytest.raises(SystemExit) as status:
             main(["bench", "memory", *flags])
         assert status.value.code == 2

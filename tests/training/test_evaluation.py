@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from subspan.training.batches import IGNORED, Batch
+from subspan.training.data.batches import IGNORED, Batch
+from subspan.training.data.tokenizer import load_tokenizer
 from subspan.training.evaluation import evaluate
-from subspan.training.model import build_model
-from subspan.training.tokenizer import load_tokenizer
+from subspan.training.models.build import build_model
 
 
 @pytest.fixture(scope="module")

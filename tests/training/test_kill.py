@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import environment, torchrun_command
-from training.launching import same, settings, weights
+from support.launching import same, settings, weights
+from support.processes import environment, torchrun_command
 
-from subspan.training.metrics import read_metrics
+from subspan.training.monitor.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # not "distributed", whose tests together take minutes
 KILLS, STEPS = 10, 350
@@ -42,7 +42,13 @@ def last_step(run: Path) -> int:
 def test_killed_again_and_again(corpus: Path, tmp_path: Path) -> None:
     """A rank, or all of the job, at the start, in a step, or while it saves. Each time the same command goes on."""
     draw, broken, whole = random.Random(0), tmp_path / "broken", tmp_path / "whole"
-    more = {"steps": STEPS, "optimizer": "sara_adamw", "checkpoint.every": 3, "checkpoint.keep": 2, "evaluation.every": 50}
+    more = {
+        "steps": STEPS,
+        "optimizer": "sara_adamw",
+        "checkpoint.every": 3,
+        "checkpoint.keep": 2,
+        "evaluation.every": 50,
+    }
     arguments = [*settings(corpus, broken, **more), "--parallel=ddp", "--resume=auto"]
     reached = []
     for number in range(KILLS):
@@ -73,6 +79,7 @@ def test_killed_again_and_again(corpus: Path, tmp_path: Path) -> None:
         assert process.returncode == 0, err
     assert same(weights(broken, STEPS), weights(whole, STEPS))
     rows = [
-        [{key: row.get(key) for key in ("step", "loss", "val_loss")} for row in read_metrics(out)] for out in (broken, whole)
+        [{key: row.get(key) for key in ("step", "loss", "val_loss")} for row in read_metrics(out)]
+        for out in (broken, whole)
     ]
     assert rows[0] == rows[1]

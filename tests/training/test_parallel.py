@@ -9,21 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import documents
-from training.launching import launch, same, settings, weights
+from support.launching import launch, same, settings, weights
+from support.small_runs import documents
 from transformers import AutoModelForCausalLM
 
 from subspan.cli import main
-from subspan.training.batches import Batch
-from subspan.training.config import PretrainConfig
-from subspan.training.errors import InputError
-from subspan.training.metrics import read_metrics
-from subspan.training.model import build_model
-from subspan.training.parallel import ALONE, Ranks, blocks_of, join
-from subspan.training.pretrain import Pretraining
-from subspan.training.resolve import resolve
-from subspan.training.streams import TokenStream
-from subspan.training.tokenizer import load_tokenizer
+from subspan.training.config.resolve import resolve
+from subspan.training.config.settings import PretrainConfig
+from subspan.training.data.batches import Batch
+from subspan.training.data.streams import TokenStream
+from subspan.training.data.tokenizer import load_tokenizer
+from subspan.training.models.blocks import blocks_of
+from subspan.training.models.build import build_model
+from subspan.training.monitor.metrics import read_metrics
+from subspan.training.pretraining import Pretraining
+from subspan.training.processes import ALONE, Processes, join
+from subspan.utils.errors import InputError
 
 Make = Callable[..., PretrainConfig]
 distributed = pytest.mark.distributed
@@ -75,7 +76,9 @@ def test_two_ranks_compute_what_one_process_computes(name: str, two_ranks: dict[
     assert main(two_ranks[name]) == 0
     out = next(word.partition("=")[2] for word in two_ranks[name] if word.startswith("--out"))
     keys = ("step", "tokens", "loss", "grad_norm", "lr", "val_loss")
-    one, two = ([{key: row[key] for key in keys if key in row} for row in read_metrics(Path(p))] for p in (out, f"{out}-2"))
+    one, two = (
+        [{key: row[key] for key in keys if key in row} for row in read_metrics(Path(p))] for p in (out, f"{out}-2")
+    )
     assert [row["step"] for row in two if "loss" in row] == list(range(1, 21))
     assert len(one) == len(two)
     for ours, theirs in zip(one, two, strict=True):
@@ -85,7 +88,9 @@ def test_two_ranks_compute_what_one_process_computes(name: str, two_ranks: dict[
 @distributed
 def test_gradients_are_sent_once_a_step(two_ranks: dict[str, list[str]]) -> None:
     """Whatever the number of micro-batches; and those of backward-side layers are small."""
-    outs = [word.partition("=")[2] for name in ("ddp", "ddp-backward-side") for word in two_ranks[name] if "--out" in word]
+    outs = [
+        word.partition("=")[2] for name in ("ddp", "ddp-backward-side") for word in two_ranks[name] if "--out" in word
+    ]
     whole, small = (int(Path(f"{out}-2", "sent").read_text()) for out in outs)
     model = build_model("llama-nano", load_tokenizer("bytes"), 16, seed=0)
     assert whole == 20 * sum(4 * p.numel() for p in model.parameters())
@@ -125,7 +130,9 @@ SHARDED = [{"optimizer": "adamw"}, {"optimizer": "sara_adamw", "optim.proj_type"
 @distributed
 @pytest.mark.parametrize("more", SHARDED, ids=["adamw", "sara"])
 def test_a_sharded_run_goes_on(corpus: Path, tmp_path: Path, more: dict[str, Any]) -> None:
-    """On as many ranks, bit for bit; in one process, which leaves a plain checkpoint, that no sharded run can continue."""
+    """On as many ranks, bit for bit; in one process, which leaves a plain checkpoint, that no sharded run can
+    continue.
+    """
     run, again = (settings(corpus, tmp_path / name, **more) for name in ("run", "again"))
     resume = f"--resume={tmp_path}/run/checkpoints/step-000004"
     done = launch(2, [*run, "--parallel=fsdp"], [*again, "--parallel=fsdp", resume])
@@ -236,7 +243,7 @@ def test_torchrun_without_a_mode_is_refused(
 
 def test_a_batch_must_divide(small: Make) -> None:
     with pytest.raises(InputError, match="batch_size=4: expected a multiple of the 3 processes"):
-        Pretraining(small(), Ranks("ddp", 0, 3))
+        Pretraining(small(), Processes("ddp", 0, 3))
 
 
 @pytest.mark.parametrize("mode", ["ddp", "none", None])

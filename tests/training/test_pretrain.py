@@ -13,16 +13,18 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from subspan import memory, recipes
-from subspan.training import checkpoint as checkpoints
-from subspan.training.config import CheckpointConfig, PretrainConfig, ScheduleConfig
+from subspan import recipes
+from subspan.checkpoints import directory as checkpoints
+from subspan.costs import state_formulas as memory
+from subspan.costs.describe import describe
+from subspan.training.config.settings import CheckpointConfig, PretrainConfig, ScheduleConfig
+from subspan.training.data.tokenizer import load_tokenizer
 from subspan.training.evaluation import evaluate, token_losses
-from subspan.training.metrics import read_metrics
-from subspan.training.model import build_model
-from subspan.training.pretrain import Pretraining, RunDivergedError
-from subspan.training.schedule import lr_factor
+from subspan.training.lr_schedule import lr_factor
+from subspan.training.models.build import build_model
+from subspan.training.monitor.metrics import read_metrics
+from subspan.training.pretraining import Pretraining, RunDivergedError
 from subspan.training.signals import RunInterruptedError
-from subspan.training.tokenizer import load_tokenizer
 
 Make = Callable[..., PretrainConfig]
 
@@ -41,7 +43,9 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 def test_every_method_learns(name: str, small: Make, tmp_path: Path) -> None:
     """The loss falls well below that of an untrained model, and the summary agrees with what was written."""
     period = 20 if name.startswith("flora") else 5  # each rotation into a Gaussian basis amplifies the momentum
-    run = Pretraining(small(optimizer=name, steps=40, update_proj_gap=period, evaluation=replace(small().evaluation, every=20)))
+    run = Pretraining(
+        small(optimizer=name, steps=40, update_proj_gap=period, evaluation=replace(small().evaluation, every=20))
+    )
     summary = run.run()
     rows = read_metrics(tmp_path / "run")
     losses = [row["loss"] for row in rows if "loss" in row]
@@ -50,7 +54,7 @@ def test_every_method_learns(name: str, small: Make, tmp_path: Path) -> None:
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 41))
     assert [row["step"] for row in rows if "val_loss" in row] == [20, 40]
     assert (summary.steps, summary.tokens, summary.optimizer) == (40, 40 * 4 * 16, name)
-    held = memory.evaluate_groups(recipes.describe(name)["state_formula"], run.optimizer.param_groups)
+    held = memory.evaluate_groups(describe(name)["state_formula"], run.optimizer.param_groups)
     assert summary.state_bytes == held["states"] + held["bases"]
     assert summary.val_loss == rows[-1]["val_loss"]
     assert summary.val_ppl == pytest.approx(math.exp(summary.val_loss))
@@ -172,9 +176,14 @@ def test_a_run_that_is_stopped_as_it_diverges_saves_nothing(backward_side: bool,
         step()
 
     run.optimizer.step = wild  # type: ignore[method-assign, assignment]
-    with pytest.raises(RunDivergedError, match=r"weights that are not finite at step 5: the run diverged; try a lower --lr"):
+    with pytest.raises(
+        RunDivergedError, match=r"weights that are not finite at step 5: the run diverged; try a lower --lr"
+    ):
         run.run()
-    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "run/checkpoints")] == ["step-000003", "step-000004"]
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "run/checkpoints")] == [
+        "step-000003",
+        "step-000004",
+    ]
     again = Pretraining(replace(calm, resume="auto"))
     assert again.step == 4
     assert all(p.isfinite().all() for p in again.model.parameters())

@@ -9,16 +9,16 @@ import pytest
 import torch
 from transformers import BertConfig, BertLMHeadModel
 
-from subspan.training import checkpoint as checkpoints
-from subspan.training.checkpoint import list_checkpoints
-from subspan.training.config import OptimConfig, PretrainConfig
-from subspan.training.errors import InputError
-from subspan.training.integrity import RECORD, seal
-from subspan.training.model import build_model
-from subspan.training.pretrain import Pretraining
-from subspan.training.resolve import resolve
-from subspan.training.rundir import hold
-from subspan.training.tokenizer import load_tokenizer
+from subspan.checkpoints import directory as checkpoints
+from subspan.checkpoints.checksums import RECORD, seal
+from subspan.checkpoints.directory import list_checkpoints
+from subspan.training.config.resolve import resolve
+from subspan.training.config.settings import OptimConfig, PretrainConfig
+from subspan.training.data.tokenizer import load_tokenizer
+from subspan.training.models.build import build_model
+from subspan.training.pretraining import Pretraining
+from subspan.training.run_directory import hold
+from subspan.utils.errors import InputError
 
 Make = Callable[..., PretrainConfig]
 
@@ -40,7 +40,10 @@ def files(folder: Path) -> dict[Path, bytes]:
         ({"clip": 0.0}, "clip=0.0: expected a number > 0"),
         ({"lr": -1.0}, "lr=-1.0: expected a number >= 0"),
         ({"packing": False}, "packing=False: only streamed data"),
-        ({"optim": OptimConfig(selector={"powr": 2})}, "selector setting 'powr'=2: Importance has power, floor, method"),
+        (
+            {"optim": OptimConfig(selector={"powr": 2})},
+            "selector setting 'powr'=2: Importance has power, floor, method",
+        ),
         ({"optim": OptimConfig(proj_type="up")}, "proj_type='up': expected one of std"),
         ({"lr": float("nan")}, "lr=nan: expected a number >= 0"),
         ({"optimizer": "adamw", "weight_decay": -0.1}, "weight_decay=-0.1: expected a number >= 0"),
@@ -56,7 +59,10 @@ def files(folder: Path) -> dict[Path, bytes]:
         ({"optim": OptimConfig(targets="[")}, "targets: '[' is no regular expression"),
         ({"optim": OptimConfig(targets=[])}, "targets=[]: nothing would be projected"),
         ({"validation_data": "no/such"}, "validation_data 'no/such': no such file"),
-        ({"data": "c4:no/such", "validation_data": "x"}, "validation_data='x': c4:no/such has a validation half of its own"),
+        (
+            {"data": "c4:no/such", "validation_data": "x"},
+            "validation_data='x': c4:no/such has a validation half of its own",
+        ),
         ({"optim": OptimConfig(targets=["nothing"])}, "targets: 'nothing' matches no matrix"),
         ({"resume": "no/such/checkpoint"}, "resume='no/such/checkpoint': no checkpoint there"),
     ],
@@ -98,7 +104,10 @@ def test_default_directories(small: Make, tmp_path: Path, monkeypatch: pytest.Mo
     first, second = Pretraining(small(out=None)), Pretraining(small(out=None, rank=8))
     second.run()  # both were ready before either had a directory
     first.run()
-    assert (str(second.out), str(first.out)) == ("runs/llama-nano-sara_adamw-seed0", "runs/llama-nano-sara_adamw-seed0-2")
+    assert (str(second.out), str(first.out)) == (
+        "runs/llama-nano-sara_adamw-seed0",
+        "runs/llama-nano-sara_adamw-seed0-2",
+    )
     again = Pretraining(small(out=None, resume="auto"))
     assert (again.out, again.step) == (first.out, 12)
     assert Pretraining(small(out=None, resume="auto", rank=8)).out == second.out
@@ -106,7 +115,9 @@ def test_default_directories(small: Make, tmp_path: Path, monkeypatch: pytest.Mo
     assert (str(other.out), other.step) == ("runs/llama-nano-sara_adamw-seed0-3", 0)
 
 
-def test_a_folder_named_like_a_known_name_is_not_meant(small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_named_like_a_known_name_is_not_meant(
+    small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`embedded` and `c4` keep their meaning beside folders of that name; a path to data holds from any directory."""
     monkeypatch.chdir(tmp_path)
     for name in ("embedded", "c4", "llama-nano", "bytes"):
@@ -200,7 +211,9 @@ def test_untouched_data_under_a_new_date_is_the_same(small: Make, corpus: Path) 
 @pytest.mark.parametrize("target", ["/proc/nope", "corpus.jsonl/run"])
 def test_a_directory_that_cannot_be(target: str, small: Make, tmp_path: Path) -> None:
     out = target if target.startswith("/") else str(tmp_path / target)
-    with pytest.raises(InputError, match=r"out=.* (is no directory that can be written|give a directory that can be written)"):
+    with pytest.raises(
+        InputError, match=r"out=.* (is no directory that can be written|give a directory that can be written)"
+    ):
         Pretraining(small(out=out)).run()
 
 
@@ -208,7 +221,9 @@ def test_a_directory_that_cannot_be(target: str, small: Make, tmp_path: Path) ->
 
 
 def test_a_model_that_sees_the_future(small: Make, tmp_path: Path) -> None:
-    config = BertConfig(vocab_size=257, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    config = BertConfig(
+        vocab_size=257, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
     BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
     with pytest.raises(InputError, match="it is not causal"):
         Pretraining(small(model=str(tmp_path / "bert"), tokenizer="bytes"))

@@ -1,9 +1,11 @@
 """Trains small models for eight steps with every listed optimizer, and hashes what came of it.
 
-`python tests/unchanged/cases.py --write` makes `digests.json`, `weights.pt` and `checkpoints.pt` again. They are to be written
+`python tests/unchanged/cases.py --write` makes `digests.json`, `weights.pt` and `checkpoints.pt` again. They are to be
+written
 by the code *before* a change that promises to change no number; the test compares the code after it with them.
 
-Kernels round differently on different processors. So the environment asks for the plainest kernels that each processor has
+Kernels round differently on different processors. So the environment asks for the plainest kernels that each processor
+has
 (`ENVIRONMENT`). Weights in fp64 stand beside the digests in fp32 and bf16: they can be compared with a tolerance.
 """
 

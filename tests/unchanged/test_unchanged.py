@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from subspan.checkpoints.checksums import seal
 from subspan.cli import main
-from subspan.training.integrity import seal
 
 HERE = Path(__file__).parent
 RUN = [
@@ -21,7 +21,9 @@ RUN = [
     "--device=cpu", "--batch_size=2", "--update_proj_gap=3", "--evaluation.every=6", "--evaluation.tokens=32",
     "--checkpoint.every=2", "--checkpoint.keep=2", "--optim.proj_type=right",
 ]  # fmt: skip
-"""The settings of both runs in ``saved``, stopped after step 4: one of one process, one of two under ``--parallel fsdp``."""
+"""The settings of both runs in ``saved``, stopped after step 4: one of one process, one of two under ``--parallel
+fsdp``.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,10 @@ def test_runs(kind: str, tmp_path: Path) -> None:
     shutil.copytree(HERE / "saved", tmp_path / "saved")
     folder = tmp_path / "saved" / kind
     move(folder, tmp_path / "saved")
-    files = [f"--{name}={tmp_path / 'saved' / file}" for name, file in {"model": "config.json", "data": "corpus.jsonl"}.items()]
+    files = [
+        f"--{name}={tmp_path / 'saved' / file}"
+        for name, file in {"model": "config.json", "data": "corpus.jsonl"}.items()
+    ]
     assert main([*RUN, *files, f"--out={folder}", "--resume=auto"]) == 0
     ended = load_file(folder / "checkpoints" / "step-000006" / "model.safetensors")
     for name, expected in load_file(HERE / "saved" / "ended.safetensors").items():

@@ -13,6 +13,7 @@ from subspan.backward.sharing import Share, groups_of
 from subspan.distributed import is_spread
 from subspan.groups import EXCLUDED, select_linear
 from subspan.parts import Key, Selector
+from subspan.utils.errors import SettingError
 
 logger = logging.getLogger(__name__)
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
@@ -33,8 +34,10 @@ class Handle:
     def enter(self, selector: Selector, *, seed: int = 0, step: int = 0) -> list[nn.Parameter]:
         """Enter random subspaces, to be trained in by any optimizer of torch: randomized subspace optimization by hand.
 
-        The displacement of the last ones is merged, new bases are drawn, and the carriers are zero. From then on the layers
-        compute ``x Wᵀ + (x Q) Bᵀ`` with the carriers ``B`` as ordinary parameters, for example of ``torch.optim.LBFGS``::
+        The displacement of the last ones is merged, new bases are drawn, and the carriers are zero. From then on the
+        layers
+        compute ``x Wᵀ + (x Q) Bᵀ`` with the carriers ``B`` as ordinary parameters, for example of
+        ``torch.optim.LBFGS``::
 
             for outer in range(100):
                 inner = torch.optim.LBFGS(handle.enter(selectors.Random(scaled=True), step=outer))
@@ -51,7 +54,9 @@ class Handle:
             ValueError: the selector needs a gradient.
         """
         if selector.needs_gradient:
-            raise ValueError(f"selector={selector!r}: chooses from a gradient; give one that draws, such as selectors.Random()")
+            raise SettingError(
+                f"selector={selector!r}: chooses from a gradient; give one that draws, such as selectors.Random()"
+            )
         self._check_whole("enter")
         for projection in self.projections:
             projection.fold()
@@ -69,8 +74,9 @@ class Handle:
 
     def _check_whole(self, what: str) -> None:
         if any(is_spread(layer.carrier) for layer in self.layers):
-            raise ValueError(
-                f"{what}(): fully_shard holds these layers' weights; save the model's state_dict, which is that of the plain "
+            raise SettingError(
+                f"{what}(): fully_shard holds these layers' weights; save the model's state_dict, which is that of "
+                "the plain "
                 "model, and load it into one"
             )
 
@@ -80,7 +86,9 @@ class Handle:
             projection.fold()
 
     def remove(self) -> None:
-        """Merge, and make every layer an ``nn.Linear`` again, with a weight that takes gradients. The optimizer is void."""
+        """Merge, and make every layer an ``nn.Linear`` again, with a weight that takes gradients. The optimizer is
+        void.
+        """
         self._check_whole("remove")
         self.merge()
         for layer in list(self.layers):
@@ -100,21 +108,27 @@ def project_backward(
 ) -> Handle:
     """Let the backward pass make the low-rank gradient of linear layers, ``R = dyᵀ (x Q)``, and nothing larger.
 
-    Call it before the optimizer is built, and before the model is wrapped by DDP. The layers are changed in place: each keeps
-    its weight, which takes no gradient any more, and gets a ``carrier (out, rank)``, an ordinary parameter whose gradient
+    Call it before the optimizer is built, and before the model is wrapped by DDP. The layers are changed in place: each
+    keeps
+    its weight, which takes no gradient any more, and gets a ``carrier (out, rank)``, an ordinary parameter whose
+    gradient
     is ``R``. The bases are the optimizer's.
 
     Args:
         model: holds the layers.
         rank: dimension of the subspaces of the inputs, from 1 to the number of input features.
         targets, exclude: which ``nn.Linear`` layers; see ``subspan.param_groups``.
-        share: which layers have one basis and save one ``x Q``: ``"auto"``, those that get the same tensor when the model
-            is run once on its ``dummy_inputs`` (transformers' models have them); inputs of the model, as a dict, to run it on;
+        share: which layers have one basis and save one ``x Q``: ``"auto"``, those that get the same tensor when the
+            model
+            is run once on its ``dummy_inputs`` (transformers' models have them); inputs of the model, as a dict, to run
+            it on;
             lists of names, such as ``[["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]``; or ``"none"``.
-        merge: ``"step"``, each step changes the weight; or ``"refresh"``, steps add up in the carrier, in fp32, and the weight
+        merge: ``"step"``, each step changes the weight; or ``"refresh"``, steps add up in the carrier, in fp32, and the
+            weight
             changes with the basis (for weights in bf16, which lose small steps). Saving merges a copy. What reads
             ``layer.weight`` by itself, such as an average of the model, sees the steps after ``Handle.merge`` alone.
-        select_from: with several data-parallel ranks, whose gradient chooses a basis: ``"owner"``, that of one rank (another
+        select_from: with several data-parallel ranks, whose gradient chooses a basis: ``"owner"``, that of one rank
+            (another
             for each basis) on its own part of the batch; or ``"mean"``, all-reduced over the ranks. Either way one
             rank chooses and sends the basis to the others; random bases need neither.
 
@@ -127,34 +141,36 @@ def project_backward(
     """
     for module in model.modules():
         if any(kind.__name__ in _WRAPPERS for kind in type(module).__mro__):
-            raise ValueError(
-                f"model: {type(module).__name__} has wrapped it already; call project_backward first, so that the carriers "
+            raise SettingError(
+                f"model: {type(module).__name__} has wrapped it already; call project_backward first, so that the "
+                "carriers "
                 "are among the parameters that it sees"
             )
         if isinstance(module, BackwardLinear):
-            raise ValueError("model: has backward-side layers already; call remove() on their handle first")
+            raise SettingError("model: has backward-side layers already; call remove() on their handle first")
     if merge not in ("step", "refresh"):
-        raise ValueError(f"merge={merge!r}: expected 'step' or 'refresh'")
+        raise SettingError(f"merge={merge!r}: expected 'step' or 'refresh'")
     if select_from not in ("owner", "mean"):
-        raise ValueError(f"select_from={select_from!r}: expected 'owner' or 'mean'")
+        raise SettingError(f"select_from={select_from!r}: expected 'owner' or 'mean'")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank={rank!r}: expected a whole number >= 1")
+        raise SettingError(f"rank={rank!r}: expected a whole number >= 1")
     layers = select_linear(model, targets, exclude)
     owners: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(p), []).append(name)
     for name, layer in layers.items():
         if rank > layer.in_features:
-            raise ValueError(
+            raise SettingError(
                 f"rank={rank}: above the {layer.in_features} input features of {name!r}; lower it, or exclude the layer"
             )
         if len(tied := owners[id(layer.weight)]) > 1:
-            raise ValueError(
-                f"targets: the weight of {name!r} is tied ({', '.join(tied)}), so its gradient has other parts than that of "
+            raise SettingError(
+                f"targets: the weight of {name!r} is tied ({', '.join(tied)}), so its gradient has other parts than "
+                "that of "
                 "the layer; exclude it"
             )
         if not layer.weight.requires_grad:
-            raise ValueError(f"targets: the weight of {name!r} is frozen; exclude it")
+            raise SettingError(f"targets: the weight of {name!r} is frozen; exclude it")
     projections = []
     for names in groups_of(model, layers, share):
         projection = Projection(rank, merge, select_from)

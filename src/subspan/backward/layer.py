@@ -5,15 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspan.backward.function import linear
+from subspan.backward.autograd import linear
 from subspan.backward.projection import Projection
-from subspan.carriers import mark
+from subspan.step.carriers import mark
 
 
 class BackwardLinear(nn.Linear):
     """``y = x Wᵀ + (x Q) Bᵀ + b`` with ``W`` frozen and the carrier ``B (out, r)``, which is zero or a displacement.
 
-    The gradient of ``B`` is ``R = dyᵀ (x Q)``, the projection of that of ``W``. It takes neither ``x``, which is not saved,
+    The gradient of ``B`` is ``R = dyᵀ (x Q)``, the projection of that of ``W``. It takes neither ``x``, which is not
+    saved,
     nor the full gradient. Made of an ``nn.Linear`` in place, by ``project_backward``.
 
     A ``state_dict`` holds the weight under its own name, displacement included, and no carrier.
@@ -30,7 +31,9 @@ class BackwardLinear(nn.Linear):
         projection.layers.append(self)
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         self.weight.requires_grad_(False)
-        self.carrier = nn.Parameter(torch.zeros(self.out_features, projection.rank, dtype=dtype, device=self.weight.device))
+        self.carrier = nn.Parameter(
+            torch.zeros(self.out_features, projection.rank, dtype=dtype, device=self.weight.device)
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -78,7 +81,9 @@ class BackwardLinear(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         errors = len(error_msgs)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         missing_keys[:] = [key for key in missing_keys if key != f"{prefix}carrier"]
         if f"{prefix}weight" in state_dict and len(error_msgs) == errors:  # the displacement was of the old weight
             with torch.no_grad():

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from subspan.backward.function import Box, Taken, gather
-from subspan.carriers import Plan
+from subspan.backward.autograd import Box, Taken, gather
 from subspan.distributed import is_spread, local
 from subspan.parts import Selector
-from subspan.rounding import add_rounded_
-from subspan.state import State
+from subspan.step.carriers import Plan
+from subspan.storage.allocation import State
+from subspan.storage.stochastic_rounding import add_rounded_
 
 if TYPE_CHECKING:
     from subspan.backward.layer import BackwardLinear
@@ -35,7 +35,8 @@ class Projection:
     Attributes:
         layers: that share the basis, in the order of the model.
         plan: what the next pass does with the basis; the optimizer says so after each of its steps.
-        formed: whether a gradient has chosen the basis since then. Until the next step every pass saves ``x`` as that one
+        formed: whether a gradient has chosen the basis since then. Until the next step every pass saves ``x`` as that
+            one
             did, so that a forward pass that is repeated for its activations (checkpointing) saves what it saved before.
         displaced: whether carriers may hold a displacement that the weights lack.
         selector, state: the optimizer's own; the state lives there, with that of the first carrier.
@@ -71,7 +72,8 @@ class Projection:
         if driver is None:
             names = ", ".join(layer.weight_name for layer in self.layers)
             raise RuntimeError(
-                f"{names}: no optimizer is bound to these backward-side layers, so they have no basis to take a gradient in; "
+                f"{names}: no optimizer is bound to these backward-side layers, so they have no basis to take a "
+                "gradient in; "
                 "build one with subspan.create(name, model), keep it alive, or run the model under torch.no_grad()"
             )
         return driver
@@ -100,7 +102,8 @@ class Projection:
         driver = self.driver
         if any(is_spread(layer.carrier) for layer in self.layers):
             raise RuntimeError(
-                f"{self.layers[0].weight_name}: shares a basis with layers that fully_shard has put into other groups; shard "
+                f"{self.layers[0].weight_name}: shares a basis with layers that fully_shard has put into other "
+                "groups; shard "
                 "the module that holds them all, or call project_backward with share='none'"
             )
         if self.plan != "keep":
@@ -112,7 +115,9 @@ class Projection:
         kept = self.down(entered) if box is None else entered.detach()
         taking = [layer for layer in self.layers if layer.carrier.requires_grad]
         tickets = gather([layer.carrier for layer in taking], [layer.number for layer in taking], box, self._choose)
-        return _Pass(x, entered, kept, box, {layer.number: ticket for layer, ticket in zip(taking, tickets, strict=True)})
+        return _Pass(
+            x, entered, kept, box, {layer.number: ticket for layer, ticket in zip(taking, tickets, strict=True)}
+        )
 
     def _choose(self, box: Box) -> dict[int, Tensor]:
         """From each layer's gradient to its ``R``; the basis is chosen first if that has not been done."""
@@ -144,12 +149,15 @@ class Projection:
         rows = A.reshape(-1, A.shape[-1]).to(torch.promote_types(A.dtype, torch.float32))
         return self.selector.project_back(rows, self.state).reshape(*A.shape[:-1], self.layers[0].in_features)
 
-    def apply_(self, layer: "BackwardLinear", step: Tensor, keep: float | Tensor, generator: torch.Generator | None) -> None:
+    def apply_(
+        self, layer: "BackwardLinear", step: Tensor, keep: float | Tensor, generator: torch.Generator | None
+    ) -> None:
         """``W <- keep * W - step Qᵀ``, at once or, with ``merge="refresh"``, in the carrier until the basis changes."""
         assert self.selector is not None
         if is_spread(layer.carrier) != is_spread(layer.weight):
             raise RuntimeError(
-                f"{layer.weight_name}: its whole weight is here, and the step is of a shard; let fully_shard reshard after "
+                f"{layer.weight_name}: its whole weight is here, and the step is of a shard; let fully_shard reshard "
+                "after "
                 "the backward pass, which is its default"
             )
         weight, carrier = local(layer.weight), local(layer.carrier)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subspan.utils.errors import SettingError
+
 logger = logging.getLogger(__name__)
 
 Share = str | Sequence[Sequence[str]] | Mapping[str, Any]
@@ -20,7 +22,8 @@ def groups_of(model: nn.Module, layers: Mapping[str, nn.Linear], share: Share) -
         inputs = getattr(model, "dummy_inputs", None)  # every transformers model has them
         if not isinstance(inputs, Mapping):
             logger.warning(
-                "share='auto': %s has no dummy_inputs to see which layers get the same tensor; each gets a basis of its own, "
+                "share='auto': %s has no dummy_inputs to see which layers get the same tensor; each gets a basis of "
+                "its own, "
                 "and saves its own x Q; give share=dict(inputs of the model), or lists of names",
                 type(model).__name__,
             )
@@ -29,7 +32,9 @@ def groups_of(model: nn.Module, layers: Mapping[str, nn.Linear], share: Share) -
     if isinstance(share, Mapping):
         return _seen(model, layers, share)
     if isinstance(share, str):
-        raise ValueError(f"share={share!r}: expected 'auto', 'none', inputs of the model as a dict, or lists of names")
+        raise SettingError(
+            f"share={share!r}: expected 'auto', 'none', inputs of the model as a dict, or lists of names"
+        )
     return _named(layers, share)
 
 
@@ -56,8 +61,9 @@ def _seen(model: nn.Module, layers: Mapping[str, nn.Linear], inputs: Mapping[str
         with torch.no_grad():
             model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()})
     except Exception as error:
-        raise ValueError(
-            f"share: the model does not run on the inputs {sorted(inputs)}: {error}; give share=dict(inputs that it takes), "
+        raise SettingError(
+            f"share: the model does not run on the inputs {sorted(inputs)}: {error}; give share=dict(inputs that it "
+            "takes), "
             "lists of names, or 'none'"
         ) from error
     finally:
@@ -93,11 +99,13 @@ def _named(layers: Mapping[str, nn.Linear], share: Sequence[Sequence[str]]) -> l
     for names in share:
         for name in names:
             if name not in used:
-                raise ValueError(f"share: {name!r} is no backward-side layer; they are {', '.join(map(repr, layers))}"[:400])
+                raise SettingError(
+                    f"share: {name!r} is no backward-side layer; they are {', '.join(map(repr, layers))}"[:400]
+                )
     for names in found.values():
         sizes = {layers[name].in_features for name in names}
         if len(sizes) > 1:
-            raise ValueError(
+            raise SettingError(
                 f"share: {', '.join(names)} have inputs of {sorted(sizes)} features; layers that share have one input"
             )
     return list(found.values())

@@ -1,6 +1,7 @@
 """Bytes that a training step sends, by method: counted on a real step in a fake world, beside closed forms.
 
-Two steps are counted when buckets are laid out: an ordinary one, and a *refresh*, in which every basis is chosen anew. A run
+Two steps are counted when buckets are laid out: an ordinary one, and a *refresh*, in which every basis is chosen anew.
+A run
 takes one refresh in ``PERIOD`` steps, or spreads it over them; ``amortised`` is the mean over a period.
 """
 
@@ -13,17 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from subspan.bench.collectives import CountCollectives, Sent, fake_world
 from subspan.bench.setting import Setting, build_model
-from subspan.bench.shapes import Llama
-from subspan.bench.traffic import WAYS, Traffic, Way
+from subspan.costs.collectives import CountCollectives, Sent, fake_world
+from subspan.costs.traffic import PERIOD, WAYS, Traffic, Way, amortised
 from subspan.factory import create
-from subspan.names import near_names
 from subspan.optimizer import SubspaceOptimizer
-from subspan.training.parallel import Ranks
-from subspan.training.presets import PRESETS
+from subspan.training.models.presets import PRESETS, llama_of
+from subspan.training.processes import Processes
+from subspan.utils.errors import SettingError
+from subspan.utils.suggestions import near_names
 
-PERIOD = 200
 _WARM_UP = 2  # DDP lays its buckets out anew after the first step
 
 
@@ -32,7 +32,7 @@ class CommSetting:
     """A world and a model."""
 
     world: int = 8
-    """Ranks."""
+    """Processes."""
     model: str = "llama-60m"
     """A preset: `subspan list models`."""
     rank: int = 128
@@ -44,16 +44,16 @@ class CommSetting:
 
     def __post_init__(self) -> None:
         if self.world < 2:
-            raise ValueError(f"world={self.world}: expected 2 ranks or more; one rank sends nothing")
+            raise SettingError(f"world={self.world}: expected 2 ranks or more; one rank sends nothing")
         if self.model not in PRESETS:
-            raise ValueError(f"model={self.model!r}: {near_names(self.model, PRESETS)}")
+            raise SettingError(f"model={self.model!r}: {near_names(self.model, PRESETS)}")
         if not 1 <= self.rank < PRESETS[self.model].hidden:
-            raise ValueError(
+            raise SettingError(
                 f"rank={self.rank}: expected 1 to {PRESETS[self.model].hidden - 1}, below the width of {self.model}; "
                 f"its own is {PRESETS[self.model].rank}"
             )
         if self.threads < 1:
-            raise ValueError(f"threads={self.threads}: expected a whole number >= 1")
+            raise SettingError(f"threads={self.threads}: expected a whole number >= 1")
 
 
 def measure(setting: CommSetting) -> dict[str, Any]:
@@ -74,7 +74,9 @@ def measure(setting: CommSetting) -> dict[str, Any]:
 
 
 def _row(setting: CommSetting, way: Way, step: Sent, refresh: Sent) -> dict[str, Any]:
-    expected = Traffic(Llama.of(PRESETS[setting.model]), setting.rank, setting.world, way, select_from=setting.select_from)
+    expected = Traffic(
+        llama_of(PRESETS[setting.model]), setting.rank, setting.world, way, select_from=setting.select_from
+    )
     return {
         "step": step.report(setting.world),
         "refresh": refresh.report(setting.world),
@@ -84,18 +86,13 @@ def _row(setting: CommSetting, way: Way, step: Sent, refresh: Sent) -> dict[str,
     }
 
 
-def amortised(step: float, refresh: float, period: float = PERIOD) -> float:
-    """The mean over a period."""
-    return step + (refresh - step) / period
-
-
 def count(setting: CommSetting, way: Way) -> tuple[Sent, Sent]:
     """What an ordinary step sends, and a refresh, in the process group that is there."""
     small = Setting(setting.model, tokens=32, rank=setting.rank, sequence_length=16)
     model, handle = build_model(small, way.backward_side, setting.select_from)
     forward: Callable[..., Any] = model
     if way.sharded:
-        Ranks("fsdp", size=setting.world).place(model, "cpu")
+        Processes("fsdp", size=setting.world).place(model, "cpu")
     optimizer = create(way.optimizer, model, rank=setting.rank, update_proj_gap=PERIOD, stagger=False,
                        proj_type="std" if way.backward_side else way.proj_type)  # fmt: skip
     if not way.sharded:
@@ -113,7 +110,8 @@ def count(setting: CommSetting, way: Way) -> tuple[Sent, Sent]:
 
 
 def _schedule(optimizer: torch.optim.Optimizer, refresh: bool) -> None:
-    """Let every basis be due at the next step, or none. In a fake world most are chosen by ranks that are not there, so the
+    """Let every basis be due at the next step, or none. In a fake world most are chosen by ranks that are not there, so
+    the
     optimizer's own schedule would find them due for ever."""
     if not isinstance(optimizer, SubspaceOptimizer):
         return
@@ -126,7 +124,7 @@ def _schedule(optimizer: torch.optim.Optimizer, refresh: bool) -> None:
 
 
 def _data_parallel(model: nn.Module, optimizer: Any, low_rank: bool) -> nn.Module:
-    from subspan.comm import register
+    from subspan.ddp import register
 
     wrapped = nn.parallel.DistributedDataParallel(model)
     if low_rank:

@@ -1,10 +1,14 @@
-"""How the cost of a step and of a refresh grows with the width and the rank, beside what the machine could not do faster.
+"""How the cost of a step and of a refresh grows with the width and the rank, beside what the machine could not do
+faster.
 
-One weight ``(d, d)``, SARA with AdamW at rank ``r``. The *floor* of each is the larger of two times, at rates measured in the
+One weight ``(d, d)``, SARA with AdamW at rank ``r``. The *floor* of each is the larger of two times, at rates measured
+in the
 same rounds: its FLOPs at that of a square matrix product, and the bytes it must move at that of a copy.
 
-A step: ``4 d² r`` FLOPs (``G Q`` and ``U Qᵀ``), ``4 (3 d² + 6 d r)`` bytes (``G`` once; ``W``, ``Q`` and two moments twice).
-Choosing a basis: ``2 d³ + 10/3 d³`` FLOPs (Gram matrix, nearly half of it where that is made in blocks; to tridiagonal form
+A step: ``4 d² r`` FLOPs (``G Q`` and ``U Qᵀ``), ``4 (3 d² + 6 d r)`` bytes (``G`` once; ``W``, ``Q`` and two moments
+twice).
+Choosing a basis: ``2 d³ + 10/3 d³`` FLOPs (Gram matrix, nearly half of it where that is made in blocks; to tridiagonal
+form
 4/3, its vectors back 2; those of the tridiagonal matrix are left out) in the precision of the factorisation, and
 ``12 d² + 4 d r`` bytes (``G``, the Gram matrix, ``Q``).
 """
@@ -21,6 +25,7 @@ from subspan import linalg
 from subspan.bench import timing
 from subspan.bench.peers import LR
 from subspan.factory import create
+from subspan.utils.errors import SettingError
 
 _NEVER = 10**9
 
@@ -44,14 +49,16 @@ class GrowSetting:
 
     def __post_init__(self) -> None:
         if not self.widths or min(self.widths) < 8:
-            raise ValueError(f"widths={self.widths}: expected numbers of 8 or more, such as [256,512]")
+            raise SettingError(f"widths={self.widths}: expected numbers of 8 or more, such as [256,512]")
         if not self.shares or not all(0 < share < 1 and share * min(self.widths) >= 1 for share in self.shares):
-            raise ValueError(f"shares={self.shares}: expected ranks over widths, from 1 / {min(self.widths)} to below 1")
+            raise SettingError(
+                f"shares={self.shares}: expected ranks over widths, from 1 / {min(self.widths)} to below 1"
+            )
         timing.check_rounds("pairs", self.pairs)
         if not self.budget >= 0:
-            raise ValueError(f"budget={self.budget}: expected seconds >= 0")
+            raise SettingError(f"budget={self.budget}: expected seconds >= 0")
         if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads={self.threads}: expected a whole number >= 1")
+            raise SettingError(f"threads={self.threads}: expected a whole number >= 1")
 
 
 def measure(setting: GrowSetting) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from subspan.backward.layer import BackwardLinear
 from subspan.bench.setting import Setting, Trained, build
-from subspan.bench.tracker import LiveBytes
+from subspan.costs.describe import describe
+from subspan.costs.live_bytes import LiveBytes
+from subspan.costs.saved_activations import SavedBytes
+from subspan.costs.state_formulas import evaluate_groups
 from subspan.groups import EXCLUDED, select_linear
-from subspan.memory import evaluate_groups
 from subspan.optimizer import SubspaceOptimizer
-from subspan.recipes import describe
-from subspan.state import state_bytes
-from subspan.training.saved import SavedBytes
+from subspan.storage.allocation import state_bytes
 
 ROWS = {
     "adamw": ("adamw", False),
@@ -66,7 +66,9 @@ def _layers(trained: Trained) -> list[nn.Linear]:
 
 
 def _step(trained: Trained, batch: Tensor, layers: list[nn.Linear], form_largest: bool = False) -> dict[str, int]:
-    """A whole step. ``form_largest``: of backward-side layers those with the largest gradient refresh, whatever is due."""
+    """A whole step. ``form_largest``: of backward-side layers those with the largest gradient refresh, whatever is
+    due.
+    """
     optimizer = trained.optimizer
     held = [*trained.model.parameters(), *trained.model.buffers(), *_tensors(optimizer), batch]
     with LiveBytes(held) as live:
@@ -77,7 +79,9 @@ def _step(trained: Trained, batch: Tensor, layers: list[nn.Linear], form_largest
         with SavedBytes(trained.model, layers, _tensors(optimizer)) as saved:
             loss = trained.forward(batch)
         loss.backward()
-        gradients = sum(p.grad.numel() * p.grad.element_size() for p in trained.model.parameters() if p.grad is not None)
+        gradients = sum(
+            p.grad.numel() * p.grad.element_size() for p in trained.model.parameters() if p.grad is not None
+        )
         optimizer.step()
         del loss
     optimizer.zero_grad(set_to_none=True)
@@ -97,7 +101,9 @@ def _basis_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _formula(setting: Setting, name: str, trained: Trained, layers: Iterable[nn.Linear]) -> dict[str, int]:
-    """The same from shapes alone, in fp32: weights W (out, in), tokens T, rank r, layers that share an input counted once."""
+    """The same from shapes alone, in fp32: weights W (out, in), tokens T, rank r, layers that share an input counted
+    once.
+    """
     T, r = setting.tokens, setting.rank
     projected = {id(layer.weight) for layer in layers}
     shapes = [(tuple(p.shape), id(p)) for key, p in trained.model.named_parameters() if not key.endswith(".carrier")]
@@ -120,7 +126,7 @@ def _formula(setting: Setting, name: str, trained: Trained, layers: Iterable[nn.
 
 def _inputs(setting: Setting) -> list[int]:
     """Widths of the distinct inputs of a LLaMA's linear layers: q, k, v; o; gate, up; down."""
-    from subspan.training.presets import PRESETS
+    from subspan.training.models.presets import PRESETS
 
     preset = PRESETS[setting.model]
     return preset.layers * [preset.hidden, preset.hidden, preset.hidden, preset.mlp]

@@ -1,6 +1,7 @@
 """Optimizers that a user would pick instead, each built on the same weights, by their packages' own interfaces alone.
 
-The extra ``bench`` installs them but for apollo-torch, whose licence is not for commercial use: install it yourself if it may
+The extra ``bench`` installs them but for apollo-torch, whose licence is not for commercial use: install it yourself if
+it may
 be used where you are.
 """
 
@@ -69,7 +70,9 @@ def _apollo_torch(module: Any, weights: Parameters, rank: int, gap: int) -> Any:
 PEERS = {
     "adamw_fused": Peer("torch", "torch", lambda module, weights, *_: module.optim.AdamW(weights, lr=LR, fused=True)),
     "galore_torch": Peer("galore-torch", "galore_torch", _galore_torch, refreshes=True, lifts=True),
-    "pytorch_optimizer_galore": Peer("pytorch-optimizer", "pytorch_optimizer", _pytorch_optimizer, refreshes=True, lifts=True),
+    "pytorch_optimizer_galore": Peer(
+        "pytorch-optimizer", "pytorch_optimizer", _pytorch_optimizer, refreshes=True, lifts=True
+    ),
     "fira": Peer("fira", "fira", _fira, refreshes=True, lifts=True, ours="fira_adamw"),
     "apollo_torch": Peer("apollo-torch", "apollo_torch", _apollo_torch, refreshes=True),
     "bitsandbytes_8bit": Peer(

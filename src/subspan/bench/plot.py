@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from subspan.bench.grow import share_name
-from subspan.drawing import COLOURS, GREY, style
+from subspan.utils.errors import SettingError
+from subspan.utils.figures import COLOURS, GREY, style
 
 _STYLE = style(GREY) | {"grid.color": GREY}
 
@@ -19,7 +20,7 @@ def check() -> None:
     try:
         import matplotlib  # noqa: F401  # whether it can be is the question
     except ImportError as error:
-        raise ValueError(f"plot: {error}; it comes with an extra: pip install 'subspan[study]'") from error
+        raise SettingError(f"plot: {error}; it comes with an extra: pip install 'subspan[study]'") from error
 
 
 def growth(found: Mapping[str, Any]) -> str:

@@ -1,6 +1,8 @@
-"""Time and accuracy of choosing a basis: ``eigh`` of the Gram matrix, as a refresh does it, against ``svd`` of the gradient.
+"""Time and accuracy of choosing a basis: ``eigh`` of the Gram matrix, as a refresh does it, against ``svd`` of the
+gradient.
 
-Gradients ``G (m, n)`` are random, with singular values that fall geometrically from 1 to ``1 / condition``. What is chosen
+Gradients ``G (m, n)`` are random, with singular values that fall geometrically from 1 to ``1 / condition``. What is
+chosen
 is compared with an SVD in fp64.
 """
 
@@ -15,12 +17,12 @@ from torch import Tensor
 
 from subspan import linalg
 from subspan.bench import timing
-from subspan.bench.comm import PERIOD
-from subspan.bench.shapes import Llama
+from subspan.costs.traffic import PERIOD
 from subspan.parts import Key
 from subspan.selectors import Importance
-from subspan.shapes import layout_of
-from subspan.training.presets import PRESETS
+from subspan.step.layout import layout_of
+from subspan.training.models.presets import PRESETS, llama_of
+from subspan.utils.errors import SettingError
 
 MODEL = "llama-60m"
 """Whose refreshes are set against its steps."""
@@ -49,21 +51,23 @@ class RefreshSetting:
 
     def __post_init__(self) -> None:
         if not self.shapes:
-            raise ValueError("shapes=(): expected at least one, such as 512x1376")
+            raise SettingError("shapes=(): expected at least one, such as 512x1376")
         for shape in self.shapes:
             if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape) or min(size(shape)) < 4:
-                raise ValueError(f"shapes={shape!r}: expected rows x columns of 4 or more, such as 512x1376")
+                raise SettingError(f"shapes={shape!r}: expected rows x columns of 4 or more, such as 512x1376")
             if self.rank is not None and not 1 <= self.rank < min(size(shape)):
-                raise ValueError(f"rank={self.rank}: expected 1 to {min(size(shape)) - 1}, below the shorter side of {shape}")
+                raise SettingError(
+                    f"rank={self.rank}: expected 1 to {min(size(shape)) - 1}, below the shorter side of {shape}"
+                )
         if not 1 <= self.condition < math.inf:
-            raise ValueError(f"condition={self.condition}: expected a number >= 1")
+            raise SettingError(f"condition={self.condition}: expected a number >= 1")
         timing.check_rounds("pairs", self.pairs)
         if not self.budget >= 0:
-            raise ValueError(f"budget={self.budget}: expected seconds >= 0")
+            raise SettingError(f"budget={self.budget}: expected seconds >= 0")
         if self.training_steps and self.training_steps < timing.FEWEST:
-            raise ValueError(f"training_steps={self.training_steps}: expected {timing.FEWEST} or more, or 0 for none")
+            raise SettingError(f"training_steps={self.training_steps}: expected {timing.FEWEST} or more, or 0 for none")
         if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads={self.threads}: expected a whole number >= 1")
+            raise SettingError(f"threads={self.threads}: expected a whole number >= 1")
 
 
 def size(shape: str) -> tuple[int, int]:
@@ -73,7 +77,8 @@ def size(shape: str) -> tuple[int, int]:
 
 
 def measure(setting: RefreshSetting, step_seconds: float | None = None) -> dict[str, Any]:
-    """A row for each shape; ``ratio_vs_svd`` is the geometric mean over shapes of the time of a refresh over that of ``svd``.
+    """A row for each shape; ``ratio_vs_svd`` is the geometric mean over shapes of the time of a refresh over that of
+    ``svd``.
 
     Args:
         step_seconds: of a training step of LLaMA-60M, if it has been measured in this process.
@@ -126,7 +131,9 @@ def _row(setting: RefreshSetting, shape: str) -> tuple[dict[str, Any], dict[str,
         "svd_fp32": keep("svd_fp32", lambda: _svd(weight, layout.side)),
     }
     seconds = timing.rounds(contenders, setting.pairs, budget=setting.budget)
-    chosen = {"gram_fp64": linalg.right_singular(G, "gram", torch.float64)} | chosen  # that of a refresh below 512 columns
+    chosen = {
+        "gram_fp64": linalg.right_singular(G, "gram", torch.float64)
+    } | chosen  # that of a refresh below 512 columns
     exact = _svd(weight.double(), layout.side)
     return {
         "shape": shape,
@@ -143,7 +150,8 @@ def _row(setting: RefreshSetting, shape: str) -> tuple[dict[str, Any], dict[str,
 
 
 def _svd(weight: Tensor, side: str | None) -> tuple[Tensor, Tensor]:
-    """What implementations of GaLore call: the SVD of the gradient as it is. Singular values, and vectors of the ``side`` that
+    """What implementations of GaLore call: the SVD of the gradient as it is. Singular values, and vectors of the
+    ``side`` that
     is compressed."""
     U, sigma, Vh = torch.linalg.svd(weight, full_matrices=False)
     return sigma, U if side == "left" else Vh.mT
@@ -154,7 +162,8 @@ def accuracy(G: Tensor, found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tenso
 
     Returns:
         ``largest_angle``: between the spans of the ``rank`` leading vectors, in radians. ``energy_lost``: the share of
-        ``||G Q||²`` that ``Q`` captures less than the exact one. ``probability_distance``: total variation between SARA's
+        ``||G Q||²`` that ``Q`` captures less than the exact one. ``probability_distance``: total variation between
+        SARA's
         sampling probabilities, ``sigma_i / sum_j sigma_j``. ``probability_error``: the largest relative error of one.
     """
     (sigma, V), (true_sigma, true_V) = found, exact
@@ -174,12 +183,14 @@ def accuracy(G: Tensor, found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tenso
 
 
 def _layers() -> list[str]:
-    model = Llama.of(PRESETS[MODEL])
+    model = llama_of(PRESETS[MODEL])
     return [f"{min(layer.out, layer.inputs)}x{max(layer.out, layer.inputs)}" for layer in model.block] * model.layers
 
 
 def _share(rows: Sequence[Mapping[str, Any]], step_seconds: float | None) -> dict[str, Any] | None:
-    """The refreshes of all linear layers of LLaMA-60M over the time of ``PERIOD`` of its steps; ``None`` where a time lacks."""
+    """The refreshes of all linear layers of LLaMA-60M over the time of ``PERIOD`` of its steps; ``None`` where a time
+    lacks.
+    """
     seconds = {row["shape"]: row["seconds"]["refresh"] for row in rows}
     if step_seconds is None or not seconds.keys() >= set(_layers()):
         return None

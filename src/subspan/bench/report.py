@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from subspan.text import aligned
+from subspan.utils.tables import aligned
 
 
 def text(found: Mapping[str, Any]) -> str:
@@ -38,7 +38,9 @@ def _sent(found: Mapping[str, Any]) -> str:
         cells.append([row["name"], *(f"{size / 1e6:.1f}" for size in wires), _collectives(step), _collectives(besides)])
         if any(row["formula"][kind] != sizes_of(row[kind]) for kind in ("step", "refresh")):
             cells.append(["  formula", "", "", "", *(str(row["formula"][kind]) for kind in ("step", "refresh"))])
-    above = f"{found['model']} in fp32, world {found['world']}, rank {found['rank']}, a refresh in {found['period']} steps"
+    above = (
+        f"{found['model']} in fp32, world {found['world']}, rank {found['rank']}, a refresh in {found['period']} steps"
+    )
     return f"{above}\n{aligned(cells)}"
 
 
@@ -48,7 +50,9 @@ def sizes_of(sent: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _collectives(counted: Mapping[str, Any]) -> str:
-    words = (f"{calls or 'larger'} {operation} {size / 1e6:.1f}" for operation, (calls, size) in counted.items() if size)
+    words = (
+        f"{calls or 'larger'} {operation} {size / 1e6:.1f}" for operation, (calls, size) in counted.items() if size
+    )
     return ", ".join(words) or "-"
 
 
@@ -56,6 +60,7 @@ def _time(found: Mapping[str, Any]) -> str:
     ratio, shapes = found["ratio_vs_adamw_fused"], found["shapes"]
     return (
         f"{shapes['model']}, {shapes['tokens']} tokens, rank {shapes['rank']} of {shapes['hidden']}: a step takes "
-        f"{ratio['median']:.3f} of fused AdamW's time ({ratio['low']:.3f} to {ratio['high']:.3f}, {found['pairs']} pairs, "
+        f"{ratio['median']:.3f} of fused AdamW's time ({ratio['low']:.3f} to {ratio['high']:.3f}, {found['pairs']} "
+        "pairs, "
         f"{found['threads']} threads) and {found['flops_ratio']:.3f} of its matmul FLOPs"
     )

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from subspan.backward import Handle, project_backward
+from subspan.costs.llama import VOCABULARY
 from subspan.factory import create
-from subspan.names import near_names
-from subspan.training.presets import PRESETS
+from subspan.training.models.presets import PRESETS, llama_of
+from subspan.utils.errors import SettingError
+from subspan.utils.suggestions import near_names
 
 
 @dataclass(frozen=True)
@@ -31,22 +33,21 @@ class Setting:
 
     def __post_init__(self) -> None:
         if self.model not in PRESETS:
-            raise ValueError(f"model={self.model!r}: {near_names(self.model, PRESETS)}")
+            raise SettingError(f"model={self.model!r}: {near_names(self.model, PRESETS)}")
         for name in ("tokens", "rank", "sequence_length"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a whole number >= 1")
+                raise SettingError(f"{name}={getattr(self, name)}: expected a whole number >= 1")
         if self.tokens % self.sequence_length:
-            raise ValueError(f"tokens={self.tokens}: expected a multiple of sequence_length={self.sequence_length}")
+            raise SettingError(f"tokens={self.tokens}: expected a multiple of sequence_length={self.sequence_length}")
         if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads={self.threads}: expected a whole number >= 1")
+            raise SettingError(f"threads={self.threads}: expected a whole number >= 1")
 
     def batch(self) -> Tensor:
         """Random tokens."""
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.randint(VOCABULARY, (self.tokens // self.sequence_length, self.sequence_length), generator=generator)
-
-
-VOCABULARY = 32_000  # T5's, as in the papers' models
+        return torch.randint(
+            VOCABULARY, (self.tokens // self.sequence_length, self.sequence_length), generator=generator
+        )
 
 
 @dataclass
@@ -69,10 +70,8 @@ def build_model(
     """The model with fresh weights, and the handle of its backward-side layers if it has them."""
     from transformers import LlamaForCausalLM
 
-    from subspan.bench.shapes import Llama  # it needs the vocabulary
-
     torch.manual_seed(setting.seed)
-    model = LlamaForCausalLM(Llama.of(PRESETS[setting.model]).config(setting.sequence_length)).train()
+    model = LlamaForCausalLM(llama_of(PRESETS[setting.model]).config(setting.sequence_length)).train()
     return model, project_backward(model, rank=setting.rank, select_from=select_from) if backward_side else None
 
 

@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from subspan.bench.report import text
-from subspan.text import aligned
+from subspan.utils.tables import aligned
 
 
 def refresh(found: Mapping[str, Any]) -> str:
     """Times of choosing a basis, and below how far each way is from an SVD in fp64."""
-    times = [["choosing a basis, seconds", "rank", "refresh", "gram fp32", "svd fp32", "refresh / svd", "gram fp32 / svd"]]
+    times = [
+        ["choosing a basis, seconds", "rank", "refresh", "gram fp32", "svd fp32", "refresh / svd", "gram fp32 / svd"]
+    ]
     errors = [["against an SVD in fp64", "", "largest angle", "energy lost", "probabilities apart", "one by"]]
     for row in found["rows"]:
         seconds, ratios = row["seconds"], row["ratio_vs_svd"]
@@ -22,7 +24,9 @@ def refresh(found: Mapping[str, Any]) -> str:
                 "largest_angle", "energy_lost", "probability_distance", "probability_error"
             ))])  # fmt: skip
     lines = [aligned(times), "", aligned(errors), ""]
-    lines.append(f"a refresh takes {_interval(found['ratio_vs_svd'])} of the time of svd, the geometric mean over shapes")
+    lines.append(
+        f"a refresh takes {_interval(found['ratio_vs_svd'])} of the time of svd, the geometric mean over shapes"
+    )
     if share := found["share_of_training"]:
         lines.append(
             f"{share['model']}: refreshes of all layers take {share['refresh_seconds']:.3g} s, {share['share']:.2%} of "
@@ -33,7 +37,9 @@ def refresh(found: Mapping[str, Any]) -> str:
 
 def step(found: Mapping[str, Any]) -> str:
     """Times and memory of an optimizer's step."""
-    cells = [["milliseconds of a step", "ordinary", "refresh", "mean", "ours / its", "matmuls", "extra", "in a refresh"]]
+    cells = [
+        ["milliseconds of a step", "ordinary", "refresh", "mean", "ours / its", "matmuls", "extra", "in a refresh"]
+    ]
     for row in found["rows"]:
         ratio = found.get(f"ratio_vs_{row['name']}")
         cells.append([
@@ -45,7 +51,8 @@ def step(found: Mapping[str, Any]) -> str:
         ])  # fmt: skip
     lines = [aligned(cells)]
     lines.append(
-        f"matmuls: the share of a step that its two products take, at {found['matmul_flops_per_second'] / 1e9:.1f} GFLOP/s"
+        f"matmuls: the share of a step that its two products take, at {found['matmul_flops_per_second'] / 1e9:.1f} "
+        "GFLOP/s"
     )
     lines.append(f"extra: what a step holds besides, in largest weights ({found['largest_weight_bytes'] / 1e6:.1f} MB)")
     if backward := found.get("backward_ratio_vs_adamw_fused"):

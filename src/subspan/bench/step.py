@@ -1,6 +1,8 @@
-"""Time and memory of an optimizer's step alone, on the linear layers of a LLaMA, against the optimizers of other packages.
+"""Time and memory of an optimizer's step alone, on the linear layers of a LLaMA, against the optimizers of other
+packages.
 
-An *ordinary* step projects, steps inside, lifts; a *refresh* chooses every basis anew besides. Every optimizer is built twice
+An *ordinary* step projects, steps inside, lifts; a *refresh* chooses every basis anew besides. Every optimizer is built
+twice
 on the same weights and gradients: with a period that never ends, and with one of a single step. What a run pays is
 ``amortised``: ``ordinary + (refresh - ordinary) / PERIOD``.
 """
@@ -15,14 +17,14 @@ from torch import Tensor, nn
 
 from subspan.backward import project_backward
 from subspan.bench import timing
-from subspan.bench.comm import PERIOD, amortised
 from subspan.bench.peers import LR, PEERS, Parameters
-from subspan.bench.shapes import Llama
-from subspan.bench.tracker import LiveBytes
+from subspan.costs.live_bytes import LiveBytes
+from subspan.costs.traffic import PERIOD, amortised
 from subspan.factory import create
-from subspan.names import near_names
-from subspan.shapes import layout_of
-from subspan.training.presets import PRESETS
+from subspan.step.layout import layout_of
+from subspan.training.models.presets import PRESETS, llama_of
+from subspan.utils.errors import SettingError
+from subspan.utils.suggestions import near_names
 
 _NEVER = 10**9
 OURS = ("sara_adamw", "galore_adamw", "fira_adamw")
@@ -53,21 +55,23 @@ class StepSetting:
 
     def __post_init__(self) -> None:
         if self.model not in PRESETS:
-            raise ValueError(f"model={self.model!r}: {near_names(self.model, PRESETS)}")
+            raise SettingError(f"model={self.model!r}: {near_names(self.model, PRESETS)}")
         if not 1 <= self.rank < PRESETS[self.model].hidden:
-            raise ValueError(
+            raise SettingError(
                 f"rank={self.rank}: expected 1 to {PRESETS[self.model].hidden - 1}, below the width of {self.model}"
             )
         for name, value in (("layers", self.layers), ("threads", self.threads)):
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: expected a whole number >= 1")
+                raise SettingError(f"{name}={value}: expected a whole number >= 1")
         timing.check_rounds("pairs", self.pairs)
         timing.check_rounds("refresh_pairs", self.refresh_pairs)
         for name in self.peers or ():
             if name not in PEERS:
-                raise ValueError(f"peers={name!r}: {near_names(name, PEERS)}")
+                raise SettingError(f"peers={name!r}: {near_names(name, PEERS)}")
             if not PEERS[name].installed:
-                raise ValueError(f"peers={name!r}: is not installed; pip install {PEERS[name].distribution}, or leave it out")
+                raise SettingError(
+                    f"peers={name!r}: is not installed; pip install {PEERS[name].distribution}, or leave it out"
+                )
 
     @property
     def compared(self) -> list[str]:
@@ -77,12 +81,13 @@ class StepSetting:
     @property
     def matrices(self) -> list[tuple[int, int]]:
         """Shapes of the weights."""
-        model = Llama.of(PRESETS[self.model])
+        model = llama_of(PRESETS[self.model])
         return [(layer.out, layer.inputs) for layer in model.block] * (self.layers or model.layers)
 
 
 def measure(setting: StepSetting) -> dict[str, Any]:
-    """A row for each optimizer, and for each of the others ``ratio_vs_NAME``: the amortised time of ours over its, where ours
+    """A row for each optimizer, and for each of the others ``ratio_vs_NAME``: the amortised time of ours over its,
+    where ours
     is ``sara_adamw`` unless the peer is of another method."""
     if setting.threads:
         torch.set_num_threads(setting.threads)
@@ -102,7 +107,13 @@ def measure(setting: StepSetting) -> dict[str, Any]:
     for name in setting.compared:
         ours = PEERS[name].ours
         pairs = [list(zip(taken[ours], taken[name], strict=True)) for taken in (seconds, refresh_seconds)]
-        shapes = {"of": ours, "model": setting.model, "matrices": dict(matrices), "rank": setting.rank, "period": PERIOD}
+        shapes = {
+            "of": ours,
+            "model": setting.model,
+            "matrices": dict(matrices),
+            "rank": setting.rank,
+            "period": PERIOD,
+        }
         found[f"ratio_vs_{name}"] = timing.interval(_amortised_ratio, *pairs) | {"shapes": shapes}
         found[f"ordinary_ratio_vs_{name}"] = timing.interval(timing.median_ratio, pairs[0])
         if PEERS[name].refreshes:
@@ -114,7 +125,8 @@ def measure(setting: StepSetting) -> dict[str, Any]:
     largest = max(p.numel() * p.element_size() for p in weights)
     memory = {
         name: {
-            kind: _extra(built[name], weights) / largest for kind, built in (("ordinary", ordinary), ("refresh", refreshing))
+            kind: _extra(built[name], weights) / largest
+            for kind, built in (("ordinary", ordinary), ("refresh", refreshing))
         }
         for name in ordinary
     }
@@ -149,7 +161,9 @@ def _optimizers(setting: StepSetting, model: nn.Module, gap: int) -> dict[str, t
 
 
 def _backward_side(setting: StepSetting) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """SARA's optimizer on backward-side layers, whose carriers have the gradients that a real backward pass gave them."""
+    """SARA's optimizer on backward-side layers, whose carriers have the gradients that a real backward pass gave
+    them.
+    """
     model = _layers_of(setting, gradients=False)
     project_backward(model, rank=setting.rank, share="none")
     optimizer = create("sara_adamw", model, lr=LR, rank=setting.rank, update_proj_gap=_NEVER, seed=setting.seed)

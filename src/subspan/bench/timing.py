@@ -1,4 +1,6 @@
-"""Times side by side in one process: contenders take turns, ratios are those of a turn, intervals come from the bootstrap."""
+"""Times side by side in one process: contenders take turns, ratios are those of a turn, intervals come from the
+bootstrap.
+"""
 
 import os
 import platform
@@ -11,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subspan.utils.errors import SettingError
+
 FEWEST = 3
 """Rounds without which no interval is given."""
 
@@ -18,7 +22,7 @@ FEWEST = 3
 def check_rounds(name: str, value: int) -> None:
     """A ``ValueError`` if there are too few."""
     if value < FEWEST:
-        raise ValueError(f"{name}={value}: expected a whole number >= {FEWEST}")
+        raise SettingError(f"{name}={value}: expected a whole number >= {FEWEST}")
 
 
 def rounds(
@@ -52,7 +56,8 @@ def median(values: Sequence[float]) -> float:
 def interval(statistic: Callable[..., Tensor], *samples: Iterable[Sequence[float]]) -> dict[str, float]:
     """``statistic`` of the samples, as ``median``, and a bootstrap interval of 95 % of it, ``low`` and ``high``.
 
-    Each sample ``(n, k)`` has a row for every round; rows are drawn anew, within each sample. ``statistic`` takes tensors
+    Each sample ``(n, k)`` has a row for every round; rows are drawn anew, within each sample. ``statistic`` takes
+    tensors
     ``(..., n, k)`` and returns ``(...)``.
     """
     values = [torch.tensor([*sample], dtype=torch.float64) for sample in samples]

@@ -11,6 +11,7 @@ from subspan.bench.peers import PEERS
 from subspan.bench.refresh import RefreshSetting
 from subspan.bench.setting import Setting
 from subspan.bench.step import StepSetting
+from subspan.utils.errors import SettingError
 
 S = TypeVar("S")
 PAIRS = 15
@@ -20,7 +21,9 @@ QUICK: dict[type, dict[str, Any]] = {
     StepSetting: {"layers": 1, "pairs": 7},
     GrowSetting: {"widths": (128, 256, 512), "pairs": 3},
 }
-"""What ``--quick`` sets where the user has left the default: another amount of work, so other figures, under the same keys."""
+"""What ``--quick`` sets where the user has left the default: another amount of work, so other figures, under the same
+keys.
+"""
 QUICK_PAIRS = 5
 
 
@@ -35,7 +38,7 @@ class AllSetting:
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads={self.threads}: expected a whole number >= 1")
+            raise SettingError(f"threads={self.threads}: expected a whole number >= 1")
 
 
 def quickened(setting: S) -> S:

@@ -24,7 +24,9 @@ def measure(setting: Setting, pairs: int, optimizer: str = "sara_adamw") -> dict
         _step(theirs, batch)
         _step(ours, batch)
     flops = [_flops(trained, batch) for trained in (ours, theirs)]
-    seconds = timing.rounds({"ours": lambda: _step(ours, batch), "theirs": lambda: _step(theirs, batch)}, pairs, warm_up=0)
+    seconds = timing.rounds(
+        {"ours": lambda: _step(ours, batch), "theirs": lambda: _step(theirs, batch)}, pairs, warm_up=0
+    )
     return {
         "ratio_vs_adamw_fused": timing.interval(timing.median_ratio, zip(*seconds.values(), strict=True)),
         "seconds": {optimizer: timing.median(seconds["ours"]), "adamw_fused": timing.median(seconds["theirs"])},

@@ -11,11 +11,11 @@ from typing import Any
 from subspan.bench.comm import CommSetting
 from subspan.bench.grow import GrowSetting
 from subspan.bench.refresh import RefreshSetting
-from subspan.bench.scale import Machines
 from subspan.bench.setting import Setting
 from subspan.bench.step import StepSetting
 from subspan.bench.together import PAIRS, QUICK, QUICK_PAIRS, AllSetting
-from subspan.cli.parsing import Namespace, Parser, fail, say
+from subspan.cli.parser import Namespace, Parser, fail, say
+from subspan.planning.many_machines import Machines
 
 _WHAT: dict[str, tuple[type, str]] = {
     "memory": (Setting, "bytes of a step, by kind, beside closed forms"),
@@ -25,7 +25,10 @@ _WHAT: dict[str, tuple[type, str]] = {
     "grow": (GrowSetting, "how a step and a refresh grow with width and rank, beside what the machine could do"),
     "all": (AllSetting, "train, refresh, step and grow: the ratios that matter"),
     "comm": (CommSetting, "bytes that a step sends between ranks, beside closed forms"),
-    "scale": (Machines, "memory, traffic and time of a step of 7B and 70B on many machines, computed from stated rates"),
+    "scale": (
+        Machines,
+        "memory, traffic and time of a step of 7B and 70B on many machines, computed from stated rates",
+    ),
 }
 
 
@@ -37,7 +40,9 @@ def add_to(commands: Any, name: str, about: str) -> None:
     commands.add_subcommand(name, bench, help=about)
     benches = bench.add_subcommands(required=True, dest="what", title="measurements", description=None)
     for what, (setting, measures) in _WHAT.items():
-        measured = Parser(description=f"{measures[0].upper()}{measures[1:]}.", examples=[f"subspan bench {what} --json"])
+        measured = Parser(
+            description=f"{measures[0].upper()}{measures[1:]}.", examples=[f"subspan bench {what} --json"]
+        )
         measured.add_argument("--json", action="store_true", help="print JSON")
         measured.add_argument("--out", type=str, default=None, help="write the JSON to a file too")
         measured.add_class_arguments(setting)
@@ -51,20 +56,31 @@ def add_to(commands: Any, name: str, about: str) -> None:
 
 
 def run(settings: Namespace) -> int:
-    from subspan.bench import comm, grow, memory, plot, refresh, report, scale, speed, step, together, train
-    from subspan.training.files import write_text
-    from subspan.training.stamp import stamp
+    from subspan.bench import comm, grow, memory, plot, refresh, report, speed, step, together, train
+    from subspan.planning import many_machines as scale
+    from subspan.training.monitor.provenance import stamp
+    from subspan.utils.atomic_files import write_text
 
     logging.getLogger("subspan").setLevel(logging.WARNING)
     what = settings.what
     chosen = settings[what]
-    as_json, quick, pairs = chosen.pop("json"), chosen.pop("quick", False), chosen.pop("pairs", PAIRS) if what == "train" else 0
+    as_json, quick, pairs = (
+        chosen.pop("json"),
+        chosen.pop("quick", False),
+        chosen.pop("pairs", PAIRS) if what == "train" else 0,
+    )
     out, drawing = _file("out", chosen.pop("out")), _file("plot", chosen.pop("plot", None))
     if drawing and what == "all" and quick:
-        fail("quick=true: measures nothing on growth to plot; leave out --quick or --plot, or use subspan bench grow --quick")
+        fail(
+            "quick=true: measures nothing on growth to plot; leave out --quick or --plot, or use subspan bench grow "
+            "--quick"
+        )
     measures: dict[str, tuple[Callable[[Any], dict[str, Any]], Callable[[Any], str]]] = {
         "memory": (memory.measure, report.text),
-        "train": (lambda setting: train.measure(setting, QUICK_PAIRS if quick and pairs == PAIRS else pairs), report.text),
+        "train": (
+            lambda setting: train.measure(setting, QUICK_PAIRS if quick and pairs == PAIRS else pairs),
+            report.text,
+        ),
         "refresh": (refresh.measure, speed.refresh),
         "step": (step.measure, speed.step),
         "grow": (grow.measure, speed.grow),
@@ -93,7 +109,9 @@ def run(settings: Namespace) -> int:
 
 def _command(what: str, setting: Any, quick: bool, pairs: int) -> str:
     """That measures the same."""
-    changed = {field.name: value for field in fields(setting) if (value := getattr(setting, field.name)) != field.default}
+    changed = {
+        field.name: value for field in fields(setting) if (value := getattr(setting, field.name)) != field.default
+    }
     words = [f"--{name}={list(value) if isinstance(value, tuple) else value}" for name, value in changed.items()]
     words += ["--quick"] * quick + [f"--pairs={pairs}"] * (what == "train" and pairs != PAIRS)
     return shlex.join(["subspan", "bench", what, *words, "--json"])

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterator
 
-from subspan.cli.parsing import Parser, fail
+from subspan.cli.parser import Parser, fail
 
 SHELLS = ("bash", "zsh", "tcsh")
 _FILES = {"config", "file", "sources", "data", "validation_data", "plot"}
@@ -11,13 +11,15 @@ _FOLDERS = {"run", "runs", "resume"}
 
 
 def script(parser: Parser, shell: str) -> str:
-    """What ``shell`` reads to complete commands, flags, names of optimizers and models, and paths. ``parser`` is used up."""
+    """What ``shell`` reads to complete commands, flags, names of optimizers and models, and paths. ``parser`` is used
+    up.
+    """
     try:
         import shtab
     except ImportError as error:
         fail(f"{error}; completion comes with an extra: pip install 'subspan[train]'")
     from subspan.recipes import list_optimizers
-    from subspan.training.presets import PRESETS
+    from subspan.training.models.presets import PRESETS
 
     for action in _actions(parser):
         if action.dest == "optimizer":

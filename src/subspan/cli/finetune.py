@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from subspan.cli.parsing import Namespace
-from subspan.cli.running import run_parser, run_training
-from subspan.training.config import FinetuneConfig
+from subspan.cli.parser import Namespace
+from subspan.cli.train_command import run_parser, run_training
+from subspan.training.config.settings import FinetuneConfig
 
 _ABOUT = "Fine-tune a model on labelled examples, or a causal language model on prompts and answers."
 _EXAMPLES = (
@@ -23,6 +23,6 @@ def run(settings: Namespace) -> int:
 
 
 def _load() -> Callable[..., Any]:
-    from subspan.training.finetuning.run import Finetuning
+    from subspan.training.finetuning import Finetuning
 
     return Finetuning

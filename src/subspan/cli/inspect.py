@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from subspan.cli.parsing import Namespace, Parser, fail, path_of
+from subspan.cli.parser import Namespace, Parser, fail, path_of
 
 
 def add_to(commands: Any, name: str, about: str) -> None:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 from subspan import __version__
-from subspan.cli import bench, finetune, inspect, listing, plan, pretrain, report, study, theory
+from subspan._interrupt import begun
+from subspan.cli import bench, finetune, inspect, plan, pretrain, report, study, theory
+from subspan.cli import list as listing
 from subspan.cli.completion import SHELLS, script
-from subspan.cli.helping import overview
-from subspan.cli.parsing import Command, Parser, fail, say, spelled
-from subspan.starting import begun
-from subspan.training.errors import unexpected
+from subspan.cli.help_text import overview
+from subspan.cli.parser import Command, Parser, fail, say, spelled
+from subspan.utils.errors import unexpected
 
 
 class Entry(NamedTuple):
@@ -101,7 +102,8 @@ def _ended(run: Callable[[], int]) -> int:
         status = run()
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of the output has gone, as ``| head`` does: the status is that of a process which this has ended. Python
+        # The reader of the output has gone, as ``| head`` does: the status is that of a process which this has ended.
+        # Python
         # flushes once more as it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from subspan.cli.parsing import Namespace, Parser, fail, say
+from subspan.cli.parser import Namespace, Parser, fail, say
 from subspan.planning.setting import PlanSetting
 
 

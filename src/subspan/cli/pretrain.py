@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from subspan.cli.parsing import Namespace
-from subspan.cli.running import run_parser, run_training
-from subspan.training.config import PretrainConfig
+from subspan.cli.parser import Namespace
+from subspan.cli.train_command import run_parser, run_training
+from subspan.training.config.settings import PretrainConfig
 
 _ABOUT = "Pretrain a language model."
 _EXAMPLES = (
@@ -23,6 +23,6 @@ def run(settings: Namespace) -> int:
 
 
 def _load() -> Callable[..., Any]:
-    from subspan.training.pretrain import Pretraining
+    from subspan.training.pretraining import Pretraining
 
     return Pretraining

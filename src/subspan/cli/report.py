@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from subspan.cli.parsing import Namespace, Parser, fail, path_of, say
+from subspan.cli.parser import Namespace, Parser, fail, path_of, say
 
 
 def add_to(commands: Any, name: str, about: str) -> None:
@@ -26,7 +26,7 @@ def run(settings: Namespace) -> int:
         from subspan.study.report import gather, render
     except ImportError as error:
         fail(f"{error}; the report comes with an extra: pip install 'subspan[study]'")
-    from subspan.training.files import write_text
+    from subspan.utils.atomic_files import write_text
 
     out, sources = path_of("out", settings.out), [str(path_of("source", source)) for source in settings.sources]
     try:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from subspan.cli.parsing import Namespace, Parser, fail, path_of
+from subspan.cli.parser import Namespace, Parser, fail, path_of
 
 _METRICS = ["val_loss", "val_ppl", "accuracy", "f1", "matthews", "pearson", "spearman"]
 _ABOUT = {"run": "Run what is missing of a study.", "table": "Compare the rows of a study over its seeds."}
@@ -20,7 +20,9 @@ def add_to(commands: Any, name: str, about: str) -> None:
     for what, does in _ABOUT.items():
         parser = Parser(description=does, examples=[_EXAMPLES[what]])
         parser.add_argument("file", type=str, help="a study file, such as studies/table1_nano.yaml")
-        parser.add_argument("--results", type=str, help="the record; results/NAME.jsonl beside the study's folder if not given")
+        parser.add_argument(
+            "--results", type=str, help="the record; results/NAME.jsonl beside the study's folder if not given"
+        )
         if what == "run":
             parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
             parser.add_argument("--runs", type=str, default="runs/studies", help="where the runs' directories go")
@@ -33,7 +35,7 @@ def add_to(commands: Any, name: str, about: str) -> None:
 
 
 def run(settings: Namespace) -> int:
-    from subspan.study.spec import load_study
+    from subspan.study.study_file import load_study
 
     what = settings.what
     chosen = settings[what]

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from subspan.cli.parsing import Namespace, Parser, fail
-from subspan.text import aligned
+from subspan.cli.parser import Namespace, Parser, fail
 from subspan.theory import EXPERIMENTS
+from subspan.utils.tables import aligned
 
 
 def add_to(commands: Any, name: str, about: str) -> None:
     theory = Parser(
-        description="Put a theoretical claim to the test.", examples=["subspan theory nonconvergence --n 10 --r 4 --seed 0"]
+        description="Put a theoretical claim to the test.",
+        examples=["subspan theory nonconvergence --n 10 --r 4 --seed 0"],
     )
     commands.add_subcommand(name, theory, help=about)
     experiments = theory.add_subcommands(required=True, dest="what", title="claims", description=None)
@@ -46,5 +47,7 @@ def _text(found: Mapping[str, Any]) -> str:
     rows = found["rows"]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     lines = [columns, *([cell(row.get(column)) for column in columns] for row in rows)]
-    claims = [f"{'holds' if claim['holds'] else 'FAILS'}  {claim['claim']}: {claim['found']}" for claim in found["claims"]]
+    claims = [
+        f"{'holds' if claim['holds'] else 'FAILS'}  {claim['claim']}: {claim['found']}" for claim in found["claims"]
+    ]
     return "\n".join([found["unit"], aligned(lines, numbers=False), *claims])

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from subspan.factory import create
 from subspan.recipes import find
+from subspan.utils.errors import SettingError
 
 logger = logging.getLogger(__name__)
 _ADAM = {"betas": ("adam_beta1", "adam_beta2"), "eps": ("adam_epsilon",)}
@@ -29,7 +30,7 @@ class Subspace:
 
     def __init__(self, groups: object = None, **settings: Any) -> None:
         if groups is not None or settings:
-            raise ValueError("this version of transformers gives its optimizers no model; install transformers>=5")
+            raise SettingError("this version of transformers gives its optimizers no model; install transformers>=5")
 
     def __call__(
         self, model: nn.Module, name: str, args: TrainingArguments | None = None, **settings: Any
@@ -48,7 +49,7 @@ class Subspace:
         trainer = _calling_trainer()
         if args is None:
             if trainer is None:
-                raise ValueError("args=None: no Trainer is calling; pass the TrainingArguments")
+                raise SettingError("args=None: no Trainer is calling; pass the TrainingArguments")
             args = trainer.args
         given: dict[str, Any] = {
             "lr": args.learning_rate,
@@ -72,7 +73,9 @@ def _changed(name: str, args: TrainingArguments) -> dict[str, Any]:
         if hasattr(rule, "betas") and hasattr(rule, key):
             changed[key] = values if len(values) > 1 else values[0]
         else:
-            logger.warning("%s of TrainingArguments: not used by %r; set what it has in rule={...}", " and ".join(names), rule)
+            logger.warning(
+                "%s of TrainingArguments: not used by %r; set what it has in rule={...}", " and ".join(names), rule
+            )
     return changed
 
 

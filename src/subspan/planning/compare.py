@@ -3,14 +3,15 @@
 from dataclasses import replace
 from typing import Any
 
-from subspan.bench.scale import groups
-from subspan.bench.traffic import Way
-from subspan.memory import evaluate_groups
-from subspan.planning.model import llama_of
+from subspan.costs.describe import describe
+from subspan.costs.state_formulas import evaluate_groups
+from subspan.costs.traffic import Way
+from subspan.planning.many_machines import groups
+from subspan.planning.model import with_vocabulary
 from subspan.planning.plan import Planner
 from subspan.planning.setting import PlanSetting
-from subspan.recipes import describe
-from subspan.training.presets import PRESETS
+from subspan.training.models.presets import PRESETS
+from subspan.utils.errors import SettingError
 
 METHODS = (
     ("adamw", False),
@@ -28,9 +29,7 @@ METHODS = (
 )
 """Optimizers, and whether the backward pass makes their low-rank gradient."""
 
-SOURCE = (
-    "GaLore, arXiv 2403.03507, table 2: an estimate of weights and optimizer states in bf16, at ranks 128, 256, 256 and 512"
-)
+SOURCE = "GaLore, arXiv 2403.03507, table 2: an estimate of weights and optimizer states in bf16, at ranks 128, 256, 256 and 512"
 REPORTED = {  # GB
     "adamw": {"llama-60m": 0.36, "llama-130m": 0.76, "llama-350m": 2.06, "llama-1b": 7.80},
     "galore_adamw": {"llama-60m": 0.24, "llama-130m": 0.52, "llama-350m": 1.22, "llama-1b": 4.38},
@@ -45,7 +44,9 @@ def compare(setting: PlanSetting) -> dict[str, Any]:
     """
     for key in ("optimizer", "state", "backward_side"):
         if (given := getattr(setting, key)) != getattr(PlanSetting, key):
-            raise ValueError(f"{key}={given!r}: a comparison has a row for each method; leave it out, or leave out --compare")
+            raise SettingError(
+                f"{key}={given!r}: a comparison has a row for each method; leave it out, or leave out --compare"
+            )
     found: dict[Any, int] = {}  # passes that methods share
     rows = []
     for name, backward_side in METHODS:
@@ -74,7 +75,8 @@ def compare(setting: PlanSetting) -> dict[str, Any]:
         "gpu_bytes": setting.budget,
         "rows": rows,
         "reported": SOURCE,
-        "assumptions": planner.assumptions() + ["torch's AdamW takes no steps in the backward pass"] * setting.step_in_backward,
+        "assumptions": planner.assumptions()
+        + ["torch's AdamW takes no steps in the backward pass"] * setting.step_in_backward,
     }
 
 
@@ -87,7 +89,7 @@ def papers_way(model: str, optimizer: str, rank: int) -> int | None:
     if model not in PRESETS or formula["parts"]["state_dtype"] != "float32":
         return None
     way = Way(optimizer)
-    held = evaluate_groups(formula["state_formula"], groups(llama_of(PRESETS[model]), rank, way))
+    held = evaluate_groups(formula["state_formula"], groups(with_vocabulary(PRESETS[model]), rank, way))
     return (held["weights"] + held["states"] + held["bases"]) // 2  # of fp32, as all closed forms are
 
 

@@ -1,8 +1,11 @@
 """Models whose blocks are alike, planned from a few of them.
 
-What a block adds is the same for each, so every count is linear in their number. The peak of a backward pass is not: while
-block ``i`` of ``L`` is gone through, ``i`` blocks' activations are there (``a`` bytes each), and the gradients of ``L - i``
-(``g`` each; 0 where they go as they come). So it lies at one of the ends, and with ``s_j`` the peak while the ``j``-th of
+What a block adds is the same for each, so every count is linear in their number. The peak of a backward pass is not:
+while
+block ``i`` of ``L`` is gone through, ``i`` blocks' activations are there (``a`` bytes each), and the gradients of ``L -
+i``
+(``g`` each; 0 where they go as they come). So it lies at one of the ends, and with ``s_j`` the peak while the ``j``-th
+of
 four blocks from the top is gone through,
 
     a = g + s_1 - s_2
@@ -15,7 +18,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from subspan.training.parallel import blocks_of
+from subspan.training.models.blocks import blocks_of
 
 FEW = 4
 Key = TypeVar("Key")
@@ -53,4 +56,6 @@ def peak_of(segments: Sequence[int], gradients: int, number: int) -> int:
     """
     first, second, third, last = segments
     activations, more = gradients + second - third, number - FEW
-    return max(first + more * activations, second + more * activations, third + more * gradients, last + more * gradients)
+    return max(
+        first + more * activations, second + more * activations, third + more * gradients, last + more * gradients
+    )

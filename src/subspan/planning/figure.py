@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from subspan.drawing import COLOURS, GREY, style
 from subspan.planning.report import name_of, parts_of
+from subspan.utils.figures import COLOURS, GREY, style
 
 
 def draw(found: Mapping[str, Any], out: Path) -> None:
@@ -29,6 +29,8 @@ def draw(found: Mapping[str, Any], out: Path) -> None:
         if found["gpu_bytes"]:
             axes.axvline(found["gpu_bytes"] / 2**30, color=GREY, linestyle="--", linewidth=1)
         axes.invert_yaxis()
-        axes.set_xlabel(f"GiB at the peak of a step, computed: {found['model']}, rank {found['rank']}, {found['dtype']}")
+        axes.set_xlabel(
+            f"GiB at the peak of a step, computed: {found['model']}, rank {found['rank']}, {found['dtype']}"
+        )
         axes.legend(loc="lower right", fontsize="small")
         figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)

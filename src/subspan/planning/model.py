@@ -8,20 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from subspan.backward import Handle, project_backward
-from subspan.bench.scale import MODELS
-from subspan.bench.setting import VOCABULARY
-from subspan.bench.shapes import Llama
+from subspan.costs.llama import VOCABULARY, Llama
+from subspan.costs.state_formulas import evaluate_groups, formulas
 from subspan.factory import create
-from subspan.memory import evaluate_groups, formulas
 from subspan.optimizer import SubspaceOptimizer
+from subspan.planning.many_machines import MODELS
 from subspan.planning.setting import PlanSetting
 from subspan.planning.shapes import ShapesOnly
 from subspan.recipes import find
-from subspan.shapes import layout_of
-from subspan.training.errors import InputError, first_line
-from subspan.training.model import positions_of, preset_of
-from subspan.training.presets import PRESETS, Preset
-from subspan.training.tokenizer import load_tokenizer
+from subspan.step.layout import layout_of
+from subspan.training.data.tokenizer import load_tokenizer
+from subspan.training.models.build import positions_of, preset_of
+from subspan.training.models.presets import PRESETS, Preset, llama_of
+from subspan.utils.errors import InputError, first_line
 
 LARGER = {"llama-70b": MODELS["70B"]}
 """Models that are no presets of a run: their shapes, and a rank."""
@@ -49,7 +48,7 @@ def choose(setting: PlanSetting) -> Chosen:
     preset = preset_of(setting.model)
     if preset is not None:
         seq = setting.seq or preset.sequence_length
-        return Chosen(llama_of(preset).config(seq), setting.rank or preset.rank, seq)
+        return Chosen(with_vocabulary(preset).config(seq), setting.rank or preset.rank, seq)
     from transformers import AutoConfig
 
     path = Path(setting.model)
@@ -57,7 +56,8 @@ def choose(setting: PlanSetting) -> Chosen:
         config = AutoConfig.from_pretrained(path if path.exists() else setting.model)
     except Exception as error:  # configs can be wrong in a dozen ways, each with an error class of its own
         raise InputError(
-            f"model {setting.model!r} cannot be read: {first_line(error)}; give a config.json, a directory with one, or one of "
+            f"model {setting.model!r} cannot be read: {first_line(error)}; give a config.json, a directory with one, "
+            "or one of "
             f"{', '.join(PRESETS)}"
         ) from error
     positions = positions_of(shapes_of(setting, config))
@@ -66,10 +66,12 @@ def choose(setting: PlanSetting) -> Chosen:
     return Chosen(config, setting.rank or 128, setting.seq or min(1024, positions or 1024))
 
 
-def llama_of(preset: Preset) -> Llama:
-    """The shapes of a preset, with the vocabulary of its runs; where T5's, which is on the hub, that of the papers' models."""
+def with_vocabulary(preset: Preset) -> Llama:
+    """The shapes of a preset, with the vocabulary of its runs; where T5's, which is on the hub, that of the papers'
+    models.
+    """
     ours = preset.tokenizer in ("bytes", "embedded")
-    return replace(Llama.of(preset), v=len(load_tokenizer(preset.tokenizer)) if ours else VOCABULARY)
+    return replace(llama_of(preset), v=len(load_tokenizer(preset.tokenizer)) if ours else VOCABULARY)
 
 
 def shapes_of(setting: PlanSetting, config: Any) -> nn.Module:
@@ -89,7 +91,9 @@ def shapes_of(setting: PlanSetting, config: Any) -> nn.Module:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
-        raise InputError(f"model {setting.model!r} cannot be built: {first_line(error)}; give that of a causal LM") from error
+        raise InputError(
+            f"model {setting.model!r} cannot be built: {first_line(error)}; give that of a causal LM"
+        ) from error
     if setting.dtype == "bf16":
         for p in model.parameters():  # not the buffers, as in a run
             p.data = p.data.to(torch.bfloat16)
@@ -156,7 +160,9 @@ class Planned:
     # --- what comes and goes ------------------------------------------------------------------------------------------
 
     def _transients(self) -> tuple[int, int]:
-        states = [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        states = [
+            value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+        ]
         self._there = [*self.model.parameters(), *self.model.buffers(), *states]
         if not isinstance(self.optimizer, SubspaceOptimizer):
             return self._step_of_torch(), 0
@@ -209,8 +215,10 @@ class Planned:
         return list(kinds.values())
 
     def costly_projections(self) -> list[Any]:
-        """Those of which one has the highest peak in a step that chooses it: the last and the first of a kind, for the peak
-        lies at one of the ends of the backward pass. A kind is left out where another takes no less to be chosen, from an
+        """Those of which one has the highest peak in a step that chooses it: the last and the first of a kind, for the
+        peak
+        lies at one of the ends of the backward pass. A kind is left out where another takes no less to be chosen, from
+        an
         input no narrower: of that a gradient is formed, so it is saved whole from the forward pass on."""
         assert isinstance(self.optimizer, SubspaceOptimizer)
         saves = self.optimizer.selector.needs_gradient
@@ -229,7 +237,9 @@ class Planned:
         assert isinstance(optimizer, SubspaceOptimizer)
         if not optimizer.selector.needs_gradient:
             return self.selecting(projection)
-        return 2 * self._formed.itemsize * sum(layer.weight.numel() for layer in projection.layers) + self.selecting(projection)
+        return 2 * self._formed.itemsize * sum(layer.weight.numel() for layer in projection.layers) + self.selecting(
+            projection
+        )
 
     @property
     def _formed(self) -> torch.dtype:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from subspan.costs.saved_activations import SavedBytes
 from subspan.optimizer import SubspaceOptimizer
 from subspan.planning.model import Planned
 from subspan.planning.shapes import ShapesOnly
-from subspan.training.batches import Batch
-from subspan.training.errors import InputError, first_line
+from subspan.training.data.batches import Batch
 from subspan.training.evaluation import token_losses
-from subspan.training.parallel import blocks_of
-from subspan.training.saved import SavedBytes
+from subspan.training.models.blocks import blocks_of
+from subspan.utils.errors import InputError, first_line
 
 
 class Passes:
@@ -42,7 +42,8 @@ class Passes:
             self._bases = [] if self._chooser is None else self._chooser.bind()
 
     def saved(self, batch: int) -> int:
-        """Bytes that autograd keeps for the backward pass of an ordinary step, parameters apart. With checkpointing, of those
+        """Bytes that autograd keeps for the backward pass of an ordinary step, parameters apart. With checkpointing, of
+        those
         of the blocks their inputs, and one block's whole."""
         with self._fake, self._as_in_a_run():
             self._checkpoint(False)
@@ -55,8 +56,10 @@ class Passes:
             return self._forward(batch)[0] + within
 
     def peaks(self, batch: int) -> list[list[int]]:
-        """Most that lives at once beside what was there before the forward pass: until the gradients of the last block are
-        there, then of the one before, ... Backward-side of several steps: in each one basis is chosen, and the highest peak is
+        """Most that lives at once beside what was there before the forward pass: until the gradients of the last block
+        are
+        there, then of the one before, ... Backward-side of several steps: in each one basis is chosen, and the highest
+        peak is
         that of one of them."""
         with self._fake, self._as_in_a_run():
             self._checkpoint(self.setting.checkpointing)
@@ -94,10 +97,13 @@ class Passes:
         return sum(trained) if self.setting.keeps_gradients else 0
 
     def gathered(self) -> int:
-        """Bytes that ``fully_shard`` has of other ranks' parts at most: two blocks' weights, and what is outside of blocks;
+        """Bytes that ``fully_shard`` has of other ranks' parts at most: two blocks' weights, and what is outside of
+        blocks;
         the whole gradients of a block and of what is outside, and a copy of the block's to send."""
         inside = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in self.blocks]
-        trained = [sum(p.numel() * p.element_size() for p in block.parameters() if p.requires_grad) for block in self.blocks]
+        trained = [
+            sum(p.numel() * p.element_size() for p in block.parameters() if p.requires_grad) for block in self.blocks
+        ]
         outside = sum(p.numel() * p.element_size() for p in self.planned.model.parameters()) - sum(inside)
         return 2 * max(inside, default=0) + 2 * outside + 2 * max(trained, default=0)
 
@@ -141,12 +147,14 @@ class Passes:
         from transformers.utils import import_utils
 
         try:
-            # Of fake tensors transformers thinks that they are traced, and then makes masks that a real step does without.
+            # Of fake tensors transformers thinks that they are traced, and then makes masks that a real step does
+            # without.
             with mock.patch.object(import_utils, "is_fake_tensor", return_value=False, create=True):
                 yield
         except (RuntimeError, TypeError) as error:  # NotImplementedError is one of the first
             raise InputError(
-                f"model {self.setting.model!r} does not run on shapes alone: {first_line(error)}; measure a step of it instead"
+                f"model {self.setting.model!r} does not run on shapes alone: {first_line(error)}; measure a step of "
+                "it instead"
             ) from error
 
     def _autocast(self) -> torch.autocast:
@@ -154,7 +162,9 @@ class Passes:
 
 
 class _Chooser:
-    """Stands in for the optimizer where a backward-side layer wants a basis: it takes the memory that choosing one takes."""
+    """Stands in for the optimizer where a backward-side layer wants a basis: it takes the memory that choosing one
+    takes.
+    """
 
     def __init__(self, planned: Planned) -> None:
         assert planned.handle is not None

@@ -9,7 +9,7 @@ from subspan.planning.model import LARGER, Planned, choose, shapes_of
 from subspan.planning.passes import Passes
 from subspan.planning.setting import PlanSetting
 from subspan.recipes import find
-from subspan.training.presets import PRESETS
+from subspan.training.models.presets import PRESETS
 
 ALWAYS = ("weights", "carriers", "states", "bases", "buffers", "communication")
 """Kinds of what is there all the time."""
@@ -143,14 +143,16 @@ class Planner:
             return []
         rest = "none is left: this is full-rank training" if full == matrices else f"{matrices - full} are projected"
         return [
-            f"rank {self.rank} is no smaller than a side of {full} of {matrices} matrices, which are trained full rank; {rest}"
+            f"rank {self.rank} is no smaller than a side of {full} of {matrices} matrices, which are trained full "
+            f"rank; {rest}"
         ]
 
     def assumptions(self) -> list[str]:
         """What the figures rest on, and what they leave out."""
         setting = self.setting
         found = [
-            "not counted: the CUDA context, workspaces of cuBLAS and cuSOLVER (an eigendecomposition's among them), NCCL's "
+            "not counted: the CUDA context, workspaces of cuBLAS and cuSOLVER (an eigendecomposition's among them), "
+            "NCCL's "
             "buffers, and what the allocator loses to fragments; leave room",
             "attention by a fused kernel, which keeps no scores; the loss as in subspan pretrain, from all logits, in fp32",
             "the peak is of a step in which the basis that takes most memory is chosen, in fp32",
@@ -171,8 +173,10 @@ class Planner:
             found.append("ddp: a copy of all gradients in its buckets")
         if setting.sharded:
             found.append(
-                "fsdp: an upper bound; weights of two blocks and of what is outside of blocks gathered, gradients of one block "
-                "and of what is outside whole, and a copy of the block's to send; projected matrices step as if they were whole"
+                "fsdp: an upper bound; weights of two blocks and of what is outside of blocks gathered, gradients of "
+                "one block "
+                "and of what is outside whole, and a copy of the block's to send; projected matrices step as if they "
+                "were whole"
             )
         if setting.accumulate > 1:
             found.append("gradients of earlier passes are there in later ones")
@@ -221,7 +225,8 @@ class _AtRank:
 def largest(total: Callable[[int], int], budget: int, start: int, top: int) -> int:
     """The largest number from 1 to ``top`` with ``total <= budget``; 0 if there is none.
 
-    ``total`` grows, nearly along straight lines: they say where it is evaluated next, and where they mislead, halving does.
+    ``total`` grows, nearly along straight lines: they say where it is evaluated next, and where they mislead, halving
+    does.
     """
     known = {start: total(start)}
     if known[start] > budget and start > 1:

@@ -4,10 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from subspan.planning.plan import ALWAYS
-from subspan.text import aligned
+from subspan.utils.tables import aligned
 
 _WIDTH = 60
-_LETTERS = {"weights": "W", "carriers": "C", "states": "S", "bases": "B", "buffers": "b", "communication": "c", "passing": "."}
+_LETTERS = {
+    "weights": "W",
+    "carriers": "C",
+    "states": "S",
+    "bases": "B",
+    "buffers": "b",
+    "communication": "c",
+    "passing": ".",
+}
 _ABOUT = {
     "carriers": "carriers, which stand for weights in the backward pass",
     "communication": "buffers to send",
@@ -76,7 +84,17 @@ def name_of(row: Mapping[str, Any]) -> str:
 def comparison(found: Mapping[str, Any]) -> str:
     """The table over methods, bars, and what papers report beside the same sum computed."""
     head = _head(found, f"rank {found['rank']}")
-    kinds = ["weights", "carriers", "gradients", "states", "bases", "activations", "refresh_peak", "communication", "total"]
+    kinds = [
+        "weights",
+        "carriers",
+        "gradients",
+        "states",
+        "bases",
+        "activations",
+        "refresh_peak",
+        "communication",
+        "total",
+    ]
     cells = [["GiB", *(kind.replace("_", " ") for kind in kinds), *(["fits"] if found["gpu_bytes"] else [])]]
     for row in found["rows"]:
         fits = ["yes" if row["fits"] else "no"] if found["gpu_bytes"] else []

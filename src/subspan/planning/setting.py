@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from subspan.recipes import find
+from subspan.utils.errors import SettingError
 
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "TiB": 2**40, "GB": 10**9, "MB": 10**6, "TB": 10**12}
 
@@ -47,23 +48,28 @@ class PlanSetting:
         for name in ("rank", "batch", "seq", "accumulate", "world"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: expected a whole number >= 1")
+                raise SettingError(f"{name}={value}: expected a whole number >= 1")
         if self.gpu is not None:
             bytes_of(self.gpu)
         if self.state == "8bit" and not recipe.rule.moments:
-            raise ValueError(
-                f"state='8bit': {self.optimizer} keeps no moments that could be in 8 bits; leave it out, or use a method that "
+            raise SettingError(
+                f"state='8bit': {self.optimizer} keeps no moments that could be in 8 bits; leave it out, or use a "
+                "method that "
                 "does, such as sara_adamw"
             )
         if self.backward_side and recipe.selector is None:
-            raise ValueError(
-                f"backward_side=True: {self.optimizer} is full rank, and there is no low-rank gradient to make; leave it out, "
+            raise SettingError(
+                f"backward_side=True: {self.optimizer} is full rank, and there is no low-rank gradient to make; "
+                "leave it out, "
                 "or use a method with a subspace, such as sara_adamw"
             )
         if self.step_in_backward and (self.optimizer == "adamw" or (self.parallel == "ddp" and self.world > 1)):
-            why = "is torch's own" if self.optimizer == "adamw" else "would step on gradients that ddp has yet to average"
-            raise ValueError(
-                f"step_in_backward=True: {self.optimizer} {why}; leave it out, or use an optimizer with a subspace in one "
+            why = (
+                "is torch's own" if self.optimizer == "adamw" else "would step on gradients that ddp has yet to average"
+            )
+            raise SettingError(
+                f"step_in_backward=True: {self.optimizer} {why}; leave it out, or use an optimizer with a subspace "
+                "in one "
                 "process or with parallel='fsdp'"
             )
 
@@ -93,5 +99,7 @@ def bytes_of(size: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", size.strip())
     units = {unit.casefold(): number for unit, number in _UNITS.items()}
     if not found or found[2].casefold() not in units or float(found[1]) == 0:
-        raise ValueError(f"gpu={size!r}: expected a size above zero with one of {', '.join(_UNITS)}, such as 24GiB or 80GB")
+        raise SettingError(
+            f"gpu={size!r}: expected a size above zero with one of {', '.join(_UNITS)}, such as 24GiB or 80GB"
+        )
     return int(float(found[1]) * units[found[2].casefold()])

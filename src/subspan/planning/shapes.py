@@ -1,7 +1,9 @@
 """A step on shapes alone: tensors without memory, counted as if they had it.
 
-The optimizer steps on the ``meta`` device, where it takes the way it takes on an accelerator: factorisations in fp32, random
-numbers drawn on the host. Models run in torch's fake-tensor mode, as on a CPU, for there is no autocast on ``meta``. What an
+The optimizer steps on the ``meta`` device, where it takes the way it takes on an accelerator: factorisations in fp32,
+random
+numbers drawn on the host. Models run in torch's fake-tensor mode, as on a CPU, for there is no autocast on ``meta``.
+What an
 operation of a CUDA library takes for itself is unknown in both.
 """
 
@@ -9,7 +11,7 @@ from typing import Any
 
 import torch
 
-from subspan.bench.tracker import LiveBytes
+from subspan.costs.live_bytes import LiveBytes
 
 
 class ShapesOnly(LiveBytes):

@@ -1,4 +1,6 @@
-"""Residuals: what becomes of the gradient outside the subspace? A new one is one file here and one line in ``RESIDUALS``."""
+"""Residuals: what becomes of the gradient outside the subspace? A new one is one file here and one line in
+``RESIDUALS``.
+"""
 
 from collections.abc import Callable
 

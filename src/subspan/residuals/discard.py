@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from subspan.residuals._plain import Plain
-from subspan.rows import ALL_HERE, Rows
-from subspan.state import State
+from subspan.parts import ALL_HERE, Rows
+from subspan.residuals.base import Plain
+from subspan.storage.allocation import State
 
 
 @dataclass(frozen=True)

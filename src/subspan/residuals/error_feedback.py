@@ -2,13 +2,15 @@
 
     G̃  = G + E                                       what every other part takes for the gradient
     E  <- G̃ - R Qᵀ                                   where R = G̃ Q
-    E  <- E + w (M_old Q_oldᵀ - M_new Q_newᵀ)        where a change of basis put momentum outside; w = beta1 / (1 - beta1)
+    E  <- E + w (M_old Q_oldᵀ - M_new Q_newᵀ)        where a change of basis put momentum outside; w = beta1 / (1 -
+    beta1)
     D   = scale * U Qᵀ
 
 ``E`` is of the size of the weight, in fp32.
 
 Source: LDAdam (Robert et al. 2024, arXiv 2410.16103): its generalised error feedback.
-Deviations from the published code: ``E`` is kept in the state and not in ``.grad``, where clipping, gradient scaling and
+Deviations from the published code: ``E`` is kept in the state and not in ``.grad``, where clipping, gradient scaling
+and
 ``zero_grad`` destroy it. A gradient that is not finite leaves ``E`` alone.
 """
 
@@ -17,9 +19,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from subspan.residuals._plain import Plain
-from subspan.rows import ALL_HERE, Rows
-from subspan.state import State, allocate
+from subspan.parts import ALL_HERE, Rows
+from subspan.residuals.base import Plain
+from subspan.storage.allocation import State, allocate
 
 
 @dataclass(frozen=True)

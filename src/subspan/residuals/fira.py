@@ -7,13 +7,16 @@
     D     = scale * U Qᵀ + T                                         scale * T with ``scaled``
 
 Neither ``S`` nor ``T`` is formed: ``||S_i||² = ||G_i||² - (2a - a²) ||R_i||²`` as ``QᵀQ = I``, and ``D`` is
-``(scale * U - a phi * R) Qᵀ + phi * G``. ``||T_prev||`` is the norm after limiting, of each matrix of a stack by itself. ``U``
+``(scale * U - a phi * R) Qᵀ + phi * G``. ``||T_prev||`` is the norm after limiting, of each matrix of a stack by
+itself. ``U``
 is Adam's direction without bias correction, which the optimizer applies to all of ``D``.
 
 Source: Fira (Chen et al. 2024, arXiv 2410.01623): norm-based scaling and the norm-growth limiter.
 Deviations from the paper: none for ``mode="orthogonal"``. ``mode="official"`` is what the authors' code computes: its
-``project_back`` carries the scale, so a share ``1 - scale`` of the gradient *inside* the subspace stays in the residual. The
-published tables were presumably made with it. ``scaled=True`` is an addition: the row outside the subspace then moves as far,
+``project_back`` carries the scale, so a share ``1 - scale`` of the gradient *inside* the subspace stays in the
+residual. The
+published tables were presumably made with it. ``scaled=True`` is an addition: the row outside the subspace then moves
+as far,
 in proportion to its gradient, as the row inside; unscaled it moves ``1 / scale`` times as far.
 """
 
@@ -23,10 +26,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspan.ranges import DIVISORS, is_divisor
-from subspan.residuals._plain import Plain
-from subspan.rows import ALL_HERE, Rows
-from subspan.state import State, allocate
+from subspan.parts import ALL_HERE, Rows
+from subspan.residuals.base import Plain
+from subspan.storage.allocation import State, allocate
+from subspan.utils.checks import DIVISORS, is_divisor
+from subspan.utils.errors import SettingError
 
 _TINY = 1e-8  # guards both divisions; the value of the authors' code
 
@@ -50,9 +54,11 @@ class Fira(Plain):
 
     def __post_init__(self) -> None:
         if self.mode not in ("orthogonal", "official"):
-            raise ValueError(f"mode={self.mode!r}: expected 'orthogonal' (the paper) or 'official' (the authors' code)")
+            raise SettingError(
+                f"mode={self.mode!r}: expected 'orthogonal' (the paper) or 'official' (the authors' code)"
+            )
         if self.limiter is not None and not is_divisor(self.limiter):
-            raise ValueError(
+            raise SettingError(
                 f"limiter={self.limiter!r}: expected a growth factor {DIVISORS}, such as 1.01, or None to turn it off"
             )
 
@@ -76,7 +82,8 @@ class Fira(Plain):
         inside = _row_norms(R, R.dtype)
         phi = _row_norms(U, R.dtype) / (inside + _TINY)
         if self.limiter is not None:
-            # ||S_i||² by Pythagoras: no S is formed. Norms in the precision of R: what cancels must not be rounded before.
+            # ||S_i||² by Pythagoras: no S is formed. Norms in the precision of R: what cancels must not be rounded
+            # before.
             squares = (_row_norms(G, R.dtype).square() - (2 - a) * a * inside.square()).clamp_min(0)
             norm = rows.total((phi.square() * squares).sum((-2, -1))).sqrt()
             phi = phi * self._limit_(norm, state["residual_norm"])[..., None, None]

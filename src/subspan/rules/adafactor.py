@@ -9,9 +9,11 @@
 
 Vectors keep a whole second moment. There is no bias correction, no relative step, no scaling by the size of the weight.
 
-Sources: Adafactor (Shazeer & Stern 2018, arXiv 1804.04235), Algorithm 4, in the form GaLore trains (arXiv 2403.03507; its
+Sources: Adafactor (Shazeer & Stern 2018, arXiv 1804.04235), Algorithm 4, in the form GaLore trains (arXiv 2403.03507;
+    its
 ``GaLoreAdafactor`` with ``relative_step=False, scale_parameter=False``). SARA (arXiv 2502.05790) sets ``beta1 = 0.9``.
-Deviations: GaLore's code averages ``lr * U`` in the momentum, here it averages ``U`` (the same while lr is constant). In a
+Deviations: GaLore's code averages ``lr * U`` in the momentum, here it averages ``U`` (the same while lr is constant).
+    In a
 stack each matrix is clipped by its own rms.
 """
 
@@ -21,10 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspan.parts import Momentum, Rule, Transfer
-from subspan.ranges import DIVISORS, is_divisor, is_number
-from subspan.rows import ALL_HERE, Rows
-from subspan.state import State, allocate
+from subspan.parts import ALL_HERE, Momentum, Rows, Rule, Transfer
+from subspan.storage.allocation import State, allocate
+from subspan.utils.checks import DIVISORS, is_divisor, is_number
+from subspan.utils.errors import SettingError
 
 _HELD = {"step", "exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"}
 
@@ -47,11 +49,11 @@ class Adafactor(Rule):
 
     def __post_init__(self) -> None:
         if not is_number(self.beta1) or not 0 <= self.beta1 < 1:
-            raise ValueError(f"beta1={self.beta1!r}: expected a number at least 0 and below 1 (0 keeps no momentum)")
+            raise SettingError(f"beta1={self.beta1!r}: expected a number at least 0 and below 1 (0 keeps no momentum)")
         for name in ("decay", "eps", "clip"):
             value = getattr(self, name)
             if not is_divisor(value):
-                raise ValueError(f"{name}={value!r}: expected a number > 0, {DIVISORS}")
+                raise SettingError(f"{name}={value!r}: expected a number > 0, {DIVISORS}")
 
     @property
     def moments(self) -> Mapping[str, bool]:
@@ -108,7 +110,7 @@ class Adafactor(Rule):
         U = U.div_((rms / self.clip).clamp_min(1))
         if self.beta1:
             if "exp_avg" not in state:
-                raise ValueError(
+                raise SettingError(
                     f"beta1={self.beta1}: it was 0 when the optimizer was built, so no momentum is kept; build it anew"
                 )
             U = state["exp_avg"].mul_(self.beta1).add_(U, alpha=1 - self.beta1).clone()

@@ -8,7 +8,8 @@ limiter (``residuals/fira.py``) compares norms of uncorrected updates.
 
 Sources: Adam (Kingma & Ba 2015, arXiv 1412.6980), Algorithm 1; decoupled decay (Loshchilov & Hutter 2019, arXiv
 1711.05101) is the optimizer's; moment transport (Robert et al. 2024, LDAdam, arXiv 2410.16103).
-Deviations: none from ``torch.optim.AdamW``. GaLore's code adds epsilon before the bias correction, so its effective epsilon is
+Deviations: none from ``torch.optim.AdamW``. GaLore's code adds epsilon before the bias correction, so its effective
+    epsilon is
 ``eps / sqrt(c2)``.
 """
 
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from subspan.rows import ALL_HERE, Rows
-from subspan.rules._adam import Adam, correction
-from subspan.state import State
+from subspan.parts import ALL_HERE, Rows
+from subspan.rules.base import Adam, correction
+from subspan.storage.allocation import State
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class AdamW(Adam):
         M, V = state["exp_avg"], state["exp_avg_sq"]
         if R.device.type != "cpu" or not R.dtype == M.dtype == V.dtype or not R.is_contiguous():
             return super().update_(R, state, rows)
-        # One pass of torch's fused kernel in place of seven: to a weight of zero it adds -lr (M / c1) / (sqrt(V / c2) + eps).
+        # One pass of torch's fused kernel in place of seven: to a weight of zero it adds -lr (M / c1) / (sqrt(V / c2) +
+        # eps).
         (beta1, beta2), step, U = self.betas, state["step"], torch.zeros_like(M)
         c1, root_c2 = correction(beta1, step + 1), correction(beta2, step + 1).sqrt()
         adamw([U], [R], [M], [V], [], [step], fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=-c1 / root_c2,

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspan.parts import Momentum, Rule, Transfer, check_betas
-from subspan.rows import ALL_HERE, Rows
-from subspan.rules._adam import correction
-from subspan.state import State, allocate
+from subspan.parts import ALL_HERE, Momentum, Rows, Rule, Transfer, check_betas
+from subspan.rules.base import correction
+from subspan.storage.allocation import State, allocate
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspan.parts import Momentum, Rule, Transfer
-from subspan.ranges import is_number
-from subspan.rows import ALL_HERE, Rows
-from subspan.state import State, allocate
+from subspan.parts import ALL_HERE, Momentum, Rows, Rule, Transfer
+from subspan.storage.allocation import State, allocate
+from subspan.utils.checks import is_number
+from subspan.utils.errors import SettingError
 
 
 class _MomentumSGD(Rule, ABC):
@@ -68,7 +68,7 @@ class _MomentumSGD(Rule, ABC):
         elif "exp_avg" in state:
             U = state["exp_avg"].mul_(self.decay).add_(R, alpha=self.gain).clone()
         else:
-            raise ValueError(f"{self}: without momentum when the optimizer was built, so none is kept; build it anew")
+            raise SettingError(f"{self}: without momentum when the optimizer was built, so none is kept; build it anew")
         return U, torch.ones((), dtype=torch.float64)
 
 
@@ -88,7 +88,7 @@ class SGD(_MomentumSGD):
         for name in ("momentum", "dampening"):
             value = getattr(self, name)
             if not is_number(value) or not 0 <= value < 1:
-                raise ValueError(f"{name}={value!r}: expected a number at least 0 and below 1")
+                raise SettingError(f"{name}={value!r}: expected a number at least 0 and below 1")
 
     @property
     def decay(self) -> float:
@@ -111,7 +111,9 @@ class MSGD(_MomentumSGD):
 
     def __post_init__(self) -> None:
         if not is_number(self.beta1) or not 0 < self.beta1 <= 1:
-            raise ValueError(f"beta1={self.beta1!r}: expected a number above 0 and at most 1; it weighs the new gradient")
+            raise SettingError(
+                f"beta1={self.beta1!r}: expected a number above 0 and at most 1; it weighs the new gradient"
+            )
 
     @property
     def decay(self) -> float:

@@ -8,9 +8,11 @@
 
 ``rho = 1``; with ``scaled``, I is drawn with replacement and ``rho_i = 1 / sqrt(r q_i)``, so that ``E[Q Qᵀ] = I``.
 
-Sources: GoLore (He et al. 2024, arXiv 2410.11289) names GaSare (top) and GoSare (uniform); GRASS (Muhamed et al. 2024, arXiv
+Sources: GoLore (He et al. 2024, arXiv 2410.11289) names GaSare (top) and GoSare (uniform); GRASS (Muhamed et al. 2024,
+    arXiv
 2406.17660): top, or norm with power 2 and scaled.
-Deviations: GaSare and GoSare mask single entries, here a mask is whole columns, so that the state is a matrix like any other.
+Deviations: GaSare and GoSare mask single entries, here a mask is whole columns, so that the state is a matrix like any
+    other.
 GRASS has no published code; written from its equations.
 """
 
@@ -23,9 +25,10 @@ from torch import Tensor
 from subspan import linalg
 from subspan.linalg import Gram
 from subspan.parts import Key
-from subspan.ranges import LARGEST, is_factor
-from subspan.selectors._matrix import Scheduled
-from subspan.state import State
+from subspan.selectors.base import Scheduled
+from subspan.storage.allocation import State
+from subspan.utils.checks import LARGEST, is_factor
+from subspan.utils.errors import SettingError
 
 _SAMPLES = ("uniform", "top", "norm")
 
@@ -46,11 +49,11 @@ class Coordinates(Scheduled):
 
     def __post_init__(self) -> None:
         if self.sample not in _SAMPLES:
-            raise ValueError(f"sample={self.sample!r}: expected one of {', '.join(_SAMPLES)}")
+            raise SettingError(f"sample={self.sample!r}: expected one of {', '.join(_SAMPLES)}")
         if not is_factor(self.power):
-            raise ValueError(f"power={self.power!r}: expected a number from 0 to {LARGEST:g} (2 is GRASS)")
+            raise SettingError(f"power={self.power!r}: expected a number from 0 to {LARGEST:g} (2 is GRASS)")
         if self.scaled and self.sample == "top":
-            raise ValueError(
+            raise SettingError(
                 "scaled=True: the top columns are not drawn, so they have no probability to be scaled by; use 'norm'"
             )
 
@@ -71,7 +74,9 @@ class Coordinates(Scheduled):
         index = torch.arange(rank, device=G.device).expand(*G.shape[:-2], rank).clone()
         state: State = {"indices": index, "columns": G.shape[-1]}
         if self.scaled:
-            state["weights"] = torch.ones(index.shape, device=G.device, dtype=torch.promote_types(G.dtype, torch.float32))
+            state["weights"] = torch.ones(
+                index.shape, device=G.device, dtype=torch.promote_types(G.dtype, torch.float32)
+            )
         return state
 
     def memory(self, n: str, r: str) -> dict[str, str]:

@@ -1,14 +1,17 @@
 """r singular vectors of the gradient, every place of the spectrum visited once in a cycle of ``ceil(k / r)`` refreshes.
 
-With ``G = S diag(sigma) Vᵀ (m, n)``, sigma falling, and ``k = min(m, n)``: each cycle draws a permutation ``pi`` of the ``k``
+With ``G = S diag(sigma) Vᵀ (m, n)``, sigma falling, and ``k = min(m, n)``: each cycle draws a permutation ``pi`` of the
+``k``
 places, and its refresh number ``t`` takes the next ``r`` of them,
 
     Q = V[:, I],    I = { pi[(t r + j) mod k] : 0 <= j < r },    sorted ascending
 
-so what uniform sampling visits on average is visited for certain: no place waits for more than two cycles. The last refresh
+so what uniform sampling visits on average is visited for certain: no place waits for more than two cycles. The last
+refresh
 of a cycle begins ``pi`` anew where ``r`` does not divide ``k``.
 
-Source: sampling without replacement over time (random reshuffling), in place of SARA's weighted draw (Zhang et al. 2025,
+Source: sampling without replacement over time (random reshuffling), in place of SARA's weighted draw (Zhang et al.
+    2025,
 arXiv 2502.05790, Alg. 2).
 Deviations: none; no paper has it.
 """
@@ -21,8 +24,8 @@ from torch import Tensor
 from subspan import linalg
 from subspan.linalg import Gram
 from subspan.parts import Key
-from subspan.selectors._matrix import DrawnSelector
-from subspan.state import State
+from subspan.selectors.base import DrawnSelector
+from subspan.storage.allocation import State
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ class Cyclic(DrawnSelector):
         return {**super().init(G, rank), "turn": 0}
 
     def refresh_(self, G: Tensor | Gram, state: State, key: Key) -> Tensor:
-        change = super().refresh_(G, state, key._replace(step=state["turn"]))  # the draw hangs on the turn, not on the step
+        change = super().refresh_(
+            G, state, key._replace(step=state["turn"])
+        )  # the draw hangs on the turn, not on the step
         state["turn"] += 1
         return change
 

@@ -3,7 +3,8 @@
 ``Q = V[:, :r]`` where ``G = S diag(sigma) Vᵀ (m, n)``, ``sigma`` descending.
 
 Source: GaLore (Zhao et al. 2024, arXiv 2403.03507), Algorithm 2.
-Deviations from the paper: the spectrum comes from the Gram matrix unless ``method="svd"``; each vector takes the sign of
+Deviations from the paper: the spectrum comes from the Gram matrix unless ``method="svd"``; each vector takes the sign
+of
 the one it replaces, where GaLore takes whatever sign its SVD returns.
 """
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from subspan.linalg import Gram
 from subspan.parts import Key
-from subspan.selectors._matrix import SpectralSelector, leading
+from subspan.selectors.base import SpectralSelector, leading
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """A Gaussian subspace, drawn anew from its key at every use: ``Q (n, r)``, entries ``N(0, 1/r)``, so ``E[Q Qᵀ] = I``.
 
-The columns are not orthonormal; ``E[QᵀQ] = (n/r) I``. To ``rotate`` the moments therefore multiplies their squared norm by
-``n/r`` on average, at each refresh: the period must be long against the memory of the momentum, ``1 / (1 - beta1)`` steps.
+The columns are not orthonormal; ``E[QᵀQ] = (n/r) I``. To ``rotate`` the moments therefore multiplies their squared norm
+by
+``n/r`` on average, at each refresh: the period must be long against the memory of the momentum, ``1 / (1 - beta1)``
+steps.
 
 Source: FLora (Hao et al. 2024, arXiv 2402.03293): random down-projection, its seed stored instead of itself.
-Deviations from the paper: FLora projects the momentum alone, here the gradient is projected, and so every moment; the draw
+Deviations from the paper: FLora projects the momentum alone, here the gradient is projected, and so every moment; the
+draw
 is keyed by the parameter's name and step.
 """
 
@@ -16,8 +19,8 @@ from torch import Tensor
 from subspan import linalg
 from subspan.linalg import Gram
 from subspan.parts import Key
-from subspan.selectors._matrix import Scheduled
-from subspan.state import State
+from subspan.selectors.base import Scheduled
+from subspan.storage.allocation import State
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,11 @@ class Gaussian(Scheduled):
         return False
 
     def init(self, G: Tensor, rank: int) -> State:
-        return {"basis_seed": -1, "basis_rows": G.shape[-1], "basis_rank": rank}  # a seed of -1: before the first refresh
+        return {
+            "basis_seed": -1,
+            "basis_rows": G.shape[-1],
+            "basis_rank": rank,
+        }  # a seed of -1: before the first refresh
 
     def memory(self, n: str, r: str) -> dict[str, str]:
         return {}

@@ -7,10 +7,12 @@ With ``G = S diag(sigma) Vᵀ (m, n)``: ``Q = V[:, I]``, ``I`` drawn one index a
 and sorted ascending, so that column j of the new basis stays close in rank to column j of the old one.
 
 Source: SARA (Zhang et al. 2025, arXiv 2502.05790), Algorithm 2, is ``power=1, floor=0``.
-Deviations from the paper: the spectrum comes from the Gram matrix unless ``method="svd"``; the draw is keyed, not taken from
+Deviations from the paper: the spectrum comes from the Gram matrix unless ``method="svd"``; the draw is keyed, not taken
+from
 a live generator; where fewer than r singular values are positive the rest of the basis is filled up from the others
 (``torch.multinomial`` would raise); signs are aligned with the old basis; ``power`` and ``floor`` are additions.
-Off the CPU, and on it where the Gram matrix is of side 512 or more, that is in fp32, where a sigma below 3e-4 of the largest is
+Off the CPU, and on it where the Gram matrix is of side 512 or more, that is in fp32, where a sigma below 3e-4 of the
+largest is
 noise of that size: such directions are drawn a little too often.
 """
 
@@ -22,8 +24,9 @@ from torch import Tensor
 
 from subspan import linalg
 from subspan.parts import Key
-from subspan.ranges import LARGEST, is_factor, is_number
-from subspan.selectors._matrix import DrawnSelector
+from subspan.selectors.base import DrawnSelector
+from subspan.utils.checks import LARGEST, is_factor, is_number
+from subspan.utils.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Importance(DrawnSelector):
     """Importance-sampled singular vectors (SARA).
 
     The paper's convergence constant ``delta`` is the least probability with which a direction is selected. With
-    ``floor=0`` it falls to zero with the smallest singular value, and the guarantee with it; with ``floor > 0`` one draw
+    ``floor=0`` it falls to zero with the smallest singular value, and the guarantee with it; with ``floor > 0`` one
+    draw
     already picks each direction with probability at least ``floor / k``, so ``delta >= floor / k``.
 
     Args:
@@ -47,9 +51,11 @@ class Importance(DrawnSelector):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not is_factor(self.power):
-            raise ValueError(f"power={self.power!r}: expected a number from 0 to {LARGEST:g} (1 is SARA, 0 samples uniformly)")
+            raise SettingError(
+                f"power={self.power!r}: expected a number from 0 to {LARGEST:g} (1 is SARA, 0 samples uniformly)"
+            )
         if not is_number(self.floor) or not 0 <= self.floor <= 1:
-            raise ValueError(f"floor={self.floor!r}: expected a share between 0 and 1")
+            raise SettingError(f"floor={self.floor!r}: expected a share between 0 and 1")
 
     def log_weights(self, sigma: Tensor) -> Tensor:
         """``log w (..., k)`` for singular values ``sigma (..., k)``. In logarithms: a large power would underflow."""

@@ -9,7 +9,8 @@ and where it reaches ``threshold`` the period doubles, up to ``longest`` times `
 
 Source: Q-GaLore (Zhang et al. 2024, arXiv 2407.08296), whose idea it is.
 Deviations from the paper: it measures the cosine of
-the first singular vector alone, averaged over five refreshes, which a flip of that vector's sign defeats, and its period
+the first singular vector alone, averaged over five refreshes, which a flip of that vector's sign defeats, and its
+period
 never shrinks.
 """
 
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from subspan.linalg import Gram
 from subspan.parts import Key, Momentum, Selector, check_selector
-from subspan.ranges import is_number
-from subspan.state import State
+from subspan.storage.allocation import State
+from subspan.utils.checks import is_number
+from subspan.utils.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,17 @@ class Lazy(Selector):
     def __post_init__(self) -> None:
         check_selector(self.selector, "selector")
         if self.selector.tracks:
-            raise ValueError(
+            raise SettingError(
                 f"selector={self.selector!r}: moves at every step, so there is no period to lengthen; use it alone"
             )
         if not self.selector.orthonormal:
-            raise ValueError(
+            raise SettingError(
                 f"selector={self.selector!r}: overlap is measured between orthonormal bases; give one that has them"
             )
         if not is_number(self.threshold) or not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold={self.threshold!r}: expected an overlap between 0 and 1")
+            raise SettingError(f"threshold={self.threshold!r}: expected an overlap between 0 and 1")
         if not isinstance(self.longest, int) or isinstance(self.longest, bool) or self.longest < 1:
-            raise ValueError(f"longest={self.longest!r}: expected a whole number of periods >= 1")
+            raise SettingError(f"longest={self.longest!r}: expected a whole number of periods >= 1")
 
     @property
     def needs_gradient(self) -> bool:

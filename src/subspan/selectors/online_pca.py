@@ -6,10 +6,13 @@
 
 The first basis is that of the leading singular vectors.
 
-Source: Online Subspace Descent (Liang et al. 2024, arXiv 2408.12857); "online PCA" in SARA's table 3. Deviations from the
+Source: Online Subspace Descent (Liang et al. 2024, arXiv 2408.12857); "online PCA" in SARA's table 3. Deviations from
+    the
 published code: the basis is re-orthonormalised after each step, which the code leaves out (its columns drift together;
-``orthonormalise=False, weight_decay=0.01`` is its literal form, the decay being the default of its inner optimizer); the
-inner learning rate is constant, where the code multiplies ``1 / period`` by the schedule of the outer one; the basis moves
+``orthonormalise=False, weight_decay=0.01`` is its literal form, the decay being the default of its inner optimizer);
+the
+inner learning rate is constant, where the code multiplies ``1 / period`` by the schedule of the outer one; the basis
+moves
 before the gradient is projected, not after.
 """
 
@@ -20,9 +23,10 @@ from torch import Tensor
 
 from subspan import linalg
 from subspan.parts import Momentum, check_betas
-from subspan.ranges import LARGEST, is_factor
-from subspan.selectors._matrix import TrackingSelector
-from subspan.state import State, allocate
+from subspan.selectors.base import TrackingSelector
+from subspan.storage.allocation import State, allocate
+from subspan.utils.checks import LARGEST, is_factor
+from subspan.utils.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class OnlinePCA(TrackingSelector):
         for name in ("lr", "weight_decay"):
             value = getattr(self, name)
             if not is_factor(value):
-                raise ValueError(f"{name}={value!r}: expected a number from 0 to {LARGEST:g}")
+                raise SettingError(f"{name}={value!r}: expected a number from 0 to {LARGEST:g}")
         check_betas(self.betas)
 
     @property

@@ -6,7 +6,8 @@
 The first basis is that of the leading singular vectors. ``B`` is never formed.
 
 Source: LDAdam (Robert et al. 2024, arXiv 2410.16103).
-Deviations: none known. With a rule that has no momentum, ``rho`` is 0. LDAdam as a whole is this selector, the ``moments``
+Deviations: none known. With a rule that has no momentum, ``rho`` is 0. LDAdam as a whole is this selector, the
+    ``moments``
 transfer and ``residuals.ErrorFeedback``.
 """
 
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from subspan import linalg
 from subspan.parts import Momentum
-from subspan.ranges import is_number
-from subspan.selectors._matrix import TrackingSelector
-from subspan.state import State
+from subspan.selectors.base import TrackingSelector
+from subspan.storage.allocation import State
+from subspan.utils.checks import is_number
+from subspan.utils.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class PowerIteration(TrackingSelector):
 
     def __post_init__(self) -> None:
         if not is_number(self.rho) or not 0 <= self.rho <= 1:
-            raise ValueError(f"rho={self.rho!r}: expected a share between 0 and 1")
+            raise SettingError(f"rho={self.rho!r}: expected a share between 0 and 1")
 
     def track_(self, G: Tensor, state: State, momentum: Momentum | None) -> Tensor | None:
         Q = state["basis"]

@@ -1,9 +1,11 @@
-"""A subspace drawn without looking at the gradient: ``Q (n, r)`` uniform on the Stiefel manifold, ``E[Q Qᵀ] = (r/n) I``.
+"""A subspace drawn without looking at the gradient: ``Q (n, r)`` uniform on the Stiefel manifold, ``E[Q Qᵀ] = (r/n)
+I``.
 
 ``scaled`` multiplies it by ``sqrt(n / r)``, so that ``E[Q Qᵀ] = I`` and ``QᵀQ = (n/r) I``.
 
 Sources: GoLore (He et al. 2024, arXiv 2410.11289); scaled, RSO (Chen et al. 2025, arXiv 2502.07222).
-Deviations from the paper: none. (Its code draws from the process's own generator and takes a polar factor; here the draw
+Deviations from the paper: none. (Its code draws from the process's own generator and takes a polar factor; here the
+draw
 is keyed and factorised by QR, which has the same distribution.)
 """
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from subspan import linalg
 from subspan.linalg import Gram
 from subspan.parts import Key
-from subspan.selectors._matrix import MatrixSelector
+from subspan.selectors.base import MatrixSelector
 
 
 @dataclass(frozen=True)

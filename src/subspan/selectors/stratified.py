@@ -1,6 +1,7 @@
 """r singular vectors of the gradient, one from each of r parts of the spectrum.
 
-With ``G = S diag(sigma) Vᵀ (m, n)``, sigma falling, and ``k = min(m, n)``: part ``j`` holds the indices ``ceil(j k / r)`` to
+With ``G = S diag(sigma) Vᵀ (m, n)``, sigma falling, and ``k = min(m, n)``: part ``j`` holds the indices ``ceil(j k /
+r)`` to
 ``ceil((j + 1) k / r) - 1``, and
 
     Q = V[:, I],    I_j uniform on part j
@@ -8,7 +9,8 @@ With ``G = S diag(sigma) Vᵀ (m, n)``, sigma falling, and ``k = min(m, n)``: pa
 So large and small singular values are in every basis, each direction with probability ``1 / ceil(k / r)`` to
 ``1 / floor(k / r)``, near the ``r / k`` of uniform sampling without its luck: two bases are alike in their spectrum.
 
-Source: stratified sampling (Neyman 1934), in place of SARA's weighted draw (Zhang et al. 2025, arXiv 2502.05790, Alg. 2).
+Source: stratified sampling (Neyman 1934), in place of SARA's weighted draw (Zhang et al. 2025, arXiv 2502.05790, Alg.
+    2).
 Deviations: none; no paper has it.
 """
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from subspan import linalg
 from subspan.parts import Key
-from subspan.selectors._matrix import DrawnSelector
+from subspan.selectors.base import DrawnSelector
 
 
 @dataclass(frozen=True)
@@ -34,5 +36,7 @@ class Stratified(DrawnSelector):
 
     def draw(self, sigma: Tensor, r: int, key: Key) -> Tensor:
         edges = -(-torch.arange(r + 1) * sigma.shape[-1] // r)  # rounded up
-        uniform = torch.rand((*sigma.shape[:-1], r), generator=linalg.keyed_generator("stratified", *key), dtype=torch.float64)
+        uniform = torch.rand(
+            (*sigma.shape[:-1], r), generator=linalg.keyed_generator("stratified", *key), dtype=torch.float64
+        )
         return edges[:-1] + (uniform * edges.diff()).long()

@@ -1,7 +1,8 @@
 """One selector until a step of the run, another from there on.
 
 Source: GoLore (He et al. 2024, arXiv 2410.11289): "GoLore@x%" is ``Switch(Dominant(), Random(), at=1 - x / 100)``.
-Deviations from the paper: none. (Its SGD code leaves the momentum as it is at the switch; here the switch is a refresh like
+Deviations from the paper: none. (Its SGD code leaves the momentum as it is at the switch; here the switch is a refresh
+like
 any other, and the transfer applies.)
 """
 
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from subspan.linalg import Gram
 from subspan.parts import Key, Momentum, Selector, check_selector, holds
-from subspan.ranges import is_number
-from subspan.state import State
+from subspan.storage.allocation import State
+from subspan.utils.checks import is_number
+from subspan.utils.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,15 @@ class Switch(Selector):
         for name in ("first", "second"):
             check_selector(getattr(self, name), name)
         if holds(self.first, Switch) or holds(self.second, Switch):
-            raise ValueError(f"first={self.first!r}, second={self.second!r}: a switch cannot hold another; switch once")
+            raise SettingError(
+                f"first={self.first!r}, second={self.second!r}: a switch cannot hold another; switch once"
+            )
         if self.total_steps is not None and (not isinstance(self.total_steps, int) or self.total_steps < 1):
-            raise ValueError(f"total_steps={self.total_steps!r}: expected the length of the run, a whole number >= 1")
+            raise SettingError(f"total_steps={self.total_steps!r}: expected the length of the run, a whole number >= 1")
         if not is_number(self.at) or not 0 <= self.at < math.inf or (isinstance(self.at, float) and self.at > 1):
-            raise ValueError(f"at={self.at!r}: expected a step (an integer >= 0) or a share of the run (a float in [0, 1])")
+            raise SettingError(
+                f"at={self.at!r}: expected a step (an integer >= 0) or a share of the run (a float in [0, 1])"
+            )
 
     @property
     def needs_gradient(self) -> bool:
@@ -109,5 +115,7 @@ class Switch(Selector):
         if isinstance(self.at, int):
             return self.at
         if self.total_steps is None:
-            raise ValueError(f"total_steps=None: to switch at {self.at} of the run its length is needed; pass total_steps")
+            raise SettingError(
+                f"total_steps=None: to switch at {self.at} of the run its length is needed; pass total_steps"
+            )
         return math.ceil(round(self.at * self.total_steps, 6))  # 0.55 of 100 is 55.00000000000001

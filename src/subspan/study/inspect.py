@@ -1,13 +1,17 @@
 """What a run's subspaces did, from its ``probes.jsonl`` and its checkpoints.
 
-Per subspace, means over the run's refreshes: overlap of adjacent bases and with the anchor, principal angles, the share of the
-gradient that is held (see ``training/probes.py``). ``frozen_since`` is the first step from which the overlap of adjacent bases
+Per subspace, means over the run's refreshes: overlap of adjacent bases and with the anchor, principal angles, the share
+of the
+gradient that is held (see ``training/probes.py``). ``frozen_since`` is the first step from which the overlap of
+adjacent bases
 stays at ``FROZEN`` or above until the end, for three refreshes at least; ``null`` if there is none.
 
-Without probes the bases that checkpoints hold are compared, each once: they are ``steps_apart`` steps apart (median), which may
+Without probes the bases that checkpoints hold are compared, each once: they are ``steps_apart`` steps apart (median),
+which may
 be several periods, and then ``overlap_adjacent`` is not of neighbours.
 
-Between two checkpoints, the singular values sigma of the change of each weight, divided by the largest (SARA, arXiv 2502.05790,
+Between two checkpoints, the singular values sigma of the change of each weight, divided by the largest (SARA, arXiv
+2502.05790,
 figures 4 to 12), and of them
 
     effective rank = exp(-sum p_i log p_i),  p_i = sigma_i / sum sigma      (Roy and Vetterli 2007)
@@ -26,11 +30,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from subspan.checkpoints.directory import holds_parts, list_checkpoints, load_part, step_of
+from subspan.inspection import angles, overlap
 from subspan.linalg import orthonormalise
-from subspan.subspaces import angles, overlap
-from subspan.text import aligned
-from subspan.training.checkpoint import holds_parts, list_checkpoints, load_part, step_of
-from subspan.training.errors import InputError, first_line
+from subspan.utils.errors import InputError, first_line
+from subspan.utils.tables import aligned
 
 
 class NothingToSeeError(InputError):
@@ -61,17 +65,23 @@ def inspect(run: Path, begin: int | None = None, end: int | None = None) -> dict
     pair = (_checkpoint(run, found, begin, 0), _checkpoint(run, found, end, -1)) if asked or len(found) > 1 else None
     if (not rows or pair is not None) and any(map(holds_parts, pair if rows and pair else found)):
         raise NothingToSeeError(
-            f"run={str(run)!r}: its checkpoints hold the parts of several ranks (parallel='fsdp'), which are not compared; to "
+            f"run={str(run)!r}: its checkpoints hold the parts of several ranks (parallel='fsdp'), which are not "
+            "compared; to "
             "inspect it train with --parallel ddp, or in one process"
         )
     if not rows and pair is None:
         raise NothingToSeeError(
-            f"run={str(run)!r}: no probes.jsonl, and {len(found)} checkpoint{'s' * (len(found) != 1)} where two are needed; "
+            f"run={str(run)!r}: no probes.jsonl, and {len(found)} checkpoint{'s' * (len(found) != 1)} where two are "
+            "needed; "
             "train with --probes.subspace true, or with --checkpoint.keep 10"
         )
     layers = _layers(rows) if rows else _layers(_from_checkpoints(found))
     noise = _noise(rows)
-    result: dict[str, Any] = {"run": str(run), "source": "probes.jsonl" if rows else "checkpoints", "frozen_threshold": FROZEN}
+    result: dict[str, Any] = {
+        "run": str(run),
+        "source": "probes.jsonl" if rows else "checkpoints",
+        "frozen_threshold": FROZEN,
+    }
     result |= {"layers": layers, "types": _types(layers)}
     if noise:
         result["noise"] = noise
@@ -121,7 +131,9 @@ def _checkpoint(run: Path, found: Sequence[Path], step: int | None, place: int) 
         return found[place]
     if step not in known:
         have = ", ".join(map(str, known)) or "none"
-        raise InputError(f"step={step}: run {run} has no checkpoint of it; it has {have} (--checkpoint.keep keeps more)")
+        raise InputError(
+            f"step={step}: run {run} has no checkpoint of it; it has {have} (--checkpoint.keep keeps more)"
+        )
     return known[step]
 
 
@@ -148,7 +160,9 @@ def _layer(name: str, rows: Sequence[Row]) -> Row:
         "name": name,
         "type": module_type(name),
         "refreshes": len(rows),
-        "steps_apart": statistics.median(apart) if (apart := [b["step"] - a["step"] for a, b in pairwise(rows)]) else None,
+        "steps_apart": statistics.median(apart)
+        if (apart := [b["step"] - a["step"] for a, b in pairwise(rows)])
+        else None,
         "overlap_adjacent": _mean(value for _, value in known),
         "overlap_anchor": _mean(row["anchor"] for row in rows if "anchor" in row),
         "angles": [_mean(row["angles"][i] for row in rows if "angles" in row) for i in range(3)],
@@ -187,12 +201,15 @@ def _noise(rows: Iterable[Row]) -> list[Row]:
         noise, signal = (statistics.fmean(row[key] for row in own) for key in ("noise", "signal"))
         # A mean of ratios would be ruled by the steps whose signal is near zero.
         ratio = noise / signal if signal > 0 else None
-        found.append({"name": name, "type": module_type(name), "noise": noise, "signal": signal, "noise_to_signal": ratio})
+        found.append(
+            {"name": name, "type": module_type(name), "noise": noise, "signal": signal, "noise_to_signal": ratio}
+        )
     return found
 
 
 def _from_checkpoints(found: Sequence[Path]) -> list[Row]:
-    """Rows as a probe would have written them, from what checkpoints hold: one for each basis, at the step of its choice. None
+    """Rows as a probe would have written them, from what checkpoints hold: one for each basis, at the step of its
+    choice. None
     where the optimizer keeps no basis, as full rank."""
     rows: list[Row] = []
     before: dict[str, tuple[int, Tensor]] = {}
@@ -220,7 +237,10 @@ def _bases(checkpoint: Path) -> dict[str, tuple[int, Tensor]]:
         for number, name in zip(group["params"], group.get("param_names", map(str, group["params"])), strict=True)
     }
     return {
-        names[number].replace(".carrier", ".weight"): (int(state["refresh_step"]) + 1, orthonormalise(state["basis"].double()))
+        names[number].replace(".carrier", ".weight"): (
+            int(state["refresh_step"]) + 1,
+            orthonormalise(state["basis"].double()),
+        )
         for number, state in saved["state"].items()
         if "basis" in state and bool((state["basis"] != 0).any())
     }
@@ -274,7 +294,8 @@ def as_text(found: Mapping[str, Any]) -> str:
         apart = [layer["steps_apart"] for layer in found["layers"] if layer["steps_apart"] is not None]
         far = f"chosen {statistics.median(apart):g} steps apart" if apart else "of which each subspace has one"
         lines.append(
-            f"no probes.jsonl: compared are the bases of checkpoints, {far}; every refresh, and what a basis captures, need "
+            f"no probes.jsonl: compared are the bases of checkpoints, {far}; every refresh, and what a basis "
+            "captures, need "
             "--probes.subspace true"
         )
     return "\n".join([*lines, *_changes(found)])

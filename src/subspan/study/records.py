@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from subspan.training.errors import InputError
-from subspan.training.progress import say
+from subspan.training.monitor.progress import say
+from subspan.utils.errors import InputError
 
 Record = dict[str, Any]
 """``key`` and ``status`` (``finished`` or ``diverged``), ``row``, ``seed``, ``lr``, and what was measured."""
@@ -42,7 +42,9 @@ def read_records(path: Path) -> dict[str, Record]:
 
 
 def read_all(folder: Path, first: Path) -> dict[str, Record]:
-    """The records of every study in ``folder``, those of ``first`` before others: a run of another study counts here too."""
+    """The records of every study in ``folder``, those of ``first`` before others: a run of another study counts here
+    too.
+    """
     records: dict[str, Record] = {}
     for path in sorted(folder.glob("*.jsonl"), key=lambda path: path == first):
         if path == first or _is_study(path):

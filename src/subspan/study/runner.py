@@ -17,24 +17,24 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from subspan.study.plan import cells_of, total
+from subspan.study.missing_runs import cells_of, total
 from subspan.study.records import Record, append_records, read_all, read_records
-from subspan.study.spec import Cell, Study
-from subspan.training.config import CheckpointConfig
-from subspan.training.errors import InputError
-from subspan.training.finetuning.scores import SCORES
-from subspan.training.kinds import resolve_run
-from subspan.training.metrics import read_metrics
-from subspan.training.progress import duration, say, terminal
+from subspan.study.study_file import Cell, Study
+from subspan.training.config.kinds import resolve_run
+from subspan.training.config.settings import CheckpointConfig
+from subspan.training.monitor.metrics import read_metrics
+from subspan.training.monitor.progress import duration, say, terminal
+from subspan.training.monitor.provenance import stamp
+from subspan.training.scores import SCORES
 from subspan.training.signals import RunInterruptedError, collect_signals
-from subspan.training.stamp import stamp
+from subspan.utils.errors import InputError
 
 _DIVERGED = 3  # not 1, with which Python ends a process that fails before it runs
 _OF_FINETUNING = ("metric", "majority", "saved_activation_bytes", "trainable", "best_step")
 _MODULES = [
-    "subspan.study.server",
-    "subspan.training.pretrain",
-    "subspan.training.finetuning.run",
+    "subspan.study.forkserver",
+    "subspan.training.pretraining",
+    "subspan.training.finetuning",
 ]
 """Imported once, in the process that the runs are forked from; the last two take seconds."""
 
@@ -155,7 +155,9 @@ class Runner:
         self.records[entry.cell.key] = record
 
     def _record(self, cell: Cell, status: str, summary: Mapping[str, Any], run: Path) -> Record:
-        measured = {name: summary.get(name) for name in ("steps", "tokens", "val_loss", "val_ppl", "state_bytes", "seconds")}
+        measured = {
+            name: summary.get(name) for name in ("steps", "tokens", "val_loss", "val_ppl", "state_bytes", "seconds")
+        }
         measured |= {name: summary[name] for name in (*_OF_FINETUNING, *SCORES) if name in summary}
         resolved = resolve_run(cell.config)
         curve = [[row["step"], round(row["val_loss"], 5)] for row in read_metrics(run) if "val_loss" in row]
@@ -183,8 +185,8 @@ def _run(config: Any, log: str) -> None:
         os.dup2(file.fileno(), 2)
     import logging
 
-    from subspan.training.kinds import prepare
     from subspan.training.loop import RunDivergedError
+    from subspan.training.runs import prepare
 
     logging.getLogger("subspan").setLevel(logging.WARNING)
     try:

@@ -2,10 +2,14 @@
 
     t-test     mean(d) / (std(d) / sqrt(n)), two-sided, n - 1 degrees of freedom
     Wilcoxon   signed ranks of d, exact; with n seeds its p cannot be below 2 / 2^n
-    interval   95 %, mean(d) +- t(0.975, n - 1) std(d) / sqrt(n): it leaves 0 out exactly where the t-test's p is below 0.05
-    bootstrap  95 % by name, bias-corrected and accelerated bootstrap of the mean; it lies between the smallest and the largest
-               of d, so that of n values it covers the mean at most 1 - 2^(1 - n) of the time (94 % of five, 75 % of three)
-    share      mean(x) / mean(y) of paired values, with Fieller's 95 % interval: every ratio q for which x - q y does not differ
+    interval   95 %, mean(d) +- t(0.975, n - 1) std(d) / sqrt(n): it leaves 0 out exactly where the t-test's p is below
+    0.05
+    bootstrap  95 % by name, bias-corrected and accelerated bootstrap of the mean; it lies between the smallest and the
+    largest
+               of d, so that of n values it covers the mean at most 1 - 2^(1 - n) of the time (94 % of five, 75 % of
+               three)
+    share      mean(x) / mean(y) of paired values, with Fieller's 95 % interval: every ratio q for which x - q y does
+    not differ
                from 0 by the t-test; none where y itself may be 0 (Fieller 1954)
     Holm       p values of a family in rising order, times m, m - 1, ..., 1, kept monotone (Holm 1979)
 
@@ -21,7 +25,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of paired measurements: ``difference`` is the mean of A - B, ``low`` to ``high`` its 95 % interval by the t-test."""
+    """Of paired measurements: ``difference`` is the mean of A - B, ``low`` to ``high`` its 95 % interval by the
+    t-test.
+    """
 
     n: int
     difference: float
@@ -73,7 +79,8 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float] | None:
 def share_interval(x: Sequence[float], y: Sequence[float]) -> tuple[float, float] | None:
     """Fieller's 95 % interval of mean(x) / mean(y); ``x[i]`` and ``y[i]`` are of one seed.
 
-    The ratios q with (mean(x) - q mean(y))² <= t² var(x - q y) / n, a quadratic in q; ``None`` where they are not a bounded
+    The ratios q with (mean(x) - q mean(y))² <= t² var(x - q y) / n, a quadratic in q; ``None`` where they are not a
+    bounded
     interval, because y is not told from 0, and for fewer than two pairs.
     """
     n = len(x)

@@ -1,12 +1,15 @@
 """The rows of a study compared over its seeds.
 
     gap            mean over seeds of row - reference
-    gap_reduction  (versus - row) / (versus - reference): the share of the gap of the row it is paired with that a row closes,
+    gap_reduction  (versus - row) / (versus - reference): the share of the gap of the row it is paired with that a row
+    closes,
                    with Fieller's interval
-    difference     mean over seeds of row - versus, with its interval, paired t-test, Wilcoxon, and p adjusted by Holm over the
+    difference     mean over seeds of row - versus, with its interval, paired t-test, Wilcoxon, and p adjusted by Holm
+    over the
                    pairs of the table
 
-Runs that are missing or diverged are counted and shown; a diverged run takes part in no mean, and a row with one says so.
+Runs that are missing or diverged are counted and shown; a diverged run takes part in no mean, and a row with one says
+so.
 Where the other row lacks seeds that a row has, what compares them is of those they share, and is marked ``(3 of 5)``.
 """
 
@@ -15,13 +18,13 @@ import statistics as stdlib
 from collections.abc import Mapping
 from typing import Any
 
-from subspan.study.plan import choose_lr
+from subspan.study.missing_runs import choose_lr
 from subspan.study.records import Record, read_records
-from subspan.study.spec import Row, Study
 from subspan.study.statistics import compare_pairs, holm, interval, share_interval
-from subspan.text import aligned
-from subspan.training.errors import InputError
-from subspan.training.finetuning.scores import SCORES
+from subspan.study.study_file import Row, Study
+from subspan.training.scores import SCORES
+from subspan.utils.errors import InputError
+from subspan.utils.tables import aligned
 
 Table = dict[str, Any]
 
@@ -69,7 +72,9 @@ def _values(study: Study, row: Row, records: Mapping[str, Record], metric: str) 
 def _measured(record: Record, metric: str, study: Study) -> float:
     if record.get(metric) is None:
         known = [name for name in ("val_loss", "val_ppl", *SCORES) if record.get(name) is not None]
-        raise InputError(f"metric={metric!r}: the runs of {study.name} were not measured by it; they have {', '.join(known)}")
+        raise InputError(
+            f"metric={metric!r}: the runs of {study.name} were not measured by it; they have {', '.join(known)}"
+        )
     return record[metric]
 
 
@@ -162,7 +167,19 @@ def as_json(table: Table) -> str:
     return json.dumps(table, indent=1)
 
 
-_COLUMNS = ("name", "lr", "n", "mean (std)", "gap", "closes [95 %]", "versus", "difference [95 %]", "p", "p Holm", "state")
+_COLUMNS = (
+    "name",
+    "lr",
+    "n",
+    "mean (std)",
+    "gap",
+    "closes [95 %]",
+    "versus",
+    "difference [95 %]",
+    "p",
+    "p Holm",
+    "state",
+)
 _OF_FINETUNING = "saved"
 """Bytes saved for the backward pass."""
 
@@ -180,7 +197,11 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     if row["missing"] or row["diverged"]:
         lost = [f"{row[what]} {what}" for what in ("missing", "diverged") if row[what]]
         n += f" ({', '.join(lost)})"
-    share = "" if row["gap_reduction_low"] is None else f" [{row['gap_reduction_low']:.0%}, {row['gap_reduction_high']:.0%}]"
+    share = (
+        ""
+        if row["gap_reduction_low"] is None
+        else f" [{row['gap_reduction_low']:.0%}, {row['gap_reduction_high']:.0%}]"
+    )
     reach = "" if row["difference_low"] is None else f" [{row['difference_low']:+.4f}, {row['difference_high']:+.4f}]"
     return [
         row["name"],

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from subspan.utils.errors import SettingError
+
 DEVIATIONS = 5.0
 """Standard errors that a mean may lie from its expectation: of normal means one in 1,700,000 goes farther by chance."""
 
@@ -46,7 +48,8 @@ def mean_of(samples: Tensor) -> Mean:
 def chance(variance: float, count: int) -> float:
     """How far the mean of ``count`` independent samples, each in [0, 1], may lie from its expectation by chance.
 
-    Bernstein's inequality, ``z sqrt(variance / count) + z² / (6 count)``, which also holds of rare events; beyond it lies
+    Bernstein's inequality, ``z sqrt(variance / count) + z² / (6 count)``, which also holds of rare events; beyond it
+    lies
     a share of at most ``2 exp(-z² / 2)``, 7e-6.
     """
     return DEVIATIONS * max(variance, 0.0) ** 0.5 / count**0.5 + DEVIATIONS**2 / (6 * count) + 1e-9
@@ -55,7 +58,7 @@ def chance(variance: float, count: int) -> float:
 def check(name: str, value: object, fine: bool, allowed: str) -> None:
     """Raise, unless the setting is ``fine``."""
     if not fine:
-        raise ValueError(f"{name}={value!r}: expected {allowed}")
+        raise SettingError(f"{name}={value!r}: expected {allowed}")
 
 
 def check_rank(n: int, r: int) -> None:

@@ -1,12 +1,16 @@
 """How far the momentum of a moving subspace stays from the gradient, by what becomes of it at a refresh.
 
-A gradient that turns, ``grad(t) = cos(2 pi t / turn) A + sin(2 pi t / turn) B (m, n)``, is seen with noise of energy ``sigma²``
-(its own is 1), and an optimizer of the library follows it without moving anything. With ``Mt = M Qᵀ`` its momentum in full,
+A gradient that turns, ``grad(t) = cos(2 pi t / turn) A + sin(2 pi t / turn) B (m, n)``, is seen with noise of energy
+``sigma²``
+(its own is 1), and an optimizer of the library follows it without moving anything. With ``Mt = M Qᵀ`` its momentum in
+full,
 
     error = mean over t of ||Mt - grad(t)||² / ||grad(t)||²
 
-the left side of the lemma over its scale. After a refresh from ``Q_old`` to ``Q_new`` the momentum is ``M Q_newᵀ`` (keep:
-coordinates of one basis read in another), ``M Q_oldᵀ Q_new Q_newᵀ`` (rotate: what is in both) or 0 (reset). With one moment
+the left side of the lemma over its scale. After a refresh from ``Q_old`` to ``Q_new`` the momentum is ``M Q_newᵀ``
+(keep:
+coordinates of one basis read in another), ``M Q_oldᵀ Q_new Q_newᵀ`` (rotate: what is in both) or 0 (reset). With one
+moment
 ``moments`` is ``rotate``.
 
 Source: SARA (Zhang et al. 2025, arXiv 2502.05790), Lemma A.4, of MSGD with momentum re-projection (rotate).
@@ -33,7 +37,9 @@ TRANSFERS: tuple[Transfer, ...] = ("keep", "rotate", "moments", "reset")
 
 @dataclass(frozen=True)
 class Momentum:
-    """Momentum that is re-projected stays nearer to a slowly turning gradient than if kept or reset (SARA, Lemma A.4)."""
+    """Momentum that is re-projected stays nearer to a slowly turning gradient than if kept or reset (SARA, Lemma
+    A.4).
+    """
 
     n: int = 16
     """Columns of the gradient, which are compressed."""
@@ -83,7 +89,9 @@ class Momentum:
                 rotate = errors[selector, "rotate", period]
                 for transfer in ("keep", "reset"):
                     other = errors[selector, transfer, period]
-                    words = f"{selector}, period {period}: rotated momentum is nearer to the gradient than after {transfer}"
+                    words = (
+                        f"{selector}, period {period}: rotated momentum is nearer to the gradient than after {transfer}"
+                    )
                     claims.append(Claim(words, f"{rotate:.4f} and {other:.4f}", rotate < other))
         same = max(abs(errors[s, "rotate", p] - errors[s, "moments", p]) for s in SELECTORS for p in self.periods)
         claims.append(Claim("with one moment, moments is rotate", f"off by {same:.1g}", same == 0))

@@ -1,12 +1,17 @@
 """GoLore's counterexample: GaLore does not converge, and the others do.
 
-    min f(X) = ||A X||² / 2 + <B, X>,   X (n, n),   A = [I 0] (n-r, n),   B = [[D, 0], [0, 0]],   D (n-r, n-r) sigma normal
+    min f(X) = ||A X||² / 2 + <B, X>,   X (n, n),   A = [I 0] (n-r, n),   B = [[D, 0], [0, 0]],   D (n-r, n-r) sigma
+    normal
     stochastic gradient   grad f(X) + xi sigma C,   C = [[0, 0], [0, I_r]],   xi = +-1
 
-so ``f - f* = ||A X + [D 0]||² / 2`` with ``f* = -||D||² / 2``, and the noise itself does not touch f. Once every singular value
-of ``grad f`` is below sigma, the dominant r directions of the stochastic gradient are those of the noise, and GaLore stands
-still: at most ``(n-r) sigma² / 2`` above the optimum, the *noise level*, in which the excess is reported. The mean of a batch
-of b draws has the level over b; and it may be small by chance, even zero, so that GaLore gets past it: only a single draw is
+so ``f - f* = ||A X + [D 0]||² / 2`` with ``f* = -||D||² / 2``, and the noise itself does not touch f. Once every
+singular value
+of ``grad f`` is below sigma, the dominant r directions of the stochastic gradient are those of the noise, and GaLore
+stands
+still: at most ``(n-r) sigma² / 2`` above the optimum, the *noise level*, in which the excess is reported. The mean of a
+    batch
+of b draws has the level over b; and it may be small by chance, even zero, so that GaLore gets past it: only a single
+draw is
 never smaller than sigma. Isotropic noise (normal, the same energy ``r sigma²``) prefers no direction.
 
 Source: GoLore (He et al. 2024, arXiv 2410.11289), section 4; MSGD with momentum projection, ``beta1 = 0.1``.
@@ -51,7 +56,9 @@ class Gradients(NamedTuple):
         generator = linalg.keyed_generator("nonconvergence", setting.seed, *self)
         if self.noise == "isotropic":
             for _ in range(steps):
-                yield torch.randn(n, n, generator=generator, dtype=torch.float64) * (sigma * (r / self.batch) ** 0.5 / n)
+                yield torch.randn(n, n, generator=generator, dtype=torch.float64) * (
+                    sigma * (r / self.batch) ** 0.5 / n
+                )
         else:
             C = torch.diag(torch.tensor([0.0] * (n - r) + [sigma] * r, dtype=torch.float64))
             counts = torch.full((steps,), float(self.batch), dtype=torch.float64)
@@ -111,7 +118,8 @@ class Nonconvergence:
         return {
             "optimum": optimum,
             "final": {method: values[0] for method, values in final.items()},
-            "settings": asdict(replace(self, steps=steps)) | {"beta1": BETA1, "golore_hybrid": "random for the last 20 %"},
+            "settings": asdict(replace(self, steps=steps))
+            | {"beta1": BETA1, "golore_hybrid": "random for the last 20 %"},
             "variants": {
                 name: problem._asdict() | {"final": {method: values[number] for method, values in final.items()}}
                 for number, (name, problem) in enumerate(problems.items())
@@ -153,7 +161,9 @@ class Nonconvergence:
     def _optimizer(self, method: str, X: torch.nn.Parameter, steps: int) -> torch.optim.Optimizer:
         if method == "sgd":
             return torch.optim.SGD([X], lr=self.lr, momentum=1 - BETA1, dampening=1 - BETA1)
-        selector: Selector | None = Importance(floor=self.floor) if method == "sara_floor" else find(f"{method}_sgd").selector
+        selector: Selector | None = (
+            Importance(floor=self.floor) if method == "sara_floor" else find(f"{method}_sgd").selector
+        )
         if isinstance(selector, Switch):
             selector = replace(selector, total_steps=steps)
         assert selector is not None

@@ -4,7 +4,8 @@ With ``G = S diag(sigma) Vᵀ (n, n)`` and ``p_i`` the probability that ``v_i`` 
 
     E||G - G Q Qᵀ||² = sum_i (1 - p_i) sigma_i² <= (1 - delta) ||G||²,      delta = min_i p_i
 
-The gradient in the lemma is the true one, which need not be that of the draw: of a gradient along the least likely ``v_i``
+The gradient in the lemma is the true one, which need not be that of the draw: of a gradient along the least likely
+``v_i``
 exactly ``1 - delta`` is left. A Haar-random subspace has ``p_i = r/n``, and ``1 - r/n`` is left of any gradient.
 
 Source: SARA (Zhang et al. 2025, arXiv 2502.05790), Lemma 3.3 (A.2); GoLore (He et al. 2024, arXiv 2410.11289).
@@ -79,7 +80,9 @@ class Sampled(NamedTuple):
 
 @dataclass(frozen=True)
 class ProjectionError:
-    """Of a gradient SARA's subspace leaves at most 1 - delta, delta the least inclusion probability (SARA, Lemma 3.3)."""
+    """Of a gradient SARA's subspace leaves at most 1 - delta, delta the least inclusion probability (SARA, Lemma
+    3.3).
+    """
 
     n: int = 8
     """Side of the gradient."""
@@ -98,7 +101,12 @@ class ProjectionError:
         check_rank(self.n, self.r)
         check_at_least(100, draws=self.draws)
         check("floor", self.floor, 0 < self.floor <= 1, "a share above 0 and at most 1")
-        check("powers", self.powers, bool(self.powers) and all(0 <= power <= 8 for power in self.powers), "numbers from 0 to 8")
+        check(
+            "powers",
+            self.powers,
+            bool(self.powers) and all(0 <= power <= 8 for power in self.powers),
+            "numbers from 0 to 8",
+        )
 
     def run(self) -> dict[str, Any]:
         """Every spectrum without and with the floor, and random subspaces."""
@@ -108,7 +116,9 @@ class ProjectionError:
         spectra = {f"1/i^{power:g}": place**-power for power in sorted(set(self.powers))}
         if self.r <= self._low_rank:
             spectra[f"rank {self._low_rank}"] = (place <= self._low_rank).double()
-        rows = [self._sara(name, sigma, vectors, floor) for floor in (0.0, self.floor) for name, sigma in spectra.items()]
+        rows = [
+            self._sara(name, sigma, vectors, floor) for floor in (0.0, self.floor) for name, sigma in spectra.items()
+        ]
         random = [self._random(name, sigma, vectors) for name, sigma in spectra.items()]
         claims = self._claims(rows[: len(spectra)], rows[len(spectra) :], random)
         return {
@@ -144,7 +154,9 @@ class ProjectionError:
             "bounded": error.value <= 1 - delta + allowed,
             "equal": exact and abs(error.value - exact.error) <= allowed,
             "probabilities_equal": exact
-            and all(abs(a - p) <= chance(p * (1 - p), self.draws) for a, p in zip(included, exact.included, strict=True)),
+            and all(
+                abs(a - p) <= chance(p * (1 - p), self.draws) for a, p in zip(included, exact.included, strict=True)
+            ),
         }
 
     def _random(self, name: str, sigma: Tensor, vectors: Tensor) -> dict[str, Any]:
@@ -179,7 +191,9 @@ class ProjectionError:
             included.append(selector.project(V.mT.expand_as(stack), state).square().sum(-1))
         return Sampled(mean_of(torch.cat(errors)), torch.cat(included).mean(0).tolist())
 
-    def _claims(self, bare: list[dict[str, Any]], floored: list[dict[str, Any]], random: list[dict[str, Any]]) -> list[Claim]:
+    def _claims(
+        self, bare: list[dict[str, Any]], floored: list[dict[str, Any]], random: list[dict[str, Any]]
+    ) -> list[Claim]:
         rows, enumerated = [*bare, *floored], self.n <= ENUMERABLE
         which = "delta_exact" if enumerated else "delta"
         deltas, lifted = ([row[which] for row in some] for some in (bare, floored))
@@ -199,7 +213,9 @@ class ProjectionError:
                 all(a >= b - slack for a, b in itertools.pairwise(falling)),
             ),
             Claim(
-                f"with the floor delta is at least floor / n = {least:.2g}", f"{min(lifted):.2g}", min(lifted) >= least - slack
+                f"with the floor delta is at least floor / n = {least:.2g}",
+                f"{min(lifted):.2g}",
+                min(lifted) >= least - slack,
             ),
         ]
         if self.r <= self._low_rank:

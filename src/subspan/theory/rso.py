@@ -1,8 +1,10 @@
 """RSO's two conditions: its subspaces are unbiased, and its steps small enough.
 
-(1) ``E[Q Qᵀ] = I (n, n)``, so that ``E[G Q Qᵀ] = G``: for Haar columns times sqrt(n/r), and for normal entries of variance 1/r.
+(1) ``E[Q Qᵀ] = I (n, n)``, so that ``E[G Q Qᵀ] = G``: for Haar columns times sqrt(n/r), and for normal entries of
+variance 1/r.
 
-(2) On ``f(X) = L ||X||² / 2``, X (m, n), one gradient step of size eta in each new subspace is ``X <- X (I - eta L Q Qᵀ)``.
+(2) On ``f(X) = L ||X||² / 2``, X (m, n), one gradient step of size eta in each new subspace is ``X <- X (I - eta L Q
+Qᵀ)``.
 With Haar columns ``Q Qᵀ`` is n/r times a projector, so with ``c = eta L n/r``
 
     E||X_next||² / ||X||² = 1 - r/n (1 - (1 - c)²)
@@ -61,16 +63,26 @@ class RsoUnbiased:
         """Both conditions."""
         unbiased = {name: self.bias(selector) for name, selector in SELECTORS.items()}
         claims = [
-            Claim(f"{name}: E[Q Qᵀ] = I", f"off by {z:.1f} standard errors at most, of {self.n**2} entries", z <= DEVIATIONS)
+            Claim(
+                f"{name}: E[Q Qᵀ] = I",
+                f"off by {z:.1f} standard errors at most, of {self.n**2} entries",
+                z <= DEVIATIONS,
+            )
             for name, (z, _) in unbiased.items()
         ]
         rows = []
         for c in (0.25, 0.5, 1.0, 1.9, 2.5, 4.0):
             rate, expected = self.rate(c), math.log(1 - self.r / self.n * (1 - (1 - c) ** 2))
-            rows.append({"c": c, "eta": c * self.r / (self.n * self.smoothness), "log_rate": rate, "log_mean": expected})
+            rows.append(
+                {"c": c, "eta": c * self.r / (self.n * self.smoothness), "log_rate": rate, "log_mean": expected}
+            )
             outcome = rate < 0 if c < 2 else rate > 0
-            word = "within the condition: converges" if c <= 0.5 else "beyond it: converges still" if c < 2 else "diverges"
-            claims.append(Claim(f"eta = {c:g} / (L n/r), {word}", f"log of ||X||² changes by {rate:+.3f} a step", outcome))
+            word = (
+                "within the condition: converges" if c <= 0.5 else "beyond it: converges still" if c < 2 else "diverges"
+            )
+            claims.append(
+                Claim(f"eta = {c:g} / (L n/r), {word}", f"log of ||X||² changes by {rate:+.3f} a step", outcome)
+            )
         return {
             "settings": asdict(self),
             "bias": {name: {"largest_z": z, "largest_error": error} for name, (z, error) in unbiased.items()},

@@ -1,0 +1,1 @@
+"""The harness: runs that pretrain and fine-tune language models."""

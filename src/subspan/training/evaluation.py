@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from subspan.training.batches import IGNORED, Batch
-from subspan.training.parallel import ALONE, Ranks
+from subspan.training.data.batches import IGNORED, Batch
+from subspan.training.processes import ALONE, Processes
 
 
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:
@@ -18,13 +18,14 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: Batch, batch_size: int, autocast: AbstractContextManager[object], ranks: Ranks = ALONE
+    model: nn.Module, data: Batch, batch_size: int, autocast: AbstractContextManager[object], ranks: Processes = ALONE
 ) -> float:
     """Mean negative log-likelihood per token: one sum over all tokens, one division by their number.
 
     The ranks share the work and get the same result.
 
-    Dividing by the number of batches instead weighs tokens by the batch they are in; seven codes of this field divide by
+    Dividing by the number of batches instead weighs tokens by the batch they are in; seven codes of this field divide
+    by
     the number of batches plus one.
     """
     model.eval()
@@ -34,7 +35,8 @@ def evaluate(
         pieces = data.split(batch_size)
         for start in range(0, len(pieces), ranks.size):
             mine = start + ranks.rank
-            # Where the last round has too few, a rank joins in without counting: a sharded model needs all ranks in each pass.
+            # Where the last round has too few, a rank joins in without counting: a sharded model needs all ranks in
+            # each pass.
             batch = pieces[mine] if mine < len(pieces) else pieces[start].ignored()
             total += token_losses(model, batch.to(device)).double().cpu()
     model.train()

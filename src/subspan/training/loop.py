@@ -15,25 +15,25 @@ from torch import nn
 
 from subspan import distributed
 from subspan.backward import project_backward
+from subspan.checkpoints import directory as checkpoints
+from subspan.costs.saved_activations import SavedBytes
 from subspan.optimizer import SubspaceOptimizer
-from subspan.training import checkpoint as checkpoints
-from subspan.training.batches import Batch
-from subspan.training.building import build_optimizer, uncompressed
-from subspan.training.errors import InputError
-from subspan.training.files import write_text
-from subspan.training.finetuning.resolve import ResolvedFinetune
-from subspan.training.metrics import Meter, Metrics
-from subspan.training.parallel import Ranks
-from subspan.training.probes import Probes, check_probes
-from subspan.training.progress import ProgressLine, say
-from subspan.training.resolve import ResolvedConfig
-from subspan.training.rundir import claim, hold, locate
-from subspan.training.saved import SavedBytes
-from subspan.training.schedule import lr_factor
+from subspan.training.config.resolve import ResolvedConfig
+from subspan.training.config.resolve_finetuning import ResolvedFinetune
+from subspan.training.data.batches import Batch
+from subspan.training.lr_schedule import lr_factor
+from subspan.training.monitor.metrics import Meter, Metrics
+from subspan.training.monitor.probes import Probes, check_probes
+from subspan.training.monitor.progress import ProgressLine, say
+from subspan.training.monitor.provenance import stamp
+from subspan.training.optimizer import build_optimizer, uncompressed
+from subspan.training.processes import Processes
+from subspan.training.run_directory import claim, hold, locate
+from subspan.training.run_state import Snapshots, Standing
 from subspan.training.signals import RunInterruptedError, collect_signals
-from subspan.training.snapshot import Snapshots, Standing
-from subspan.training.stamp import stamp
 from subspan.training.task import Task
+from subspan.utils.atomic_files import write_text
+from subspan.utils.errors import InputError
 
 
 class Reported(Protocol):
@@ -64,12 +64,16 @@ class Training(ABC, Generic[R]):
     command: str
     """Of ``subspan``, which continues the run."""
 
-    def __init__(self, config: ResolvedConfig | ResolvedFinetune, open_task: Callable[[], Task], ranks: Ranks) -> None:
+    def __init__(
+        self, config: ResolvedConfig | ResolvedFinetune, open_task: Callable[[], Task], ranks: Processes
+    ) -> None:
         self.config, self.ranks = config, ranks
         self.settings = _plain(asdict(config))
         self._made_by = stamp() if ranks.first else {}  # now: the code may be changed while this runs
         if config.batch_size % ranks.size:
-            raise InputError(f"batch_size={config.batch_size}: expected a multiple of the {ranks.size} processes that share it")
+            raise InputError(
+                f"batch_size={config.batch_size}: expected a multiple of the {ranks.size} processes that share it"
+            )
         # Said by one rank: others may still be looking when it has begun to write.
         out, checkpoint = ranks.from_first(lambda: [path and str(path) for path in locate(config, self.settings)])
         self.out, self._resumed = Path(out), checkpoint and Path(checkpoint)
@@ -111,13 +115,19 @@ class Training(ABC, Generic[R]):
         )
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.best: dict[str, Any] | None = None
-        """The best evaluation so far: its ``step``, what it ``measured``, and how many since were not better (``waited``)."""
+        """The best evaluation so far: its ``step``, what it ``measured``, and how many since were not better
+        (``waited``).
+        """
         self.judged = 0
         """The step of the last evaluation."""
         self.saved_bytes: int | None = None
-        """What a forward pass keeps for the backward pass: of the first part of the second batch, when no basis is new."""
+        """What a forward pass keeps for the backward pass: of the first part of the second batch, when no basis is
+        new.
+        """
         kept = {"data": self.data, "scheduler": self.scheduler}
-        self._snapshots = Snapshots(self.model, self.optimizer, kept, self.tokenizer, ranks, config.device, self.settings)
+        self._snapshots = Snapshots(
+            self.model, self.optimizer, kept, self.tokenizer, ranks, config.device, self.settings
+        )
         if self._resumed:
             standing = self._snapshots.read(self._resumed)
             self.step, self.tokens, self.seconds, self.best, self.judged, self.saved_bytes = standing
@@ -235,7 +245,8 @@ class Training(ABC, Generic[R]):
         return self.ranks.largest(received[0] if received else 0)
 
     def _train_step(self) -> tuple[torch.Tensor, torch.Tensor, float, int]:
-        """One optimizer step: this rank's share of the mean token loss, the norm of the gradient before clipping, the learning
+        """One optimizer step: this rank's share of the mean token loss, the norm of the gradient before clipping, the
+        learning
         rate, the tokens of all ranks."""
         config, ranks = self.config, self.ranks
         batch = self.data.next_batch(config.batch_size)
@@ -275,7 +286,12 @@ class Training(ABC, Generic[R]):
     def _counting(self, part: int) -> AbstractContextManager[SavedBytes | None]:
         if not self.task.selects or self.ranks.size > 1 or (self.step, part) != (1, 1):
             return nullcontext()
-        state = [value for held in self.optimizer.state.values() for value in held.values() if isinstance(value, torch.Tensor)]
+        state = [
+            value
+            for held in self.optimizer.state.values()
+            for value in held.values()
+            if isinstance(value, torch.Tensor)
+        ]
         return SavedBytes(self.model, [], state)
 
     def _evaluate(self, metrics: Metrics | None) -> dict[str, float]:
@@ -316,11 +332,19 @@ class Training(ABC, Generic[R]):
         number = sum(p.numel() for p in self.model.parameters())
         say(f"{config.model}: {number:,} parameters in {config.precision} on {config.device}; {self.data.describe()}")
         summary = getattr(self.optimizer, "summary", None)
-        say(f"{config.optimizer}: {summary()}" if summary else f"{config.optimizer}: torch.optim.AdamW on every parameter")
+        say(
+            f"{config.optimizer}: {summary()}"
+            if summary
+            else f"{config.optimizer}: torch.optim.AdamW on every parameter"
+        )
         if full := uncompressed(self.optimizer):
             say(f"rank={config.rank}: reaches the shorter side of {full} matrices, which are trained at full rank")
         if self.step:
-            say(f"continues at step {self.step}" if self.step < config.steps else f"already complete at step {self.step}")
+            say(
+                f"continues at step {self.step}"
+                if self.step < config.steps
+                else f"already complete at step {self.step}"
+            )
         if ranks.size > 1:
             share = config.batch_size // ranks.size
             say(f"{ranks.size} processes, {ranks.mode}: each takes {share} of {config.batch_size} sequences")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from subspan.starting import stop
+from subspan._interrupt import stop
 
 
 class RunInterruptedError(Exception):
@@ -23,7 +23,9 @@ class RunInterruptedError(Exception):
 
 
 def _program(ranks: int) -> str:
-    """What starts this command again on as many processes; of those on several machines torchrun alone knows the addresses."""
+    """What starts this command again on as many processes; of those on several machines torchrun alone knows the
+    addresses.
+    """
     if ranks == 1:
         return "subspan"
     here = os.environ.get("LOCAL_WORLD_SIZE") == str(ranks)
@@ -32,7 +34,9 @@ def _program(ranks: int) -> str:
 
 @contextmanager
 def interrupt_ends_process() -> Iterator[None]:
-    """Ctrl-C ends the process with one line, while nothing is under way: an exception amid imports would be a riddle."""
+    """Ctrl-C ends the process with one line, while nothing is under way: an exception amid imports would be a
+    riddle.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

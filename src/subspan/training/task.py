@@ -6,8 +6,8 @@ from typing import Protocol
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from subspan.training.batches import Batch, DataSource
-from subspan.training.parallel import Ranks
+from subspan.training.data.batches import Batch, DataSource
+from subspan.training.processes import Processes
 
 
 class Task(Protocol):
@@ -36,7 +36,7 @@ class Task(Protocol):
         """The sum of the losses of all targets that count, in fp32."""
 
     def evaluate(
-        self, model: nn.Module, batch_size: int, autocast: AbstractContextManager[object], ranks: Ranks
+        self, model: nn.Module, batch_size: int, autocast: AbstractContextManager[object], ranks: Processes
     ) -> dict[str, float]:
         """Measurements of the validation set, ``val_loss`` among them; the same on every rank."""
 

@@ -11,11 +11,13 @@ import matplotlib
 from cycler import cycler
 from matplotlib.figure import Figure
 
-from subspan.drawing import COLOURS, style
 from subspan.study.report.gather import KINDS, Curve, MemoryPart, RunPart
+from subspan.utils.figures import COLOURS, style
 
 _INK = "#010203"  # replaced by the page's own colour
-_STYLE = style(_INK) | {"axes.prop_cycle": cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS)}  # the colours first
+_STYLE = style(_INK) | {
+    "axes.prop_cycle": cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS)
+}  # the colours first
 
 
 def _draw(draw: Callable[[Figure], None], title: str, size: tuple[float, float] = (7.2, 4.0)) -> str:
@@ -27,7 +29,9 @@ def _draw(draw: Callable[[Figure], None], title: str, size: tuple[float, float] 
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     # Sized by the page; identifiers of its own, since many stand on one page.
-    svg = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', rf'<svg role="img" aria-label="{title}" \1', svg, count=1)
+    svg = re.sub(
+        r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', rf'<svg role="img" aria-label="{title}" \1', svg, count=1
+    )
     svg = re.sub(r'height="[\d.]+pt" (?=version)', "", svg, count=1)
     svg = re.sub(r'width="[\d.]+pt" ', "", svg, count=1)
     number = next(_NUMBER)
@@ -47,7 +51,9 @@ def loss_bands(curves: Mapping[str, Sequence[Curve]], title: str) -> str:
             steps = sorted({step for curve in seeds for step, _ in curve})
             by_step = [[loss for curve in seeds for at, loss in curve if at == step] for step in steps]
             (line,) = axes.plot(steps, [statistics.fmean(losses) for losses in by_step], marker="o", ms=3, label=row)
-            axes.fill_between(steps, [*map(min, by_step)], [*map(max, by_step)], color=line.get_color(), alpha=0.15, lw=0)
+            axes.fill_between(
+                steps, [*map(min, by_step)], [*map(max, by_step)], color=line.get_color(), alpha=0.15, lw=0
+            )
         axes.set_xlabel("step")
         axes.set_ylabel("validation loss")
         axes.legend(fontsize=8, ncols=2)
@@ -117,7 +123,9 @@ def spectra(update: Mapping[str, Any], title: str) -> str:
         for layer in update["layers"]:
             label = None if layer["type"] in colours else layer["type"]
             colour = colours.setdefault(layer["type"], COLOURS[len(colours) % len(COLOURS)])
-            axes.plot(range(1, len(layer["singular_values"]) + 1), layer["singular_values"], color=colour, lw=0.9, label=label)
+            axes.plot(
+                range(1, len(layer["singular_values"]) + 1), layer["singular_values"], color=colour, lw=0.9, label=label
+            )
         axes.set_yscale("log")
         axes.set_ylim(1e-4, 1.3)
         axes.set_xlabel("index")

@@ -1,4 +1,6 @@
-"""What a report shows, found by what its sources are: study files, directories of runs, results of ``subspan bench memory``."""
+"""What a report shows, found by what its sources are: study files, directories of runs, results of ``subspan bench
+memory``.
+"""
 
 import contextlib
 import json
@@ -9,14 +11,14 @@ from typing import Any
 
 import yaml
 
+from subspan.checkpoints.directory import list_checkpoints
 from subspan.study.inspect import NothingToSeeError, inspect
-from subspan.study.plan import choose_lr
+from subspan.study.missing_runs import choose_lr
 from subspan.study.records import read_records
-from subspan.study.spec import load_study
+from subspan.study.study_file import load_study
 from subspan.study.table import Table, compare
-from subspan.training.checkpoint import list_checkpoints
-from subspan.training.errors import InputError
-from subspan.training.metrics import read_metrics
+from subspan.training.monitor.metrics import read_metrics
+from subspan.utils.errors import InputError
 
 Curve = list[tuple[float, float]]
 
@@ -80,7 +82,9 @@ def gather(sources: Sequence[str]) -> Parts:
         elif path.suffix == ".json":
             parts.memory.append(_memory(path))
         elif path.is_dir():
-            runs = sorted({config.parent for config in path.rglob("config.yaml") if (config.parent / "metrics.jsonl").exists()})
+            runs = sorted(
+                {config.parent for config in path.rglob("config.yaml") if (config.parent / "metrics.jsonl").exists()}
+            )
             studies = [] if path in runs else sorted(path.glob("*.yaml"))
             if not runs and not studies:
                 raise InputError(f"source={source!r}: holds no study file (.yaml) and no run of subspan pretrain")
@@ -88,7 +92,8 @@ def gather(sources: Sequence[str]) -> Parts:
             parts.runs += map(_run, runs)
         else:
             raise InputError(
-                f"source={source!r}: expected a study file (.yaml), a directory of them or of runs, or bench results (.json)"
+                f"source={source!r}: expected a study file (.yaml), a directory of them or of runs, or bench results "
+                "(.json)"
             )
     return parts
 
@@ -107,7 +112,9 @@ def _study(path: Path) -> StudyPart:
                     curves.setdefault(row.name, []).append([(step, loss) for step, loss in record.get("curve", [])])
                 versions.add(_versions(record))
     shown = f"{path.parent.name}/{path.name}"
-    return StudyPart(compare(study), curves, f"subspan study run {shown}; subspan study table {shown}", sorted(versions))
+    return StudyPart(
+        compare(study), curves, f"subspan study run {shown}; subspan study table {shown}", sorted(versions)
+    )
 
 
 def _run(path: Path) -> RunPart:
@@ -157,7 +164,9 @@ def _memory(path: Path) -> MemoryPart:
         raise InputError(
             f"{path}: holds no results of subspan bench memory --json ({type(error).__name__}: {error})"
         ) from error
-    return MemoryPart(rows, str(found.get("command", "the command is not recorded")), _versions(found.get("made_by", found)))
+    return MemoryPart(
+        rows, str(found.get("command", "the command is not recorded")), _versions(found.get("made_by", found))
+    )
 
 
 KINDS = ("weight_bytes", "carrier_bytes", "gradient_bytes", "state_bytes", "basis_bytes", "saved_activation_bytes")

@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import subspan
-from subspan.study import papers
+from subspan.study import reported as papers
 from subspan.study.report import figures
 from subspan.study.report.gather import MemoryPart, Parts, RunPart, StudyPart
 from subspan.study.table import notes, part

@@ -1,0 +1,96 @@
+"""The shapes of a LLaMA, from five numbers: no model is built."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+VOCABULARY = 32_000  # T5's, as in the papers' models
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer of a block: ``W (out, inputs)``."""
+
+    out: int
+    inputs: int
+
+    @property
+    def numel(self) -> int:
+        """Numbers in its weight."""
+        return self.out * self.inputs
+
+
+@dataclass(frozen=True)
+class Llama:
+    """``d`` wide, an MLP of ``f``, keys and values of ``kv`` in all, ``v`` words."""
+
+    d: int
+    f: int
+    layers: int
+    heads: int
+    kv: int
+    v: int = VOCABULARY
+
+    def config(self, sequence_length: int) -> Any:
+        """Of transformers' LLaMA, with as many positions as the sequences need."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            vocab_size=self.v,
+            hidden_size=self.d,
+            intermediate_size=self.f,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv * self.heads // self.d,
+            max_position_embeddings=max(1024, sequence_length),
+            tie_word_embeddings=False,
+        )
+
+    @property
+    def sharing(self) -> list[list[Layer]]:
+        """The linear layers of a block, those fed by one tensor together: q, k, v; o; gate, up; down."""
+        d, f, kv = self.d, self.f, self.kv
+        return [
+            [Layer(d, d), Layer(kv, d), Layer(kv, d)],
+            [Layer(d, d)],
+            [Layer(f, d), Layer(f, d)],
+            [Layer(d, f)],
+        ]
+
+    @property
+    def block(self) -> list[Layer]:
+        """The linear layers of a block."""
+        return [layer for group in self.sharing for layer in group]
+
+    @property
+    def block_vectors(self) -> list[tuple[int, ...]]:
+        """Its other parameters."""
+        return [(self.d,)] * 2
+
+    @property
+    def outside(self) -> list[tuple[int, ...]]:
+        """Embedding, last norm, head."""
+        return [(self.v, self.d), (self.d,), (self.v, self.d)]
+
+    @property
+    def buffers(self) -> int:
+        """Numbers in the buffers: the frequencies of the rotary embedding, which transformers keeps twice."""
+        return 2 * (self.d // self.heads // 2)
+
+    def parameters(self) -> Iterator[tuple[int, ...]]:
+        """The shape of every parameter."""
+        for _ in range(self.layers):
+            yield from ((layer.out, layer.inputs) for layer in self.block)
+            yield from self.block_vectors
+        yield from self.outside
+
+    @property
+    def numel(self) -> int:
+        """Numbers in all parameters."""
+        return sum(map(math.prod, self.parameters()))
+
+
+def padded(shape: Sequence[int], world: int) -> int:
+    """Numbers in a parameter whose rows are filled up to a multiple of the world, as ``fully_shard`` does."""
+    return -(-shape[0] // world) * world * math.prod(shape[1:])

@@ -1,0 +1,301 @@
+"""A model of a training step on many machines: memory, bytes sent, FLOPs and time, *computed* from shapes and stated
+rates.
+
+Nothing here is measured. Bytes are those of ``traffic`` and ``memory``, which tests hold to counted ones; FLOPs are
+those of
+matrix products, which tests hold to ``torch.utils.flop_counter``. A step takes
+
+    compute + optimizer + factorising + max(0, sending - overlap * compute)
+
+Left out: elementwise work, latency, the gradients that backward-side layers form in a refresh, activations: their
+memory, and
+computing them anew.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from subspan.costs.describe import describe
+from subspan.costs.llama import Layer, Llama
+from subspan.costs.state_formulas import evaluate_groups
+from subspan.costs.traffic import WAYS, Traffic, Way, amortised
+from subspan.linalg import gram_flops
+from subspan.step.carriers import mark
+from subspan.utils.errors import SettingError
+
+MODELS = {  # LLaMA-2's shapes; the rank is a quarter of the width
+    "7B": (Llama(4096, 11008, 32, 32, kv=4096), 1024),
+    "70B": (Llama(8192, 28672, 80, 64, kv=1024), 2048),
+}
+WORLDS = (8, 64, 1024)
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What the accelerators are assumed to do."""
+
+    flops: float = 989e12
+    """bf16 FLOPs a second of one accelerator: an H100 SXM, dense, by its data sheet."""
+    tf32_flops: float = 495e12
+    """TF32 FLOPs a second: products with fp32 bases, after ``torch.set_float32_matmul_precision("high")``."""
+    mfu: float = 0.4
+    """What is reached of either."""
+    eigh_flops: float = 1e12
+    """FLOPs a second of an eigendecomposition, counted as 9 n^3: a guess."""
+    memory: float = 80e9
+    """Bytes of memory of one accelerator."""
+    node: int = 8
+    """Accelerators in a node."""
+    nvlink: float = 450e9
+    """Bytes a second that one accelerator sends within its node."""
+    links: tuple[float, ...] = (400, 25, 10)
+    """Gbit a second between nodes, for each accelerator."""
+    overlap: float = 0.6
+    """Share of the forward and backward pass behind which sending hides."""
+    tokens: int = 8192
+    """Tokens of a step on each rank."""
+    sequence_length: int = 4096
+    """Tokens of a sequence."""
+    period: int = 200
+    """Steps between refreshes; what one costs is averaged over them."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            numbers = value if name == "links" else (value,)
+            if name != "overlap" and not (numbers and all(0 < number < math.inf for number in numbers)):
+                raise SettingError(f"{name}={value}: expected {'numbers' if name == 'links' else 'a number'} > 0")
+        for name in ("overlap", "mfu"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingError(f"{name}={getattr(self, name)}: expected a share from 0 to 1")
+
+    def rate(self, world: int, link: float) -> float:
+        """Bytes a second of a ring: as many rings as a node has accelerators, each leaves it over a link of its own."""
+        return self.nvlink if world <= self.node else min(self.nvlink, self.node * link * 1e9 / 8)
+
+
+def compute(machines: Machines) -> dict[str, Any]:
+    """Every way to take a step of every model, in every world and over every link."""
+    models = []
+    for name, (model, rank) in MODELS.items():
+        rows = [row for way in WAYS for world in WORLDS for row in _rows(machines, model, rank, way, world)]
+        models.append({"name": name, "parameters": model.numel, "rank": rank, "rows": rows})
+    return {"assumptions": asdict(machines), "models": models}
+
+
+def _rows(machines: Machines, model: Llama, rank: int, name: str, world: int) -> Iterator[dict[str, Any]]:
+    way, links = WAYS[name], machines.links if world > machines.node else machines.links[:1]
+    traffic = Traffic(model, rank, world, way, width=4, gathered_width=2, device=torch.device("cuda"))
+    step, refresh = traffic.step().wire(world), traffic.refresh().wire(world)
+    held, seconds = memory(traffic), _seconds(machines, traffic)
+    wire = amortised(step, refresh, machines.period)
+    for link in links:
+        sending = wire / machines.rate(world, link)
+        exposed = max(0.0, sending - machines.overlap * seconds["compute"])
+        yield {
+            "name": name,
+            "world": world,
+            "link_gbit": link if world > machines.node else None,
+            "memory_bytes": held,
+            "fits": held["total"] <= machines.memory,
+            "wire_bytes": {"step": step, "refresh": refresh, "mean": wire},
+            "flops": {
+                "compute": matmul_flops(traffic, machines),
+                "optimizer": optimizer_flops(traffic, machines.period),
+            },
+            "seconds": seconds | {"sending": sending, "step": sum(seconds.values()) + exposed},
+        }
+
+
+def _seconds(machines: Machines, traffic: Traffic) -> dict[str, float]:
+    flops, into = matmul_flops(traffic, machines), into_bases_flops(traffic, machines)
+    bf16, tf32 = (machines.mfu * rate for rate in (machines.flops, machines.tf32_flops))
+    return {
+        "compute": (flops - into) / bf16 + into / tf32,
+        "optimizer": optimizer_flops(traffic, machines.period) / tf32,
+        "factorising": eigh_flops(traffic) / machines.period / machines.eigh_flops,
+    }
+
+
+# --- FLOPs of a rank --------------------------------------------------------------------------------------------------
+
+
+def matmul_flops(traffic: Traffic, batch: Any) -> float:
+    """Of a forward and a backward pass over ``batch.tokens`` in sequences of ``batch.sequence_length``."""
+    model, T = traffic.model, batch.tokens
+    attention = 12 * T * batch.sequence_length * model.d  # QKᵀ and its product with V; twice that in the backward pass
+    weights = sum(layer.numel for layer in model.block)
+    block = 6 * T * weights
+    if traffic.way.backward_side:  # dyᵀ (x Q) in place of dyᵀ x
+        block = 4 * T * weights + 2 * T * traffic.rank * sum(layer.out for layer in model.block)
+    return model.layers * (block + attention) + 6 * T * model.v * model.d + into_bases_flops(traffic, batch)
+
+
+def into_bases_flops(traffic: Traffic, batch: Any) -> float:
+    """Of these, ``x Q`` of backward-side layers, once for those that share it."""
+    if not traffic.way.backward_side:
+        return 0.0
+    return (
+        2.0
+        * batch.tokens
+        * traffic.rank
+        * traffic.model.layers
+        * sum(group[0].inputs for group in traffic.model.sharing)
+    )
+
+
+def optimizer_flops(traffic: Traffic, period: int) -> float:
+    """Of products with bases in a step, and a step's share of the Gram matrices of a period."""
+    model, way, r = traffic.model, traffic.way, traffic.rank
+    if way.optimizer == "adamw":
+        return 0.0
+    here = model.layers / (traffic.world if way.sharded else 1)
+    if way.backward_side:  # W <- W - U Qᵀ. A Gram matrix is its owner's alone, and the others wait
+        grams = sum(_gram(sum(layer.numel for layer in group), _smaller(group)) for group in model.sharing)
+        return 2 * r * sum(layer.numel for layer in model.block) * here + grams * model.layers / period
+    projected = [(layer.numel, n) for layer in model.block if (n := traffic.compressed(layer)) is not None]
+    products = 8 if way.hook else 4  # G Q and U Qᵀ; before them the hook's own G Q and R Qᵀ
+    refresh = sum(
+        _gram(numel, n) + 2 * n * r * r for numel, n in projected
+    )  # the Gram matrix; the new basis on the old one
+    return here * (sum(products * numel * r for numel, _ in projected) + refresh / period)
+
+
+def _gram(numel: int, n: int) -> int:
+    return gram_flops(numel // n, n)
+
+
+def eigh_flops(traffic: Traffic) -> float:
+    """Of the eigendecompositions that a rank waits for in a period. Data-parallel ranks each factorise every matrix; of
+    backward-side layers one rank does after the other, and the backward pass waits; sharded ones are factorised at
+    once."""
+    model, way, at_once = traffic.model, traffic.way, 1
+    if way.optimizer == "adamw":
+        return 0.0
+    if way.backward_side:
+        sides = [_smaller(group) for group in model.sharing]
+    else:
+        sides = [n for layer in model.block if (n := traffic.compressed(layer)) is not None]
+        at_once = traffic.world if way.sharded else 1
+    return sum(9.0 * n**3 for n in sorted(sides * model.layers, reverse=True)[::at_once])
+
+
+def _smaller(group: list[Layer]) -> int:
+    """The smaller side of the gradient of layers that share a basis."""
+    return min(group[0].inputs, sum(layer.out for layer in group))
+
+
+# --- bytes of a rank --------------------------------------------------------------------------------------------------
+
+
+def memory(traffic: Traffic) -> dict[str, int]:
+    """What rank 0 holds: weights and gradients in fp32, as mixed precision has it; and what ``fully_shard`` gathers,
+    two blocks
+    and what is outside of them, in bf16."""
+    model, way = traffic.model, traffic.way
+    held = evaluate_groups(
+        describe(way.optimizer)["state_formula"],
+        groups(model, traffic.rank, way),
+        parallel="fsdp" if way.sharded else "ddp",
+        world=traffic.world,
+    )
+    if way.sharded:
+        block = sum(layer.numel + (layer.out * traffic.rank if way.backward_side else 0) for layer in model.block)
+        held["gathered"] = 2 * (2 * block + sum(map(math.prod, model.outside)))
+    return held | {"total": sum(held.values())}
+
+
+def groups(model: Llama, rank: int, way: Way) -> list[dict[str, Any]]:
+    """Groups as an optimizer would have them, of tensors without memory."""
+    projected, others = [], [torch.empty(shape, device="meta") for shape in model.outside]
+    for _ in range(model.layers):
+        others += [torch.empty(shape, device="meta") for shape in model.block_vectors]
+        for group in model.sharing:
+            for number, layer in enumerate(group):
+                weight = torch.empty(layer.out, layer.inputs, device="meta")
+                if way.backward_side:
+                    carrier = torch.empty(layer.out, rank, device="meta")
+                    mark(carrier, SimpleNamespace(weight=weight, number=number))
+                projected.append(carrier if way.backward_side else weight)
+    own = None if way.optimizer == "adamw" else rank
+    return [{"params": projected, "rank": own, "proj_type": way.proj_type}, {"params": others, "rank": None}]
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def tables(found: dict[str, Any]) -> str:
+    """Markdown: of each model the memory, what is sent and computed, and the time of a step."""
+    parts = [
+        "| assumption | value |\n|---|---|\n"
+        + "\n".join(f"| `{k}` | {_plain(v)} |" for k, v in found["assumptions"].items())
+    ]
+    for model in found["models"]:
+        about = f"**{model['name']}**, {model['parameters'] / 1e9:.2f}B parameters, rank {model['rank']}"
+        parts += [f"{about}: {what} (*computed*)\n\n{table(model['rows'])}" for what, table in _TABLES.items()]
+    return "\n\n".join(parts)
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(_plain, value)) if isinstance(value, tuple | list) else f"{value:g}"
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+
+
+def _by_name(rows: list[dict[str, Any]]) -> dict[str, dict[int, list[dict[str, Any]]]]:
+    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for row in rows:
+        found.setdefault(row["name"], {}).setdefault(row["world"], []).append(row)
+    return found
+
+
+def _memory_table(rows: list[dict[str, Any]]) -> str:
+    kinds = ("weights", "carriers", "gradients", "states", "bases", "gathered", "total")
+    lines = []
+    for name, worlds in _by_name(rows).items():
+        first = worlds[WORLDS[0]][0]["memory_bytes"]
+        totals = [worlds[world][0]["memory_bytes"]["total"] for world in WORLDS[1:]]
+        lines.append(
+            [f"`{name}`", *(f"{first.get(kind, 0) / 1e9:.1f}" for kind in kinds), *(f"{t / 1e9:.1f}" for t in totals)]
+        )
+    return _table(["GB a rank", *kinds, *(f"total of {world}" for world in WORLDS[1:])], lines)
+
+
+def _work_table(rows: list[dict[str, Any]]) -> str:
+    world = WORLDS[1]
+    lines = []
+    for name, worlds in _by_name(rows).items():
+        row = worlds[world][0]
+        wires, flops, seconds = row["wire_bytes"], row["flops"], row["seconds"]
+        lines.append([
+            f"`{name}`", *(f"{wires[kind] / 1e9:.1f}" for kind in ("step", "refresh", "mean")),
+            *(f"{flops[kind] / 1e12:.0f}" for kind in ("compute", "optimizer")),
+            *(f"{seconds[kind]:.2f}" for kind in ("compute", "optimizer", "factorising")),
+        ])  # fmt: skip
+    head = [f"a rank of {world}", "GB sent, a step", "a refresh", "mean", "TFLOP, forward and backward", "optimizer",
+            "seconds, forward and backward", "optimizer", "factorising"]  # fmt: skip
+    return _table(head, lines)
+
+
+def _time_table(rows: list[dict[str, Any]]) -> str:
+    lines, head = [], ["seconds a step"]
+    for name, worlds in _by_name(rows).items():
+        every = [row for world in WORLDS for row in worlds[world]]
+        head[1:] = [f"{row['world']}" + (f" at {row['link_gbit']:g}" if row["link_gbit"] else "") for row in every]
+        lines.append(
+            [f"`{name}`", *(f"{row['seconds']['step']:.2f}" if row["fits"] else "does not fit" for row in every)]
+        )
+    return _table(head, lines)
+
+
+_TABLES = {
+    f"memory of a rank of {WORLDS[0]}, without activations": _memory_table,
+    "what a rank sends and computes": _work_table,
+    "time of a step, by ranks and Gbit/s between nodes": _time_table,
+}

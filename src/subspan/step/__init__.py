@@ -1,0 +1,1 @@
+"""One step of the optimizer, part by part; `plain.py` states it on bare tensors."""

@@ -1,0 +1,53 @@
+"""A parameter of any shape as oriented matrices: which side is compressed, and the way there and back."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+Side = Literal["right", "left"]
+PROJ_TYPES = {"std": "short", "reverse_std": "long", "right": "right", "left": "left", "short": "short", "long": "long"}
+"""The names of galore_torch, and what they mean: which side of the matrix is compressed to the rank."""
+
+
+class Layout(NamedTuple):
+    """How a parameter is seen by the parts."""
+
+    shape: tuple[int, ...]
+    """``(..., rows, columns)``; leading dimensions are a stack. Vectors keep their own shape."""
+    side: Side | None
+    """``right`` compresses the columns (``R = G Q``), ``left`` the rows (``R = Gᵀ Q``), ``None`` is full rank."""
+
+    @property
+    def rows(self) -> int:
+        """Which dimension of the oriented matrix holds the rows of the weight."""
+        return -1 if self.side == "left" else -2
+
+    def enter(self, A: Tensor) -> Tensor:
+        """``A``, of the parameter's shape, as oriented matrices: the side to compress is last."""
+        A = A.reshape(self.shape)
+        return A.mT if self.side == "left" else A
+
+    def leave(self, D: Tensor, shape: Sequence[int]) -> Tensor:
+        """The inverse, back to the parameter's ``shape``."""
+        return (D.mT if self.side == "left" else D).reshape(shape)
+
+
+def layout_of(shape: Sequence[int], rank: int | None, proj_type: str, flatten: bool = False) -> Layout:
+    """The layout of a parameter in a group of these settings.
+
+    Three dimensions are a stack of matrices, such as experts; more are a convolution, flattened to ``(out, -1)``, as
+    are
+    three with ``flatten``. A matrix with a side no larger than the rank is not compressed.
+    """
+    shape = tuple(shape)
+    if len(shape) > 3 or (flatten and len(shape) == 3):
+        shape = (shape[0], math.prod(shape[1:]))
+    if rank is None or len(shape) < 2 or rank >= min(shape[-2:]):
+        return Layout(shape, None)
+    side = PROJ_TYPES[proj_type]
+    if side in ("right", "left"):
+        return Layout(shape, side)  # type: ignore[arg-type]  # narrowed by the line above
+    wide = shape[-2] < shape[-1]
+    return Layout(shape, "left" if wide == (side == "short") else "right")

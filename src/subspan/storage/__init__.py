@@ -1,0 +1,1 @@
+"""How the tensors of the optimizer's state are kept."""

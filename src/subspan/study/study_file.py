@@ -1,0 +1,257 @@
+"""The study file: what is compared, on which seeds, and how each learning rate is chosen.
+
+::
+
+    about: one line
+    command: pretrain                          # or finetune; pretrain is usual
+    base: {model: llama-nano, steps: 1000}     # settings of the command, of every run
+    seeds: [0, 1, 2, 3, 4]
+    sweep: {seed: 100, factors: [0.5, 1, 2, 4], extend: 2}
+    reference: full                            # gaps are to this row
+    rows:
+      full: {optimizer: adamw}
+      galore: {optimizer: galore_adamw}
+      sara: {optimizer: sara_adamw, versus: galore}   # the pair that is tested; without it the reference
+      rank: {optimizer: sara_adamw, grid: {rank: [4, 8]}}   # two rows, `rank[rank=4]` and `rank[rank=8]`
+
+``factors`` multiply the method's own learning rate (or ``lr`` of the row). The best of them on the sweep's seed, which
+is no
+seed of the study, is the row's; where it is at an end of the range, the range grows by up to ``extend`` more. Without
+``sweep`` a row keeps its own.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+
+from subspan.study.yaml_lines import Document
+from subspan.training.config.kinds import CONFIGS, resolve_run
+from subspan.training.config.settings import FinetuneConfig, PretrainConfig, without_defaults
+from subspan.utils.errors import InputError, first_line
+from subspan.utils.suggestions import near_names
+
+_KEYS = ("about", "command", "base", "seeds", "sweep", "reference", "rows")
+_NOT_COMPUTED = ("out", "resume", "device", "threads", "micro_batch_size", "gradient_checkpointing", "checkpoint", "log_every",
+                 "tensorboard", "parallel", "probes")  # fmt: skip
+"""Settings that do not change what a run computes, but for rounding."""
+_AS_GIVEN = ("model", "data", "validation_data", "tokenizer", "precision")
+"""Settings whose resolved value depends on the machine."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """How a learning rate is chosen."""
+
+    seed: int
+    factors: tuple[float, ...]
+    extend: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method with its settings."""
+
+    name: str
+    config: PretrainConfig | FinetuneConfig
+    versus: str | None
+    lr: float
+    """Before any factor of the sweep."""
+
+    @property
+    def is_as_published(self) -> bool:
+        """Whether it pretrains by its method as the recipe has it, at the preset's period: no part or factor of it
+        changed.
+        """
+        changed = without_defaults(asdict(self.config)).keys() & {"optim", "scale", "backward_side", "update_proj_gap"}
+        return isinstance(self.config, PretrainConfig) and not changed
+
+    def cell(self, lr: float, seed: int) -> "Cell":
+        """The run of this row at a learning rate and a seed."""
+        return Cell(self.name, replace(self.config, lr=lr, seed=seed))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    row: str
+    config: PretrainConfig | FinetuneConfig
+
+    @property
+    def key(self) -> str:
+        """The same for runs that compute the same, in this study or another; of settings, seed and learning rate.
+
+        A setting that a later version adds leaves the keys of old runs alone.
+        """
+        settings = asdict(resolve_run(self.config)) | {name: getattr(self.config, name) for name in _AS_GIVEN}
+        if "tokens" in settings["evaluation"]:  # elsewhere, how often is part of which checkpoint is the best
+            settings["evaluation"] = {"tokens": settings["evaluation"]["tokens"]}
+        kept = without_defaults({key: value for key, value in settings.items() if key not in _NOT_COMPUTED})
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file, checked."""
+
+    name: str
+    about: str
+    rows: tuple[Row, ...]
+    seeds: tuple[int, ...]
+    sweep: Sweep | None
+    reference: str
+    results: Path
+    """Its record, ``results/NAME.jsonl`` beside the folder of the file."""
+
+
+def load_study(path: Path) -> Study:
+    """Read and check a study file.
+
+    Raises:
+        InputError: it cannot be read, or a key or value in it is wrong; names the file, the line and the key.
+    """
+
+    document = Document(path, "a study file, such as studies/table1_nano.yaml")
+    found = document.value
+
+    def wrong(message: str, *keys: str) -> NoReturn:
+        raise InputError(f"{document.place(*keys)}: {message}")
+
+    if not isinstance(found, dict):
+        wrong(f"expected keys {', '.join(_KEYS)}")
+    for key in found:
+        if key not in _KEYS:
+            wrong(f"{key!r}: no key of a study; {near_names(str(key), _KEYS)}", str(key))
+    rows, base, command = found.get("rows"), found.get("base") or {}, found.get("command", "pretrain")
+    if command not in CONFIGS:
+        wrong(f"command={command!r}: expected {' or '.join(CONFIGS)}", "command")
+    if not isinstance(rows, dict) or not rows:
+        wrong("rows: expected a mapping of names to settings", "rows")
+    if not isinstance(base, dict):
+        wrong(f"base={base!r}: expected settings of subspan {command}", "base")
+    for name in ("seed", "lr"):
+        if name in base:
+            wrong(f"base.{name}: belongs to " + ("seeds" if name == "seed" else "a row, or to the sweep"), "base", name)
+    expanded = tuple(
+        row for name, given in rows.items() for row in _rows(document, command, str(name), given, base, rows)
+    )
+    names = [row.name for row in expanded]
+    for name in names:
+        if names.count(name) > 1:
+            wrong(
+                f"rows.{name}: {names.count(name)} rows have this name; let their grids or names differ",
+                "rows",
+                name.split("[")[0],
+            )
+    reference = found.get("reference", names[0])
+    if reference not in names:
+        wrong(f"reference={reference!r}: no row of this name; {near_names(str(reference), names)}", "reference")
+    for row in expanded:
+        if row.versus is not None and row.versus not in names:
+            message = f"rows.{row.name}.versus={row.versus!r}: no row of this name; {near_names(row.versus, names)}"
+            wrong(message, "rows", row.name.split("[")[0], "versus")
+    seeds = found.get("seeds")
+    if (
+        not isinstance(seeds, list)
+        or not seeds
+        or not all(_whole(seed) for seed in seeds)
+        or len(set(seeds)) < len(seeds)
+    ):
+        wrong(f"seeds={seeds!r}: expected a list of different whole numbers >= 0", "seeds")
+    sweep = _sweep(document, found["sweep"], seeds) if found.get("sweep") is not None else None
+    folder = path.resolve().parent.parent / "results"
+    return Study(
+        path.stem, str(found.get("about", "")), expanded, tuple(seeds), sweep, reference, folder / f"{path.stem}.jsonl"
+    )
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _sweep(document: Document, given: Any, seeds: list[int]) -> Sweep:
+    known, where = ("seed", "factors", "extend"), document.place("sweep")
+    if not isinstance(given, dict) or not {"seed", "factors"} <= given.keys() <= set(known):
+        raise InputError(f"{where}: sweep={given!r}: expected seed, factors and, if wanted, extend")
+    seed, factors, extend = given["seed"], given["factors"], given.get("extend", 0)
+    if not _whole(seed) or seed in seeds:
+        at = document.place("sweep", "seed")
+        raise InputError(f"{at}: sweep.seed={seed!r}: expected a whole number >= 0 that is none of seeds={seeds}")
+    good = isinstance(factors, list) and all(isinstance(f, int | float) and 0 < f < float("inf") for f in factors)
+    if not good or len(factors) < 2 or sorted(set(factors)) != factors:
+        raise InputError(
+            f"{document.place('sweep', 'factors')}: sweep.factors={factors!r}: expected two or more rising numbers > 0"
+        )
+    if not _whole(extend):
+        raise InputError(f"{document.place('sweep', 'extend')}: sweep.extend={extend!r}: expected a whole number >= 0")
+    return Sweep(seed, tuple(map(float, factors)), extend)
+
+
+def _rows(
+    document: Document, command: str, name: str, given: Any, base: Mapping[str, Any], others: Mapping[str, Any]
+) -> Iterator[Row]:
+    where = f"{document.place('rows', name)}: rows.{name}"
+    if not isinstance(given, dict):
+        raise InputError(
+            f"{where}={given!r}: expected settings of subspan {command}, such as {{optimizer: sara_adamw}}"
+        )
+    own = dict(given)
+    versus, grid = own.pop("versus", None), own.pop("grid", {})
+    if "seed" in own:
+        raise InputError(f"{where}.seed: belongs to seeds")
+    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+        raise InputError(f"{where}.grid={grid!r}: expected a list of values for each setting")
+    for point in itertools.product(*grid.values()):
+        settings, label = _merged(base, own), ""
+        for key, value in zip(grid, point, strict=True):
+            settings = _merged(settings, _nested(key, value))
+        if grid:
+            label = (
+                "["
+                + ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in zip(grid, point, strict=True))
+                + "]"
+            )
+        config = _config(f"{where}{label}", command, settings)
+        try:
+            lr = resolve_run(config).lr
+        except ValueError as error:
+            raise InputError(f"{where}{label}: {error}") from error
+        # Against the same point of the other row's grid, where it has one.
+        has_grid = isinstance(others.get(versus), dict) and "grid" in others[versus]
+        yield Row(name + label, config, f"{versus}{label}" if has_grid else versus, lr)
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    first, _, rest = key.partition(".")
+    return {first: _nested(rest, value) if rest else value}
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` on top of ``base``, sections merged."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
+    return merged
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """The types of the settings, checked as the command line checks them."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise InputError(" ".join(message.split()))
+
+
+def _config(where: str, command: str, settings: Mapping[str, Any]) -> PretrainConfig | FinetuneConfig:
+    parser, kind = _Parser(), CONFIGS[command]
+    parser.add_class_arguments(kind)
+    try:
+        return kind(**vars(parser.instantiate(parser.parse_object(dict(settings)))))
+    except (InputError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: {first_line(error)}; see subspan {command} --help") from error

@@ -1,0 +1,58 @@
+"""A YAML file whose keys know their lines, and stand once: of two that are alike YAML takes the second in silence."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from subspan.utils.errors import InputError
+
+
+class Document:
+    """What a file says.
+
+    Attributes:
+        value: as ``yaml.safe_load`` gives it.
+
+    Raises:
+        InputError: it cannot be read, is no YAML, or says a key twice; names the file, and the line.
+    """
+
+    def __init__(self, path: Path, example: str) -> None:
+        self.path = path
+        self._lines: dict[tuple[str, ...], int] = {}
+        try:
+            text = path.read_text()
+            loader = yaml.SafeLoader(text)
+            root = loader.get_single_node()
+            self._walk(root, ())
+            self.value: Any = None if root is None else loader.construct_document(root)
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; give the path of {example}") from error
+        except InputError:
+            raise
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            raise InputError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
+
+    def _walk(self, node: Any, within: tuple[str, ...]) -> None:
+        if isinstance(node, yaml.SequenceNode):
+            for number, item in enumerate(node.value):
+                self._walk(item, (*within, str(number)))
+        if not isinstance(node, yaml.MappingNode):
+            return
+        for key, value in node.value:
+            name, line = (*within, str(key.value)), key.start_mark.line + 1
+            if name in self._lines:
+                raise InputError(
+                    f"{self.path}:{line}: {'.'.join(name)!r} stands in line {self._lines[name]} too; rename or "
+                    "remove one"
+                )
+            self._lines[name] = line
+            self._walk(value, name)
+
+    def place(self, *keys: str) -> str:
+        """``FILE:LINE`` of a key, of the last of the ``keys`` that is there; ``FILE`` without any."""
+        for end in range(len(keys), 0, -1):
+            if line := self._lines.get(keys[:end]):
+                return f"{self.path}:{line}"
+        return str(self.path)

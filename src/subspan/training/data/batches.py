@@ -1,0 +1,109 @@
+"""What the loop asks of its data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""A target that counts neither in the loss nor in the number of tokens."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences and what is to be predicted of them.
+
+    Token ids ``inputs (b, l)``, and for each position the token that follows, ``targets (b, l)``, or ``IGNORED``. Of
+    examples with a label each, ``targets (b,)``; then ``mask (b, l)`` tells tokens from padding, and ``kinds (b, l)``
+    the
+    first text from the second, for a model that asks.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    mask: Tensor | None = None
+    kinds: Tensor | None = None
+
+    def weight(self) -> int:
+        """How many targets count."""
+        return int((self.targets != IGNORED).sum()) if not self.targets.is_floating_point() else len(self.targets)
+
+    def tokens(self) -> int:
+        """How many tokens are read; without a mask, how many targets count."""
+        return self.weight() if self.mask is None else int(self.mask.sum())
+
+    def split(self, size: int) -> "list[Batch]":
+        """In pieces of ``size`` sequences."""
+        return [self._rows(start, start + size) for start in range(0, len(self.inputs), size)]
+
+    def _rows(self, start: int, stop: int) -> "Batch":
+        return self._each(lambda A: A[start:stop])
+
+    def part(self, rank: int, ranks: int) -> "Batch":
+        """The sequences of ``rank``: of ``ranks`` equal parts, one."""
+        return self._each(lambda A: A.chunk(ranks)[rank])
+
+    def ignored(self) -> "Batch":
+        """The same sequences, of which nothing counts."""
+        return replace(self, targets=torch.full_like(self.targets, IGNORED))
+
+    def to(self, device: Any) -> "Batch":
+        return self._each(lambda A: A.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        parts = (self.inputs, self.targets, self.mask, self.kinds)
+        return Batch(*(None if A is None else change(A) for A in parts))  # type: ignore[arg-type]  # the first two are there
+
+
+class Order:
+    """Which of ``count`` examples come next. Epoch ``e`` visits each once, in the order of ``torch.randperm`` seeded by
+    ``(seed, e)``. The cursor is ``(epoch, index)``."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self._go_to(0, 0)
+
+    def take(self, size: int) -> Tensor:
+        """The numbers of the next ``size``."""
+        chosen: list[Tensor] = []
+        while (wanted := size - sum(map(len, chosen))) > 0:
+            chosen.append(self._order[self.index : self.index + wanted])
+            self.index += len(chosen[-1])
+            if self.index >= len(self._order):
+                self._go_to(self.epoch + 1, 0)
+        return torch.cat(chosen)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "index": self.index}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._go_to(state["epoch"], state["index"])
+
+    def _go_to(self, epoch: int, index: int) -> None:
+        self.epoch, self.index = epoch, index
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+        self._order = torch.randperm(self.count, generator=generator)
+
+
+class DataSource(Protocol):
+    """Training batches in an order that depends on the seed alone, and a fixed validation set.
+
+    It knows nothing of ranks: each reads the same and takes its part of a batch. So the cursor holds for any number of
+    them.
+    """
+
+    def next_batch(self, size: int) -> Batch:
+        """The next ``size`` sequences."""
+
+    def validation(self) -> Batch:
+        """The fixed validation set."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The exact cursor. Law: after ``load_state_dict`` the batches continue as if nothing had happened."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def describe(self) -> str:
+        """One line: how much there is."""

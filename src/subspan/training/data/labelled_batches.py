@@ -1,0 +1,176 @@
+"""Examples as batches of tokens: encoded once, shuffled by the seed, filled up to the longest of a batch."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from subspan.training.data.batches import IGNORED, Batch, Order
+from subspan.training.data.labelled_files import Row
+from subspan.training.data.task_specs import TaskSpec
+from subspan.training.models.build import padding_of
+from subspan.utils.errors import InputError
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example in tokens, and the class, the number, or the target of each token."""
+
+    ids: list[int]
+    target: int | float | list[int]
+    kinds: list[int] | None = None
+
+
+class Examples:
+    """Training and validation examples; see ``DataSource``.
+
+    Args:
+        labels: the classes, by number.
+    """
+
+    def __init__(
+        self,
+        train: Sequence[Row],
+        validation: Sequence[Row],
+        spec: TaskSpec,
+        labels: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        seed: int,
+    ) -> None:
+        self.labels, self.padding = tuple(labels), padding_of(tokenizer)
+        encode = _Encoder(spec, labels, tokenizer, max_length)
+        self.train = encode(train)
+        # By length, so that little is filled up; the order does not matter to a score.
+        self.held = sorted(encode(validation), key=lambda example: len(example.ids))
+        self.order = Order(len(self.train), seed)
+        self.digest = _digest(self.train)
+        self.held_digest = _digest(sorted(self.held, key=lambda example: (example.ids, str(example.target))))
+
+    def next_batch(self, size: int) -> Batch:
+        return self._batch([self.train[i] for i in self.order.take(size).tolist()])
+
+    def validation(self) -> Batch:
+        return self._batch(self.held)
+
+    def validation_batches(self, size: int) -> list[Batch]:
+        """The validation set in pieces, each no longer than its longest example."""
+        return [self._batch(self.held[start : start + size]) for start in range(0, len(self.held), size)]
+
+    def majority(self) -> float | None:
+        """The accuracy on the validation set of who always says the label most common in training."""
+        if not self.labels:
+            return None
+        common = torch.bincount(torch.tensor([example.target for example in self.train])).argmax()
+        return sum(example.target == int(common) for example in self.held) / len(self.held)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.order.state_dict(), "digest": self.digest, "held_digest": self.held_digest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["digest"] != self.digest:
+            raise InputError(
+                "data: the examples or the tokenizer have changed since the checkpoint; start anew with another --out"
+            )
+        # Checkpoints of before it was kept have none.
+        if state.get("held_digest", self.held_digest) != self.held_digest:
+            raise InputError(
+                "validation_data: the validation examples have changed since the checkpoint, whose best score is of "
+                "those "
+                "before; put them back, or start anew with another --out"
+            )
+        self.order.load_state_dict(state)
+
+    def describe(self) -> str:
+        labels = f", {len(self.labels)} labels" if self.labels else ""
+        return f"{len(self.train):,} training and {len(self.held):,} validation examples{labels}"
+
+    def _batch(self, examples: Sequence[Encoded]) -> Batch:
+        first = examples[0]
+        ids = _filled([example.ids for example in examples], self.padding)
+        if isinstance(first.target, list):  # causal attention: what fills up a sequence comes behind it
+            return Batch(ids, _filled([example.target for example in examples], IGNORED))  # type: ignore[misc]
+        mask = _filled([[1] * len(example.ids) for example in examples], 0)
+        kinds = None if first.kinds is None else _filled([example.kinds or [] for example in examples], 0)
+        return Batch(ids, torch.tensor([example.target for example in examples]), mask, kinds)
+
+
+def _digest(examples: Sequence[Encoded]) -> str:
+    content = json.dumps([[example.ids, example.target] for example in examples])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _filled(rows: Sequence[list[int]], value: int) -> torch.Tensor:
+    whole = torch.full((len(rows), max(map(len, rows))), value)
+    for row, own in zip(whole, rows, strict=True):
+        row[: len(own)] = torch.tensor(own)
+    return whole
+
+
+class _Encoder:
+    def __init__(
+        self, spec: TaskSpec, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> None:
+        self.spec, self.tokenizer, self.length = spec, tokenizer, max_length
+        self.numbers = {label: number for number, label in enumerate(labels)}
+        # Tokens that the model knows texts to be wrapped in; without any, an end-of-text token stands between a pair.
+        self.wraps = tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False)
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        self.end = padding_of(tokenizer) if end is None else end
+
+    def __call__(self, rows: Sequence[Row]) -> list[Encoded]:
+        if self.spec.kind == "lm":
+            return self._continuations(rows)
+        targets = [self._target(row) for row in rows]
+        if rows[0].pair is not None and not self.wraps:
+            firsts, seconds = self._plain([row.text for row in rows]), self._plain([row.pair or "" for row in rows])
+            ids = [self._joined(first, second) for first, second in zip(firsts, seconds, strict=True)]
+            return [Encoded(own, target) for own, target in zip(ids, targets, strict=True)]
+        pairs = None if rows[0].pair is None else [row.pair for row in rows]
+        found = self.tokenizer([row.text for row in rows], pairs, truncation=True, max_length=self.length)
+        kinds = found.get("token_type_ids") or [None] * len(rows)
+        return [
+            Encoded(own or [self.end], target, kind if own else None)
+            for own, target, kind in zip(found["input_ids"], targets, kinds, strict=True)
+        ]
+
+    def _target(self, row: Row) -> int | float:
+        if self.spec.kind == "regression":
+            return float(row.label or 0.0)
+        if row.label not in self.numbers:
+            known = ", ".join(list(self.numbers)[:8]) + (" ..." if len(self.numbers) > 8 else "")
+            raise InputError(
+                f"{row.where}: the label {row.label!r} is none of training ({known}); mend it, or add examples of it "
+                "to --data"
+            )
+        return self.numbers[str(row.label)]
+
+    def _plain(self, texts: list[str]) -> list[list[int]]:
+        return list(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+    def _joined(self, first: list[int], second: list[int]) -> list[int]:
+        """Both with an end of text between; of what is too long, the longer is cut first."""
+        room = self.length - 1
+        first = first[: max(room - len(second), (room + 1) // 2)]
+        return [*first, self.end, *second[: room - len(first)]]
+
+    def _continuations(self, rows: Sequence[Row]) -> list[Encoded]:
+        """``end, text, answer, end``: predicted is the answer and its end, or the text where there is no answer."""
+        begin = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.end
+        prompts = self._plain([row.text for row in rows])
+        answers = self._plain(["" if row.label is None else str(row.label) for row in rows])
+        found = []
+        for row, prompt, answer in zip(rows, prompts, answers, strict=True):
+            known = [] if row.label is None else prompt
+            said = [*(prompt if row.label is None else answer), self.end][: self.length]
+            known = [
+                begin,
+                *known[len(known) - min(len(known), self.length - len(said)) :],
+            ]  # its end is next to the answer
+            ids = [*known, *said]
+            found.append(Encoded(ids[:-1], [IGNORED] * (len(known) - 1) + said))
+        return found

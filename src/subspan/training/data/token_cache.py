@@ -1,0 +1,215 @@
+"""Tokenised documents in a file, read as shuffled windows with an exact cursor."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from subspan.training.data.batches import Batch, Order
+from subspan.training.data.documents import Documents, Split
+from subspan.training.data.tokenizer import fingerprint
+from subspan.training.monitor.progress import say
+from subspan.utils.atomic_files import no_space, remove_directory
+from subspan.utils.errors import InputError
+
+_HALVES: tuple[Split, ...] = ("train", "validation")
+_FORMAT = 3  # part of the cache's key: raise it when the files change
+
+
+class TokenWindows:
+    """Windows of ``sequence_length`` predictions, cut end to end from the documents of a half and joined by end-of-text
+    tokens.
+
+    The training windows come in the order of ``Order``.
+    """
+
+    def __init__(self, folder: Path, sequence_length: int, seed: int, validation_tokens: int) -> None:
+        self.length, self.validation_tokens = sequence_length, validation_tokens
+        meta = _meta(folder)
+        if meta is None:
+            raise _damaged(folder)
+        self.documents: dict[str, int] = meta["documents"]
+        self.digest: str = meta["digest"]
+        self.halves = {half: TokenFile(folder / f"{half}.bin", meta["dtype"], meta["largest"]) for half in _HALVES}
+        for half, tokens in self.halves.items():
+            if not self.documents[half]:
+                raise InputError(
+                    f"data: no document is left for the {half} half; "
+                    "a text file is one document: give two or more, a JSONL file, or other files as --validation_data"
+                )
+            if len(tokens) < sequence_length + 1:
+                raise InputError(
+                    f"sequence_length={sequence_length}: the {half} half of the data holds {len(tokens)} tokens in "
+                    f"{self.documents[half]} documents, fewer than one sequence and its next token; "
+                    "give more data, or a shorter sequence"
+                )
+        self.order = Order(self._count("train"), seed)
+
+    def next_batch(self, size: int) -> Batch:
+        return self._windows("train", self.order.take(size))
+
+    def validation(self) -> Batch:
+        count = self._count("validation")
+        wanted = min(count, max(1, self.validation_tokens // self.length))
+        return self._windows("validation", torch.arange(wanted) * count // wanted)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.order.state_dict(), "digest": self.digest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["digest"] != self.digest:
+            raise InputError(
+                "data: the documents or the tokenizer have changed since the checkpoint; start anew with another --out"
+            )
+        self.order.load_state_dict(state)
+
+    def describe(self) -> str:
+        sizes = [
+            f"{len(tokens):,} {half} tokens (documents: {self.documents[half]})" for half, tokens in self.halves.items()
+        ]
+        return ", ".join(sizes)
+
+    def _count(self, half: Split) -> int:
+        return (len(self.halves[half]) - 1) // self.length
+
+    def _windows(self, half: Split, numbers: Tensor) -> Batch:
+        tokens = self.halves[half]
+        rows = [tokens[start : start + self.length + 1] for start in (numbers * self.length).tolist()]
+        window = torch.from_numpy(np.stack(rows).astype(np.int64))
+        return Batch(window[:, :-1], window[:, 1:])
+
+
+def tokenise(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """The folder with ``train.bin``, ``validation.bin`` and ``meta.json``, made once and kept in the cache.
+
+    The cache is ``$SUBSPAN_CACHE`` or ``~/.cache/subspan``; its key covers the files and the tokenizer.
+    """
+    key = json.dumps([_FORMAT, documents.identity(), fingerprint(tokenizer)])
+    cache = Path(os.environ.get("SUBSPAN_CACHE", "~/.cache/subspan")).expanduser()
+    folder = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
+    if _meta(folder) is not None:
+        return folder
+    scratch = None
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=cache, prefix="unfinished-"))
+        _write(scratch, documents, tokenizer)
+        if json.dumps([_FORMAT, documents.identity(), fingerprint(tokenizer)]) != key:
+            raise InputError(
+                "data: its files changed while they were read; start again when nothing writes to them any more"
+            )
+        if folder.exists() and _meta(folder) is None:
+            say(f"{folder}: the cache of tokens there is damaged; made anew")
+            remove_directory(folder)
+        # Renamed when complete: a reader sees all of it or nothing. Where another process was first, its folder stands.
+        if not folder.exists():
+            scratch.rename(folder)
+    except OSError as error:
+        if _meta(folder) is None:
+            needed = (
+                sum(size for _, size, _ in documents.identity()) * 2
+            )  # a token takes two bytes and more than a letter
+            raise no_space(f"the cache of tokens {folder} (SUBSPAN_CACHE)", cache, error, needed) from error
+    finally:
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+class TokenFile:
+    """The tokens of a half, read when they are asked for.
+
+    Not a memory map: a file that someone shortens under a map ends the process by a signal (SIGBUS), without a word.
+    """
+
+    def __init__(self, path: Path, dtype: str, largest: int) -> None:
+        self.path, self.dtype, self.largest = path, np.dtype(dtype), largest
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # open as long as the run; outlives its name
+            self._length = path.stat().st_size // self.dtype.itemsize
+        except OSError as error:
+            raise _damaged(path, error.strerror) from error
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, part: slice) -> Any:
+        start, stop, _ = part.indices(self._length)
+        wanted = (stop - start) * self.dtype.itemsize
+        content = b""
+        try:
+            self._file.seek(start * self.dtype.itemsize)
+            while len(content) < wanted and (more := self._file.read(wanted - len(content))):
+                content += more
+        except OSError as error:
+            raise _damaged(self.path, error.strerror) from error
+        if len(content) < wanted:
+            raise _damaged(
+                self.path, f"ends at token {start + len(content) // self.dtype.itemsize:,} of {self._length:,}"
+            )
+        tokens = np.frombuffer(content, self.dtype)
+        if len(tokens) and int(tokens.max()) > self.largest:  # the model has no row for it
+            raise _damaged(
+                self.path, f"holds token {int(tokens.max()):,}, was written with none above {self.largest:,}"
+            )
+        return tokens
+
+
+def _damaged(path: Path, reason: str | None = None) -> InputError:
+    return InputError(
+        f"the cache of tokens {path} is damaged{f': {reason}' if reason else ''}; "
+        "start again with --resume auto, and what can be seen to be damaged is made anew; else remove its folder first"
+    )
+
+
+def _meta(folder: Path) -> dict[str, Any] | None:
+    """What ``meta.json`` says of a complete cache; ``None`` if there is none, or it is not as it was written."""
+    try:
+        meta = json.loads((folder / "meta.json").read_bytes())
+        sizes = {half: (folder / f"{half}.bin").stat().st_size for half in _HALVES}
+        whole = sizes == meta["bytes"] and {"documents", "digest", "dtype", "largest"} <= meta.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return meta if whole else None
+
+
+def _write(folder: Path, documents: Documents, tokenizer: PreTrainedTokenizerBase) -> None:
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    counts, sizes = dict.fromkeys(_HALVES, 0), dict.fromkeys(_HALVES, 0)
+    digest, largest = hashlib.sha256(), 0
+    with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
+        files = {"train": train, "validation": validation}
+        for some in _chunks(documents.split()):
+            encoded = tokenizer([text for _, text in some], add_special_tokens=False, return_attention_mask=False)[
+                "input_ids"
+            ]
+            for (half, _), ids in zip(some, encoded, strict=True):
+                content = np.asarray([*ids, tokenizer.eos_token_id], dtype=dtype).tobytes()
+                files[half].write(content)
+                digest.update(half.encode() + content)
+                counts[half] += 1
+                sizes[half] += len(content)
+                largest = max(largest, *ids, tokenizer.eos_token_id)
+    meta = {
+        "dtype": dtype.name,
+        "largest": largest,
+        "documents": counts,
+        "bytes": sizes,
+        "digest": digest.hexdigest(),
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _chunks(documents: Iterator[tuple[Split, str]]) -> Iterator[list[tuple[Split, str]]]:
+    while some := list(islice(documents, 64)):
+        yield some

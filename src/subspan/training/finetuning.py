@@ -1,0 +1,240 @@
+"""The fine-tuning run: the tasks as the loop knows them, and what is reported."""
+
+import inspect
+import math
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+from transformers import AutoConfig
+
+from subspan.checkpoints import directory as checkpoints
+from subspan.costs.describe import describe
+from subspan.costs.state_formulas import evaluate_groups
+from subspan.storage.allocation import state_bytes
+from subspan.training.config.resolve_finetuning import ResolvedFinetune, resolve_finetune, with_length
+from subspan.training.config.settings import FinetuneConfig
+from subspan.training.data.batches import Batch
+from subspan.training.data.bundled_task import read_authors
+from subspan.training.data.labelled_batches import Examples
+from subspan.training.data.labelled_files import Columns, Row, class_names, read_file, read_glue, set_aside
+from subspan.training.data.task_specs import TaskSpec, find_task
+from subspan.training.data.tokenizer import load_tokenizer
+from subspan.training.evaluation import evaluate, token_losses
+from subspan.training.loop import Training
+from subspan.training.models.build import brings_weights, build_model, cannot_load
+from subspan.training.models.lora import add_lora
+from subspan.training.processes import ALONE, Processes
+from subspan.training.scores import SCORES
+from subspan.utils.atomic_files import written
+
+
+@dataclass(frozen=True)
+class FinetuneSummary:
+    """What a finished run reports; the scores are those of the best evaluation."""
+
+    task: str
+    model: str
+    optimizer: str
+    metric: str
+    """The score that chose the best checkpoint."""
+    scores: dict[str, float]
+    majority: float | None
+    """Accuracy of who always says the most common label; ``None`` without labels."""
+    val_loss: float
+    state_bytes: int
+    state_bytes_formula: int
+    """From the method's closed form and the shapes alone."""
+    saved_activation_bytes: int | None
+    """What a forward pass keeps for the backward pass: of the first part of the second batch."""
+    trainable: int
+    """Parameters."""
+    seconds: float
+    steps: int
+    best_step: int
+    best: str
+    """The best checkpoint, as a directory that ``from_pretrained`` loads."""
+    tokens: int
+    out: str
+    seed: int
+
+    def as_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in vars(self).items():
+            found |= value if key == "scores" else {key: value}
+        return found
+
+    def words(self) -> str:
+        """A line for a person."""
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in self.scores.items())
+        guess = "" if self.majority is None else f" (most common label: {self.majority:.4f})"
+        return f"{self.task}: {scores}{guess}, best of {self.steps} steps at step {self.best_step}; saved under {self.best}"
+
+
+class _Labelled:
+    """What a run reads before its length is known."""
+
+    def __init__(self, config: ResolvedFinetune) -> None:
+        self.config, self.spec = config, find_task(config.task)
+        columns = Columns(config.text_column or "", config.pair_column, config.label_column or "")
+        self.train, self.validation = _rows(config, self.spec, columns)
+        self.labels = class_names(self.train, self.spec) if self.spec.kind == "classification" else ()
+
+
+def _rows(config: ResolvedFinetune, spec: TaskSpec, columns: Columns) -> tuple[list[Row], list[Row]]:
+    if config.data:
+        train = read_file(Path(config.data), "data", spec, columns)
+        if not config.validation_data:
+            return set_aside(train, spec)
+        return train, read_file(Path(config.validation_data), "validation_data", spec, columns)
+    return read_glue(spec, columns) if spec.glue else read_authors()
+
+
+class _FinetuneTask:
+    """What is common to the kinds of task; see ``Task``."""
+
+    selects = True
+    largest_loss = math.inf
+
+    def __init__(self, labelled: _Labelled) -> None:
+        self.config, self.spec, self.labels = labelled.config, labelled.spec, labelled.labels
+        config = self.config
+        if brings_weights(config.model):
+            try:  # before its tokenizer, whose absence would say less
+                AutoConfig.from_pretrained(config.model)
+            except Exception as error:  # of a dozen kinds
+                raise cannot_load(config.model, error) from error
+        self.tokenizer = load_tokenizer(config.tokenizer, needs_end=self.spec.kind == "lm")
+        self.data = Examples(
+            labelled.train, labelled.validation, self.spec, self.labels, self.tokenizer, config.max_length, config.seed
+        )
+        self.adapters: Any = None
+
+    def build_model(self) -> nn.Module:
+        head = None if self.spec.kind == "lm" else self.labels or ("value",)
+        config = self.config
+        model = build_model(config.model, self.tokenizer, config.max_length, config.seed, head, "max_length")
+        if self.config.lora.rank:
+            self.adapters = add_lora(model, self.config.lora)
+        return model
+
+    def words(self, measured: dict[str, float]) -> str:
+        return f"validation loss {measured['val_loss']:.4f}, " + ", ".join(
+            f"{name} {measured[name]:.4f}" for name in self.spec.scores
+        )
+
+
+class Continuation(_FinetuneTask):
+    """A causal language model learns to write answers, scored by the perplexity of their tokens."""
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        return token_losses(model, batch)
+
+    def evaluate(
+        self, model: nn.Module, batch_size: int, autocast: AbstractContextManager[object], ranks: Processes
+    ) -> dict[str, float]:
+        loss = evaluate(model, self.data.validation(), batch_size, autocast, ranks)
+        return {"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))}
+
+    def worth(self, measured: dict[str, float]) -> float:
+        return -measured["val_loss"]
+
+
+class Labelling(_FinetuneTask):
+    """A class or a number for each text, or pair of texts: cross entropy, or the square of the error."""
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self._loss(self._logits(model, batch), batch.targets)
+
+    @torch.no_grad()
+    def evaluate(
+        self, model: nn.Module, batch_size: int, autocast: AbstractContextManager[object], ranks: Processes
+    ) -> dict[str, float]:
+        """Every rank sees all of the validation set: scores such as F1 are no means over its parts."""
+        model.eval()
+        device = next(model.parameters()).device
+        logits, targets = [], []
+        with autocast:
+            for batch in self.data.validation_batches(batch_size):
+                logits.append(self._logits(model, batch.to(device)).cpu())
+                targets.append(batch.targets)
+        model.train()
+        found, wanted = torch.cat(logits), torch.cat(targets)
+        predicted = found.argmax(-1) if self.labels else found[:, 0]
+        return {
+            "val_loss": float(self._loss(found, wanted)) / len(wanted),
+            **{name: SCORES[name](predicted, wanted) for name in self.spec.scores},
+        }
+
+    def worth(self, measured: dict[str, float]) -> float:
+        return measured[self.spec.scores[0]]
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        inner = getattr(model, "module", model)  # of DDP
+        kinds = (
+            {"token_type_ids": batch.kinds} if "token_type_ids" in inspect.signature(inner.forward).parameters else {}
+        )
+        return model(input_ids=batch.inputs, attention_mask=batch.mask, **kinds).logits.float()
+
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if self.labels:
+            return cross_entropy(logits, targets, reduction="sum")
+        return mse_loss(logits[:, 0], targets, reduction="sum")
+
+
+class Finetuning(Training[FinetuneSummary]):
+    """A fine-tuning run; see ``Training``."""
+
+    command = "finetune"
+    task: Continuation | Labelling
+    config: ResolvedFinetune
+
+    def __init__(self, config: FinetuneConfig, ranks: Processes = ALONE) -> None:
+        resolved = resolve_finetune(config)
+        with ranks.one_first():
+            labelled = _Labelled(resolved)
+        labelled.config = with_length(resolved, len(labelled.train))
+        kind: type[Continuation] | type[Labelling] = Continuation if labelled.spec.kind == "lm" else Labelling
+        super().__init__(labelled.config, lambda: kind(labelled), ranks)
+
+    def summarise(self, measured: dict[str, float], place: Path) -> FinetuneSummary:
+        best = self.best or {"step": self.step, "measured": measured}
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)  # before adapters are merged
+        if self.task.adapters is not None:
+            if self.ranks.first:
+                self._merge(place)
+            place = self.out / checkpoints.MODEL
+        held = evaluate_groups(describe(self.config.optimizer)["state_formula"], self.optimizer.param_groups)
+        return FinetuneSummary(
+            task=self.config.task,
+            model=self.config.model,
+            optimizer=self.config.optimizer,
+            metric=self.task.spec.scores[0],
+            scores={name: best["measured"][name] for name in self.task.spec.scores},
+            majority=self.task.data.majority(),
+            val_loss=best["measured"]["val_loss"],
+            state_bytes=state_bytes(self.optimizer),
+            state_bytes_formula=held["states"] + held["bases"],
+            saved_activation_bytes=self.saved_bytes,
+            trainable=trainable,
+            seconds=round(self.seconds, 3),
+            steps=self.step,
+            best_step=best["step"],
+            best=str(place),
+            tokens=self.tokens,
+            out=str(self.out),
+            seed=self.config.seed,
+        )
+
+    def _merge(self, checkpoint: Path) -> None:
+        """Write the best adapters in the weights, as a model that needs no peft: ``OUT/model``."""
+        checkpoints.load_weights(checkpoint, self.model)
+        merged = self.task.adapters.merge_and_unload()
+        size = sum(p.numel() * p.element_size() for p in merged.parameters())
+        with written("model", self.out / checkpoints.MODEL, size) as scratch:
+            merged.save_pretrained(scratch)
+            self.tokenizer.save_pretrained(scratch)

@@ -1,0 +1,185 @@
+"""Models: transformers' LLaMA from a preset, or any model from a config or a directory; causal, or with a head for
+labels.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from subspan.training.models.presets import PRESETS, Preset
+from subspan.utils.errors import InputError, first_line
+from subspan.utils.suggestions import near_names
+
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+transformers_logging.disable_progress_bar()  # a run shows one bar, its own
+
+
+def preset_of(name: str) -> Preset | None:
+    """The preset of this name, or ``None`` for a path or a hub name.
+
+    Raises:
+        InputError: neither a preset, nor anything that could be a path or a hub name.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    if not Path(name).exists() and not _HUB_NAME.fullmatch(name):
+        raise InputError(
+            f"model {name!r} is unknown; {near_names(name, PRESETS)} (or give a path to a config or a model)"
+        )
+    return None
+
+
+def own_tokenizer(name: str) -> str:
+    """Where the tokenizer of a model that is no preset is found, unless another is given.
+
+    Raises:
+        InputError: a local model without one.
+    """
+    path = Path(name)
+    if not path.exists():
+        return name
+    if (path / "checkpoints").is_dir():
+        inside = "its model" if (path / "model").is_dir() else "one of its checkpoints/step-NNNNNN"
+        raise InputError(f"model {name!r}: is the directory of a run; give {inside}")
+    folder = path if path.is_dir() else path.parent
+    if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        raise InputError(f"tokenizer=None: the model {name!r} brings none; give --tokenizer bytes, embedded, or a path")
+    return str(folder)
+
+
+def brings_weights(name: str) -> bool:
+    """Whether the model of this name comes with weights: a directory that holds some, or a hub name."""
+    path = Path(name)
+    if preset_of(name) is not None or path.is_file():
+        return False
+    return not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+
+
+def build_model(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    seed: int,
+    labels: Sequence[str] | None = None,
+    setting: str = "sequence_length",
+) -> nn.Module:
+    """A causal language model, or one with a head for ``labels`` (a single one is a number to predict).
+
+    Presets and configs start from random weights, directories and hub names from theirs; a head that they do not bring
+    is
+    random. The seed sets the initial weights; nothing drawn before matters. ``setting`` is what the user calls the
+    length.
+    """
+    preset, path = preset_of(name), Path(name)
+    torch.manual_seed(seed)
+    kind = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
+    head = {} if labels is None else _head(tokenizer, labels)
+    if preset is not None:
+        config = _llama(preset, tokenizer, sequence_length)
+        config.update(head)
+        return _from_config(kind, config)
+    try:
+        if not brings_weights(name):
+            config = AutoConfig.from_pretrained(path, **head)
+            config.vocab_size = len(tokenizer)
+            model = _from_config(kind, config)
+        else:
+            model = kind.from_pretrained(
+                name, dtype=torch.float32, **head, **({"ignore_mismatched_sizes": True} if head else {})
+            )
+    except Exception as error:  # configs and weights can be wrong in a dozen ways, each with an error class of its own
+        raise cannot_load(name, error) from error
+    _check_fits(name, model, tokenizer, sequence_length, setting)
+    if labels is None:
+        _check_causal(name, model)
+    return model
+
+
+def cannot_load(name: str, error: Exception) -> InputError:
+    """The error for a model that is not there, or is none."""
+    return InputError(f"model {name!r} cannot be loaded: {first_line(error)}; presets are {', '.join(PRESETS)}")
+
+
+def _head(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> dict[str, Any]:
+    return {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: number for number, label in enumerate(labels)},
+        # A decoder reads the label off the last token that is none of padding.
+        "pad_token_id": padding_of(tokenizer),
+    }
+
+
+def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills up a batch; behind a text it does not matter which."""
+    known = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return 0 if known is None else int(known)
+
+
+def _check_fits(name: str, model: Any, tokenizer: PreTrainedTokenizerBase, length: int, setting: str) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"model {name!r} knows {rows} tokens, the tokenizer {len(tokenizer)}; use the model's own: --tokenizer "
+            f"{name}"
+        )
+    positions = positions_of(model)
+    if positions is not None and positions < length:
+        raise InputError(f"{setting}={length}: the model {name!r} has {positions} positions; give fewer tokens")
+
+
+def positions_of(model: Any) -> int | None:
+    """How many tokens ``model`` has positions for; ``None`` if its config says nothing of them."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        return None
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count from behind the position that stands for padding: of 514 they use 512.
+        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
+            return min(positions, module.num_embeddings - module.padding_idx - 1)
+    return positions
+
+
+def _check_causal(name: str, model: Any) -> None:
+    ids = torch.zeros(2, 4, dtype=torch.long)
+    ids[1, -1] = 1
+    model.eval()
+    with torch.no_grad():
+        first, second = model(input_ids=ids, use_cache=False).logits[:, 0]
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-4):
+        raise InputError(
+            f"model {name!r} sees the tokens it should predict: it is not causal; give a decoder, such as a LLaMA"
+        )
+
+
+def _llama(preset: Preset, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=preset.hidden,
+        intermediate_size=preset.mlp,
+        num_hidden_layers=preset.layers,
+        num_attention_heads=preset.heads,
+        max_position_embeddings=max(1024, sequence_length),
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _from_config(kind: Any, config: Any) -> nn.Module:
+    model: nn.Module = kind.from_config(config, dtype=torch.float32)
+    return model

@@ -1,0 +1,118 @@
+"""Pretraining: the next token of documents."""
+
+import math
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from subspan.storage.allocation import state_bytes
+from subspan.training.config.resolve import ResolvedConfig, resolve
+from subspan.training.config.settings import PretrainConfig
+from subspan.training.data.batches import Batch, DataSource
+from subspan.training.data.documents import find_documents
+from subspan.training.data.streams import STREAMS, TokenStream
+from subspan.training.data.token_cache import TokenWindows, tokenise
+from subspan.training.data.tokenizer import load_tokenizer
+from subspan.training.evaluation import evaluate, token_losses
+from subspan.training.loop import RunDivergedError as RunDivergedError
+from subspan.training.loop import Training
+from subspan.training.models.build import build_model
+from subspan.training.processes import ALONE, Processes
+from subspan.utils.errors import InputError
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run reports."""
+
+    optimizer: str
+    model: str
+    steps: int
+    tokens: int
+    val_loss: float
+    val_ppl: float
+    state_bytes: int
+    seconds: float
+    out: str
+    seed: int
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def words(self) -> str:
+        """A line for a person."""
+        return f"validation loss {self.val_loss:.4f}, perplexity {self.val_ppl:.2f}; saved under {self.out}"
+
+
+class LanguageModelling:
+    """A causal language model on documents; see ``Task``."""
+
+    selects = False
+    largest_loss = 700.0  # beyond, its perplexity is no longer a number
+
+    def __init__(self, config: ResolvedConfig) -> None:
+        self.config = config
+        self.tokenizer = load_tokenizer(config.tokenizer)
+        self.data = _open_data(config, self.tokenizer)
+        self._validation: Batch | None = None
+
+    def build_model(self) -> nn.Module:
+        return build_model(self.config.model, self.tokenizer, self.config.sequence_length, self.config.seed)
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        return token_losses(model, batch)
+
+    def evaluate(
+        self, model: nn.Module, batch_size: int, autocast: AbstractContextManager[object], ranks: Processes
+    ) -> dict[str, float]:
+        if self._validation is None:
+            self._validation = self.data.validation()
+        return {"val_loss": evaluate(model, self._validation, batch_size, autocast, ranks)}
+
+    def words(self, measured: dict[str, float]) -> str:
+        return f"validation loss {measured['val_loss']:.4f}, perplexity {math.exp(measured['val_loss']):.2f}"
+
+    def worth(self, measured: dict[str, float]) -> float:
+        return -measured["val_loss"]
+
+
+class Pretraining(Training[Summary]):
+    """A pretraining run; see ``Training``."""
+
+    command = "pretrain"
+
+    def __init__(self, config: PretrainConfig, ranks: Processes = ALONE) -> None:
+        resolved = resolve(config)
+        super().__init__(resolved, lambda: LanguageModelling(resolved), ranks)
+
+    def summarise(self, measured: dict[str, float], place: Path) -> Summary:
+        return Summary(
+            optimizer=self.config.optimizer,
+            model=self.config.model,
+            steps=self.step,
+            tokens=self.tokens,
+            val_loss=measured["val_loss"],
+            val_ppl=math.exp(measured["val_loss"]),
+            state_bytes=state_bytes(self.optimizer),
+            seconds=round(self.seconds, 3),
+            out=str(self.out),
+            seed=self.config.seed,
+        )
+
+
+def _open_data(config: ResolvedConfig, tokenizer: Any) -> DataSource:
+    if config.data.partition(":")[0] in STREAMS:
+        if config.validation_data:
+            raise InputError(
+                f"validation_data={config.validation_data!r}: {config.data} has a validation half of its own"
+            )
+        return TokenStream(config.data, tokenizer, config.sequence_length, config.evaluation.tokens, config.packing)
+    if not config.packing:
+        raise InputError(
+            f"packing=False: only streamed data ({', '.join(STREAMS)}) can be left unpacked; data is {config.data!r}"
+        )
+    documents = find_documents(config.data, config.validation_data)
+    return TokenWindows(tokenise(documents, tokenizer), config.sequence_length, config.seed, config.evaluation.tokens)

@@ -1,0 +1,275 @@
+"""One rank of a ``fully_shard`` run that saves or loads sharded checkpoints. It asserts; the others end if it fails.
+
+Arguments: the scenario, a directory.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.processes import joined
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import subspan
+from subspan.checkpoints import shard_files as shards
+from subspan.checkpoints.sharded import damage, load_sharded, save_sharded, save_sharded_async
+from subspan.utils.errors import InputError
+
+OPTIMIZERS = ["adamw", "torch_sgd", "sara_adamw", "golore_adamw", "galore_adafactor", "fira_adamw", "sara_adamw_8bit"]
+"""Names of ``subspan.create``, or ``torch_sgd``. To test another one on sharded models, add it here."""
+
+BEFORE, AFTER = 3, 2  # steps trained before a checkpoint and after it
+
+
+class Block(nn.Module):
+    """Seven rows, which two, three and four ranks share unevenly; and a vector of three, of which the fourth gets
+    nothing.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(12), nn.Linear(12, 7), nn.Linear(7, 12, bias=False)
+        self.gain = nn.Parameter(torch.ones(3))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        if self.training:
+            self.calls += 1
+        return x + self.down(torch.relu(self.up(self.norm(x)))) * self.gain.mean()
+
+
+class Model(nn.Module):
+    """An embedding that is the head as well, two blocks, and a layer whose moments are large enough for 8 bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(23, 12), nn.Linear(12, 23, bias=False)
+        self.head.weight = self.embedding.weight
+        self.blocks, self.wide = nn.Sequential(Block(), Block()), nn.Linear(12, 1031)
+
+    def forward(self, ids):
+        x = self.blocks(self.embedding(ids))
+        return self.head(x) + self.wide(x).mean(-1, keepdim=True)
+
+
+def build(name, *, mesh=None, sharded=True, seed=0):
+    """A model, sharded or plain, and its optimizer."""
+    torch.manual_seed(seed)
+    model = Model()
+    if sharded:
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    if name == "torch_sgd":
+        return model, torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1), momentum=0.9)
+    # A basis of the columns, which sharded rows need; a plain run that is to go on from theirs says so.
+    return model, subspan.create(name, model, lr=1e-2, rank=4, update_proj_gap=2, proj_type="right")
+
+
+def train(model, optimizer, steps, *, first):
+    for step in range(first, first + steps):
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        ids = torch.randint(23, (2, 6), generator=torch.Generator().manual_seed(100 * step + rank))
+        model(ids).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def whole(value):
+    if isinstance(value, DTensor):
+        return value.full_tensor()
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def snapshot(model, optimizer):
+    """Everything, by name, unsharded. It goes another way than the code under test."""
+    every = {f"model {name}": whole(value) for name, value in model.state_dict().items()}
+    for name, p in model.named_parameters():
+        every |= {f"state {name} {key}": whole(value) for key, value in optimizer.state.get(p, {}).items()}
+    for number, group in enumerate(optimizer.param_groups):
+        every |= {f"group {number} {key}": whole(value) for key, value in group.items() if key != "params"}
+    return every
+
+
+def assert_same(got, expected):
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert got[key].dtype == value.dtype, key
+            assert torch.equal(got[key], value), key
+        else:
+            assert type(got[key]) is type(value), key
+            assert got[key] == value, key
+
+
+def tensors(spread):
+    """Every dtype, as few rows as none; ``spread`` says how a tensor is placed."""
+    G = torch.arange(-10, 11).reshape(7, 3)
+    dtypes = ("bfloat16", "float16", "float64", "uint8", "int8", "int64", "bool", "float8_e4m3fn")
+    plain = {f"as_{dtype}": G.to(getattr(torch, dtype)) for dtype in dtypes}
+    plain |= {
+        "vector": torch.arange(5.0),
+        "row": torch.ones(1, 3),
+        "none": torch.ones(0, 3),
+        "stack": torch.rand(3, 2, 2),
+    }
+    module = nn.Module()
+    for name, value in plain.items():
+        module.register_buffer(name, spread(value, 0))
+    module.register_buffer("columns", spread(G.float(), 1))
+    module.register_buffer("number", torch.tensor(3.5))
+    module.register_buffer("copied", spread(torch.arange(4.0), None))
+    return module
+
+
+def spread_over(mesh):
+    def spread(value, dim):
+        # distribute_tensor communicates, which gloo does not do for every dtype.
+        carried = value.view(torch.uint8) if value.dtype in (torch.bool, torch.float8_e4m3fn) else value
+        placed = distribute_tensor(carried, mesh, [Replicate() if dim is None else Shard(dim)], src_data_rank=None)
+        local = placed.to_local().view(value.dtype)
+        return DTensor.from_local(
+            local, mesh, placed.placements, run_check=False, shape=value.shape, stride=value.stride()
+        )
+
+    return spread
+
+
+def no_optimizer():
+    """An optimizer that has nothing to do, for a model without parameters."""
+    return torch.optim.SGD([{"params": []}], lr=0.1)
+
+
+# --- scenarios --------------------------------------------------------------------------------------------------------
+
+
+def save(folder):
+    """For each optimizer: a checkpoint, one saved while training goes on, and what they must be equal to."""
+    rank = dist.get_rank()
+    for name in OPTIMIZERS:
+        model, optimizer = build(name)
+        train(model, optimizer, BEFORE, first=0)
+        reference = snapshot(model, optimizer)
+        save_sharded(folder / name, model, optimizer)
+        pending = save_sharded_async(folder / f"{name}-async", model, optimizer)
+        train(model, optimizer, AFTER, first=BEFORE)
+        assert not (folder / f"{name}-async" / "index.json").exists()
+        pending.wait()
+        assert pending.done()
+        if rank == 0:
+            torch.save(reference, folder / f"{name}.pt")
+        later = snapshot(model, optimizer)
+        # The unbroken run is met again, by a model that has been trained elsewhere before.
+        model, optimizer = build(name, seed=1)
+        train(model, optimizer, 1, first=50)
+        load_sharded(folder / name, model, optimizer)
+        train(model, optimizer, AFTER, first=BEFORE)
+        assert_same(snapshot(model, optimizer), later)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    save_sharded(folder / "tensors", tensors(spread_over(mesh)), no_optimizer())
+
+
+def load(folder):
+    """On another number of ranks: the same state, in the shards of this number; saved again, the same again."""
+    count = dist.get_world_size()
+    meshes = [None] if count != 4 else [None, init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))]
+    for name in OPTIMIZERS:
+        expected = torch.load(folder / f"{name}.pt", weights_only=True)
+        for number, mesh in enumerate(meshes):
+            model, optimizer = build(name, seed=1, mesh=mesh)
+            load_sharded(folder / name, model, optimizer)
+            assert_same(snapshot(model, optimizer), expected)
+            assert all(isinstance(p, DTensor) for p in model.parameters())
+            save_sharded(folder / f"{name}-from-{count}-{number}", model, optimizer)
+            train(model, optimizer, 1, first=BEFORE)
+    mesh = init_device_mesh("cpu", (count,))
+    module = tensors(spread_over(mesh))
+    for value in module.state_dict().values():
+        shards.piece_of(value).local.zero_()
+    load_sharded(folder / "tensors", module, no_optimizer())
+    torch.manual_seed(0)
+    for key, value in tensors(lambda value, dim: value).state_dict().items():
+        mine = shards.piece_of(module.state_dict()[key])
+        there = value[tuple(slice(at, at + size) for at, size in zip(mine.offsets, mine.local.shape, strict=True))]
+        assert mine.local.dtype == there.dtype, key
+        assert mine.local.tolist() == there.tolist(), key
+
+
+def refuse(folder):
+    """What is wrong on one rank is an error on all, at once, with the same words; and nothing has changed."""
+    rank, name = dist.get_rank(), OPTIMIZERS[0]
+    model, optimizer = build(name, seed=1)
+    train(model, optimizer, 1, first=50)
+    before = snapshot(model, optimizer)
+    messages = []
+    for case in ("missing", "flipped", "index"):
+        broken = folder / f"broken-{case}"
+        if rank == 0:
+            shutil.copytree(folder / name, broken)
+            path = broken / ("index.json" if case == "index" else "model-00001-of-00002.safetensors")
+            data = bytearray(path.read_bytes())
+            data[-3] ^= 1
+            path.unlink()
+            if case != "missing":
+                path.write_bytes(data)
+        dist.barrier()
+        with pytest.raises(InputError) as caught:
+            load_sharded(broken, model, optimizer)
+        messages.append(str(caught.value))
+    with pytest.raises(InputError) as caught:
+        load_sharded(folder / name, *build("torch_sgd"))
+    messages.append(str(caught.value))
+
+    # A disk that is full on the second rank only.
+    real, full = shards.save_file, folder / "full"
+    if rank == 1:
+
+        def save_file(*arguments, **keywords):
+            raise OSError(28, "No space left on device")
+
+        shards.save_file = save_file
+    with pytest.raises(InputError) as caught:
+        save_sharded(full, model, optimizer)
+    messages.append(str(caught.value))
+    shards.save_file = real
+    assert not (full / "index.json").exists()
+    assert_same(snapshot(model, optimizer), before)
+    # An error of another kind on one rank leaves none waiting.
+    if rank == 1:
+        optimizer.param_groups[0]["strange"] = object()
+    with pytest.raises(InputError, match=r"param_groups.0.strange is a object"):
+        save_sharded(folder / "strange", model, optimizer)
+    (folder / f"messages-{rank}.json").write_text(json.dumps(messages))
+
+
+def publishing(folder):
+    """Ranks write into one scratch directory; the first renames it when all have."""
+    from subspan.checkpoints.directory import list_checkpoints
+    from subspan.checkpoints.publish import open_scratch, publish
+
+    model, optimizer = build(OPTIMIZERS[0])
+    home = folder / "checkpoints"
+    for step in (1, 2, 3):
+        train(model, optimizer, 1, first=step)
+        scratch = open_scratch(home)
+        assert list(scratch.iterdir()) == []
+        save_sharded(scratch, model, optimizer)
+        path = publish(scratch, step=step, keep=2)
+        assert path.name == f"step-{step:06d}"
+        assert not scratch.exists()
+        assert damage(path) is None
+        (scratch.with_name(f"seen-{dist.get_rank()}-{step}")).touch()
+        dist.barrier()
+    assert [path.name for path in list_checkpoints(home)] == ["step-000002", "step-000003"]
+
+
+def main(scenario, folder):
+    with joined():
+        globals()[scenario](Path(folder))

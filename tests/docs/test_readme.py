@@ -1,0 +1,102 @@
+"""What the README shows is run: its Python in order, its commands as far as their settings."""
+
+import io
+import json
+import re
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from support.pages import ROOT, commands, python_blocks, run
+
+from subspan.cli import main
+from subspan.planning.compare import METHODS
+from subspan.training.config.resolve import resolve
+from subspan.training.config.resolve_finetuning import resolve_finetune
+from subspan.training.finetuning import Finetuning
+from subspan.training.pretraining import Pretraining
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [words for words in commands(README) if words[0] == "pretrain" and words[1].startswith(("--m", "--c"))]
+TUNING = [words for words in commands(README) if words[0] == "finetune"]
+PLANS = [words for words in commands(README) if words[0] == "plan"]
+
+
+def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The blocks run one after another, as a reader would type them, each with something to project; and the number in
+    the
+    comment is AdamW's."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        for _ in run(python_blocks(README), names, "README.md"):
+            names.setdefault("first_model", names["model"])
+    assert "no matrix is projected" not in caplog.text
+    shown = re.search(r"```\n(Importance.*?)```", README, re.DOTALL)
+    assert shown
+    assert [line.split() for line in shown[1].splitlines()] == [
+        line.split() for line in printed.getvalue().splitlines()[:5]
+    ]
+    import subspan
+
+    model: torch.nn.Module = names["first_model"]  # type: ignore[assignment]
+    adamw = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    adamw.step()
+    assert f"{subspan.state_bytes(adamw):,}" in README
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=lambda arguments: " ".join(arguments[:3]))
+def test_commands(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    seen = []
+    monkeypatch.setattr(Pretraining, "__init__", lambda self, config, ranks: seen.append(resolve(config)))
+    monkeypatch.setattr(Pretraining, "run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(arguments) == 130
+    assert seen
+
+
+@pytest.mark.parametrize("arguments", TUNING, ids=lambda arguments: " ".join(arguments[:3]))
+def test_finetuning_commands(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as their settings; a name on the hub is taken for a model with weights, and nothing of it is read."""
+    seen = []
+    monkeypatch.setattr(Finetuning, "__init__", lambda self, config, ranks: seen.append(resolve_finetune(config)))
+    monkeypatch.setattr(Finetuning, "run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(arguments) == 130
+    assert seen
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_plans(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The figures of the section are those of its commands, and of the one that it changes; the other's rows are
+    compared.
+    """
+
+    def gib(size: int) -> str:
+        return f"{size / 2**30:.1f}"
+
+    one, all_of = PLANS
+    monkeypatch.chdir(tmp_path)
+    assert main(one) == 0
+    found = json.loads(capsys.readouterr().out)
+    said = re.search(r"no, ([\d.]+) GiB; the largest rank that fits is (\d+)", README)
+    assert said
+    assert (gib(found["bytes"]["total"]), str(found["largest_rank"])) == said.groups()
+    assert found["fits"] is False
+    changed = re.search(r"\(`([^`]*)`\) it does, in ([\d.]+) GiB", README)
+    assert changed
+    assert main([*one, *changed[1].split()]) == 0  # a later flag wins
+    found = json.loads(capsys.readouterr().out)
+    assert (found["fits"], gib(found["bytes"]["total"])) == (True, changed[2])
+    assert main([*all_of, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == len(METHODS)
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) >= 3
+    assert len(TUNING) >= 2
+    assert len(PLANS) == 2

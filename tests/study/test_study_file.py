@@ -1,0 +1,137 @@
+"""What a study file says, and what is wrong with one."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.studies import SMALL, make, write
+
+from subspan.study.study_file import load_study
+from subspan.training.config.settings import CheckpointConfig, EvaluationConfig
+from subspan.utils.errors import InputError
+
+ROWS = SMALL["rows"]
+
+
+def test_rows_have_the_base_and_their_own(tmp_path: Path) -> None:
+    rows = {"a": {"optimizer": "sara_adamw", "evaluation": {"tokens": 32}, "optim": {"selector": {"power": 2.0}}}}
+    (row,) = make(tmp_path, rows=rows).rows
+    assert row.config.steps == 4
+    assert row.config.evaluation == EvaluationConfig(every=2, tokens=32)
+    assert row.config.optim.selector == {"power": 2.0}
+    assert row.lr == 0.01  # the method's own
+
+
+def test_a_grid_is_a_row_for_each_point_compared_point_by_point(tmp_path: Path) -> None:
+    grid = {"rank": [4, 8], "optim.transfer": ["keep", "rotate"]}
+    rows = {
+        "full": {"optimizer": "adamw"},
+        "galore": {"optimizer": "galore_adamw", "versus": "full", "grid": grid},
+        "sara": {"optimizer": "sara_adamw", "versus": "galore", "grid": grid},
+    }
+    found = {row.name: row for row in make(tmp_path, rows=rows).rows}
+    assert len(found) == 9
+    row = found["sara[rank=8,transfer=rotate]"]
+    assert (row.config.rank, row.config.optim.transfer) == (8, "rotate")
+    assert row.versus == "galore[rank=8,transfer=rotate]"
+    assert found["galore[rank=4,transfer=keep]"].versus == "full"
+
+
+def test_the_key_is_of_what_is_computed(tmp_path: Path) -> None:
+    study = make(tmp_path)
+    cell = study.rows[1].cell(0.01, 0)
+
+    def key(**changes: Any) -> str:
+        return replace(cell, config=replace(cell.config, **changes)).key
+
+    free = {"threads": 2, "checkpoint": CheckpointConfig(every=3), "log_every": 1, "out": "x", "update_proj_gap": 50}
+    assert key(**free) == cell.key  # 50 is the preset's own
+    assert cell.key == make(tmp_path, rows={"other": ROWS["galore"]}).rows[0].cell(0.01, 0).key
+    different = [{"seed": 1}, {"lr": 0.02}, {"steps": 5}, {"rank": 8}, {"evaluation": EvaluationConfig(tokens=32)}]
+    assert len({cell.key, *(key(**change) for change in different)}) == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seedz": [1]}, "'seedz': no key of a study; did you mean seeds or sweep?"),
+        ({"seeds": [0, 0]}, "seeds=[0, 0]: expected a list of different whole numbers"),
+        ({"seeds": None}, "seeds=None: expected a list"),
+        ({"rows": {}}, "rows: expected a mapping"),
+        ({"rows": {"a": "sara"}}, "rows.a='sara': expected settings"),
+        ({"rows": {"a": {"optimizer": "sarra_adamw"}}}, "rows.a: optimizer 'sarra_adamw' is unknown; did you mean"),
+        ({"rows": {"a": {"optimizer": "sara_adamw", "stepz": 3}}}, "rows.a: "),
+        ({"rows": {"a": {"optimizer": "sara_adamw", "steps": "many"}}}, "rows.a: "),
+        ({"rows": {"a": {"optimizer": "sara_adamw", "steps": 0}}}, "rows.a: steps=0: expected a whole number >= 1"),
+        ({"rows": {"a": {"optimizer": "sara_adamw", "seed": 3}}}, "rows.a.seed: belongs to seeds"),
+        ({"rows": {"a": {"versus": "bb"}, "b": {}}}, "rows.a.versus='bb': no row of this name; did you mean b?"),
+        ({"rows": {"a": {"grid": {"rank": 3}}}}, "rows.a.grid={'rank': 3}: expected a list of values"),
+        ({"reference": "ful"}, "reference='ful': no row of this name; did you mean full?"),
+        ({"sweep": {"seed": 0, "factors": [1, 2]}}, "sweep.seed=0: expected a whole number >= 0 that is none of seeds"),
+        ({"sweep": {"seed": 9, "factors": [2, 1]}}, "sweep.factors=[2, 1]: expected two or more rising numbers"),
+        ({"sweep": {"seed": 9}}, "sweep={'seed': 9}: expected seed, factors"),
+        ({"base": {"seed": 1}}, "base.seed: belongs to seeds"),
+    ],
+)
+def test_what_is_wrong_is_named(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    path = write(tmp_path, **changes)
+    with pytest.raises(InputError) as caught:
+        load_study(path)
+    lines, (key, _) = path.read_text().splitlines(), next(iter(changes.items()))
+    found = re.match(rf"{path}(:(\d+))?: ", str(caught.value))
+    assert found
+    if key in ("seedz", "seeds", "reference", "base", "sweep", "rows"):  # the line of the key, or of one within
+        at = int(found[2])
+        begin = next(number for number, line in enumerate(lines, 1) if line.startswith(f"{key}:"))
+        end = next(
+            (number for number, line in enumerate(lines, 1) if number > begin and line[0] not in " -"), len(lines) + 1
+        )
+        assert begin <= at < end
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_line_is_that_of_the_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("seeds: [0]\nrows:\n  full: {optimizer: adamw}\n\n  a: {optimizer: sarra_adamw}\n")
+    with pytest.raises(InputError, match=rf"^{path}:5: rows.a: optimizer 'sarra_adamw' is unknown"):
+        load_study(path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (
+            "  a: {optimizer: adamw}\n  a: {optimizer: sara_adamw}\n",
+            r":4: 'rows.a' stands in line 3 too; rename or remove one$",
+        ),
+        (
+            "  a: {grid: {optim.selector: [{power: 0, power: 1}]}}\n",
+            r":3: 'rows.a.grid.optim.selector.0.power' stands in line 3 too",
+        ),
+        ("  a: &a\n    b: *a\n", r": is no YAML: maximum recursion depth"),
+        ("  a: {optimizer: sara_adamw, grid: {rank: [4, 4]}}\n", r":3: rows.a\[rank=4\]: 2 rows have this name"),
+    ],
+)
+def test_a_row_that_would_be_lost_is_refused(rows: str, words: str, tmp_path: Path) -> None:
+    """YAML takes the last of two keys that are alike, and drops the other in silence."""
+    path = tmp_path / "a.yaml"
+    path.write_text(f"seeds: [0]\nrows:\n{rows}")
+    with pytest.raises(InputError, match=f"^{path}{words}"):
+        load_study(path)
+
+
+def test_a_file_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"absent.yaml: No such file"):
+        load_study(tmp_path / "absent.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("rows: [")
+    with pytest.raises(ValueError, match=r"broken.yaml: is no YAML"):
+        load_study(broken)
+
+
+def test_every_committed_study_is_sound() -> None:
+    for path in (Path(__file__).parents[2] / "studies").glob("*.yaml"):
+        assert load_study(path).rows
