@@ -1,9 +1,8 @@
-"""One thread: the matrices here are small, and results must not depend on the machine. And what runs of all kinds
-read.
-"""
+"""What holds for every test: one thread, for results must not depend on the machine, and nothing of the user's."""
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +21,16 @@ def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SUBSPAN_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _ctrl_c() -> Iterator[None]:
+    """SIGINT at its default, for the tests and what they start: a shell that starts a command with ``&`` ignores it."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

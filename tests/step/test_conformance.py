@@ -153,7 +153,9 @@ def test_no_wait_and_no_trace_of_zeros(row):
 
 @pytest.mark.parametrize("row", cover(TABLE)[::2], ids=lambda row: "-".join(map(str, row)))
 def test_copies_and_new_groups(row):
-    """A deep copy and a pickle go on by themselves with the same bits. A group added later has all its state at once (R15)."""
+    """A deep copy and a pickle go on by themselves with the same bits. A group that is added later has all its state at
+    once (R15).
+    """
     optimizer, parameters = build(row)
     for number in range(4):
         step(optimizer, parameters, number)
