@@ -70,7 +70,6 @@ def test_finetuning_commands(arguments: list[str], monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_plans(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The figures of the section are those of its commands, and of the one that it changes; the other's rows are
     compared.
