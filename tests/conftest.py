@@ -1,27 +1,45 @@
-"""One thread: the matrices here are small, and results must not depend on the machine. And what runs of all kinds
-read.
-"""
+"""What holds for every test: one thread, for results must not depend on the machine, and nothing of the user's."""
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before its import: no test may reach a hub, or wait for one
 
+import hypothesis
 import pytest
 import torch
 from support.small_runs import documents
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")  # a busy one takes its time
 
 
 @pytest.fixture(autouse=True, scope="session")
 def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of tokens for each worker, and none of the user's."""
+    """Gives each worker a cache of tokens of its own, which is not the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SUBSPAN_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _signals() -> Iterator[None]:
+    """Sets SIGINT and SIGTERM to their defaults, for the tests and what they start. A shell that starts a command with
+    ``&`` has it ignore SIGINT, and so would all its children.
+    """
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    ignored = [signum for signum in defaults if signal.getsignal(signum) is signal.SIG_IGN]
+    for signum in ignored:
+        signal.signal(signum, defaults[signum])
+    yield
+    for signum in ignored:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 @pytest.fixture
@@ -32,7 +50,7 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _log_level() -> Iterator[None]:
-    """The command quiets the library's log; the next test of the process must not find it so."""
+    """Restores the level of the library's log, which the command changes: the next test must not find it quiet."""
     own = logging.getLogger("subspan")
     own.setLevel(logging.NOTSET)
     yield
@@ -40,9 +58,7 @@ def _log_level() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start several processes run one after another, with time for a machine whose cores are shared."""
+    """Tests that start several processes run one after another."""
     for item in items:
         if item.get_closest_marker("distributed"):
             item.add_marker(pytest.mark.xdist_group("processes"))
-            if not item.get_closest_marker("timeout"):
-                item.add_marker(pytest.mark.timeout(900))

@@ -1,53 +1,48 @@
 """The gradient of a carrier is the projected gradient, and both executions of a method are one."""
 
 import copy
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from support.backward_side import RANK, backward_side, basis_of, batches, layers_of, train
+from support.pairs import every_pair
 from torch.utils.checkpoint import checkpoint
 
 import subspan
 from subspan.backward import project_backward
 
 NAMES = [
-    *(
-        "galore_adamw",
-        "sara_adamw",
-        "golore_adamw",
-        "golore_hybrid_adamw",
-        "gosare_adamw",
-        "gasare_sgd",
-        "flora_adafactor",
-    ),
-    *("galore_sgd", "sara_adam_mini", "sara_lion", "sara_adamw_8bit", "galore_lazy_adamw", "grass_adamw", "rso_sgd"),
-]
+    "galore_adamw", "sara_adamw", "golore_adamw", "golore_hybrid_adamw", "gosare_adamw", "gasare_sgd", "flora_adafactor",
+    "galore_sgd", "sara_adam_mini", "sara_lion", "sara_adamw_8bit", "galore_lazy_adamw", "grass_adamw", "rso_sgd",
+]  # fmt: skip
+SHARES = {"auto": "auto", "none": "none", "a list": [["q_proj", "k_proj", "v_proj"]]}
 
 
 def dense_gradients(model: Any, data: Any) -> dict[str, torch.Tensor]:
-    """Of every weight, by plain autograd, over all of ``data``."""
+    """The gradient of every weight, by plain autograd, over all of ``data``."""
     for batch in data:
         model(**batch).loss.backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("share", ["auto", "none", [["q_proj", "k_proj", "v_proj"]]], ids=str)
-@pytest.mark.parametrize("name", ["golore_adamw", "sara_adamw", "gosare_adamw", "rso_adamw", "flora_sgd"])
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("accumulate", [1, 3])
+@every_pair(
+    "name, share, checkpointed, accumulate",
+    [*product(["golore_adamw", "sara_adamw", "gosare_adamw", "rso_adamw", "flora_sgd"], SHARES, [False, True], [1, 3])],
+)
 def test_carriers_get_the_projected_gradient(
-    llama: Any, share: Any, name: str, checkpointed: bool, accumulate: int
+    llama: Any, name: str, share: str, checkpointed: bool, accumulate: int
 ) -> None:
-    """R = G Q for every carrier, at the step that chooses the basis and at one that does not; everything else gets its
-    own
-    gradient. Against plain autograd at the same weights, in fp64."""
+    """Every carrier gets R = G Q, at the step that chooses the basis and at one that does not. Everything else gets its
+    own gradient. The comparison is with plain autograd at the same weights, in fp64.
+    """
     model = llama().double()
     if checkpointed:
         model.train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     plain = copy.deepcopy(model)
-    optimizer, _ = backward_side(model, name, share, lr=0.0)
+    optimizer, _ = backward_side(model, name, SHARES[share], lr=0.0)
     for step in range(2):
         data = list(batches(accumulate, seed=step))
         expected = dense_gradients(plain, data)
@@ -65,13 +60,11 @@ def test_carriers_get_the_projected_gradient(
         plain.zero_grad()
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("transfer", [None, "moments"])
-@pytest.mark.parametrize("merge", ["step", "refresh"])
+@every_pair("name, transfer, merge", [*product(NAMES, [None, "moments"], ["step", "refresh"])])
 def test_both_executions_agree(llama: Any, name: str, transfer: Any, merge: str) -> None:
-    """Fifty steps over ten refreshes, with weight decay: the losses of the optimizer-side method with right bases; the
-    same
-    keys, so the same draws. Weights are in fp64, but transformers computes norms and losses in fp32."""
+    """Fifty steps over ten refreshes, with weight decay, have the losses of the optimizer-side method with right bases:
+    keys are the same, and so are draws. Weights are in fp64, but transformers computes norms and losses in fp32.
+    """
     twin, model = llama().double(), llama().double()
     settings = {
         "lr": 1e-3,
@@ -148,7 +141,7 @@ def test_full_rank_sgd_is_sgd() -> None:
 
 
 def test_a_layer_called_twice() -> None:
-    """With other inputs, and with the same again: both parts of the gradient arrive."""
+    """Whether it is called with other inputs or with the same again, both parts of the gradient arrive."""
 
     class Twice(torch.nn.Module):
         def __init__(self) -> None:
@@ -177,7 +170,9 @@ def test_a_layer_called_twice() -> None:
 @pytest.mark.parametrize("execution", ["backward", "optimizer"])
 @pytest.mark.parametrize("name", ["rso_sgd", "rso_adamw"])
 def test_proximal_term(coupled: bool, execution: str, name: str) -> None:
-    """RSO written out: min_B f(W + B Qᵀ) + ||B||² / (2 eta) B and its moments from zero in each subspace."""
+    """The steps are those of RSO written out: min_B f(W + B Qᵀ) + ||B||² / (2 eta), with B and its moments from zero in
+    each subspace.
+    """
     eta, lr, W = 0.7, 0.05, torch.randn(10, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model = torch.nn.Sequential(torch.nn.Linear(6, 10, bias=False)).double()
     with torch.no_grad():

@@ -71,7 +71,6 @@ def test_finetuning_commands(arguments: list[str], monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_plans(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The table of the section shows what its first command says, as it stands and with the flags that a row adds."""
 

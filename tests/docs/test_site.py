@@ -30,7 +30,6 @@ def build(builder: str, output: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.timeout(900)
 def test_it_builds(tmp_path: Path) -> None:
     """A warning is an error: a name that cannot be found, a page in no table of contents, markup that cannot be read.
 

@@ -234,9 +234,7 @@ def outcome(config: PretrainConfig, finite: bool = False) -> str:
     return "trained"
 
 
-@pytest.mark.parametrize(
-    "cases", [pytest.param(60), pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
-)
+@pytest.mark.parametrize("cases", [pytest.param(60), pytest.param(1000, marks=[pytest.mark.slow])])
 def test_generated_configurations(cases: int, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The share of cases that train is checked too: a generator of nothing but refusals would prove little."""
     monkeypatch.chdir(tmp_path)

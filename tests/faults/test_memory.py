@@ -61,7 +61,6 @@ def config(name: str, make: Make, steps: int, tmp_path: Path) -> PretrainConfig:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", METHODS)
 def test_memory_is_flat(name: str, tiny: Make, tmp_path: Path) -> None:
     """Resident memory after 200 and after 2,000 steps, refreshes, evaluations and checkpoints included."""

@@ -1,5 +1,7 @@
 """Zero, non-finite and rank-deficient gradients, and factorisations that fail (contract R4, R11)."""
 
+from itertools import product
+
 import pytest
 import torch
 from support.helpers import (
@@ -14,6 +16,7 @@ from support.helpers import (
     parameter,
     part_of,
 )  # fmt: skip
+from support.pairs import every_pair
 
 from subspan import SubspaceAdamW
 from subspan.residuals import Discard, ErrorFeedback, Fira
@@ -21,12 +24,12 @@ from subspan.selectors import Dominant, Importance, PowerIteration, Random
 
 RESIDUALS = [Discard(), Fira(), Fira("official"), ErrorFeedback()]
 residuals = pytest.mark.parametrize("residual", RESIDUALS, ids=repr)
-both = pytest.mark.parametrize(
-    ("selector", "residual"),
-    [(s, r) for s in EVERY_SELECTOR for r in RESIDUALS if s.orthonormal or not r.needs_orthonormal],
-    ids=repr,
-)
-shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+def together(*axes):
+    """Every selector with every residual that goes with it, and with all values of ``axes``."""
+    rows = product(EVERY_SELECTOR, RESIDUALS, *axes)
+    return [row for row in rows if row[0].orthonormal or not row[1].needs_orthonormal]
 
 
 def fill(value, shape, everywhere):
@@ -42,7 +45,6 @@ BAD = {
     "zero": (0.0, True), "nan": (torch.nan, True), "one nan": (torch.nan, False), "inf": (torch.inf, True),
     "one inf": (torch.inf, False), "one -inf": (-torch.inf, False),
 }  # fmt: skip
-bad = pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 
 
 def build(p, selector, residual=None, **settings):
@@ -57,11 +59,10 @@ def remembered(optimizer, p):
     return part_of(optimizer.state[p], [key for part in parts for key in part])
 
 
-@both
-@shapes
-@bad
+@every_pair("selector, residual, shape, bad", together(SHAPES, BAD))
 def test_no_refresh_from_a_bad_gradient(selector, residual, shape, bad):
     """Basis, limiter and error stay, a refresh is counted as skipped, and the next good gradient makes up for it."""
+    shape, bad = SHAPES[shape], BAD[bad]
     p, good = parameter(shape), gradients(shape, 11)
     optimizer = build(p, selector, residual)
     state = optimizer.state[p]
@@ -93,7 +94,7 @@ def test_no_refresh_from_a_bad_gradient(selector, residual, shape, bad):
 
 
 @residuals
-@bad
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 def test_limiter_between_refreshes(residual, bad):
     """A bad gradient at an ordinary step changes neither basis nor limiter, and skips no refresh."""
     p = parameter((48, 20))
@@ -107,10 +108,10 @@ def test_limiter_between_refreshes(residual, bad):
     assert state["skipped_refreshes"] == 0
 
 
-@both
+@every_pair("selector, residual", together())
 def test_a_first_step_on_zeros_is_no_step(selector, residual):
-    """What checkpointing code does to a fresh optimizer, step() on zero gradients, leaves weight, basis and moments
-    alone.
+    """What checkpointing code does to a fresh optimizer, step() on zero gradients, leaves weight, basis and moments as
+    they are.
     """
     p = parameter((48, 20))
     optimizer = build(p, selector, residual)
@@ -125,14 +126,12 @@ def test_a_first_step_on_zeros_is_no_step(selector, residual):
     assert state["refresh_step"] == 1
 
 
-@both
-@shapes
-@pytest.mark.parametrize("rank", [1, 2])
+@every_pair("selector, residual, shape, rank", together(SHAPES, (1, 2)))
 def test_rank_deficient_gradients(selector, residual, shape, rank):
-    """Fewer directions than the rank: the basis is still orthonormal, and holds those there are (a random one need
-    not).
+    """With fewer directions than the rank the basis is still orthonormal, and holds those there are. A random one need
+    not hold them.
     """
-    m, n = shape
+    m, n = shape = SHAPES[shape]
     a, b = gradients((m, rank), 7), gradients((rank, n), 7, seed=1)
     p = parameter(shape)
     optimizer = build(p, selector, residual)
@@ -152,7 +151,7 @@ def test_rank_deficient_gradients(selector, residual, shape, rank):
 @residuals
 @pytest.mark.parametrize("failure", ["raises", "nan"])
 def test_a_failing_factorisation_keeps_the_old_basis(monkeypatch, caplog, selector, residual, failure):
-    """With eigh and svd failing the run goes on in the old subspace, says so, and refreshes once they work again."""
+    """While eigh and svd fail the run goes on in the old subspace, says so, and refreshes once they work again."""
 
     def fail(A, *args, **kwargs):
         if failure == "raises":
@@ -217,9 +216,7 @@ def test_a_skipped_refresh_draws_nothing(selector):
 @pytest.mark.parametrize("value", [1e-30, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_extreme_magnitudes_refresh(value, dtype):
-    """A tiny or huge gradient is a good one: its leading subspace is found although its square leaves the range of
-    fp32.
-    """
+    """A tiny or huge gradient is a good one: its leading subspace is found, although its square leaves fp32's range."""
     (G,) = gradients((48, 20), 1)
     p = parameter((48, 20), dtype=dtype)
     optimizer = build(p, Dominant())

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from support.helpers import EVERY_RULE, EVERY_SELECTOR, NoSync, assert_same
+from support.pairs import cover, every_pair, pairs
 
 from subspan import SubspaceOptimizer
 from subspan.residuals import Discard, ErrorFeedback, Fira
@@ -17,9 +18,10 @@ from subspan.rules import SGD
 TRANSFERS = ("keep", "rotate", "moments", "reset")
 RESIDUALS = [Discard(), Fira(), Fira("official", None), ErrorFeedback()]
 RULES = [*EVERY_RULE, SGD(0.0)]
+AXES = (EVERY_SELECTOR, RULES, RESIDUALS, TRANSFERS, ("float32", "int8"))
 TABLE = [
     row
-    for row in itertools.product(EVERY_SELECTOR, RULES, RESIDUALS, TRANSFERS, ("float32", "int8"))
+    for row in itertools.product(*AXES)
     if (row[0].orthonormal or not row[2].needs_orthonormal) and (row[1].moments or row[4] == "float32")
 ]
 SHAPES = {"tall": (48, 20), "wide": (20, 48), "square": (16, 16), "thin": (30, 1), "small": (4, 9), "stack": (2, 12, 8),
@@ -46,8 +48,8 @@ def build(row, seed=0):
 
 
 def step(optimizer, parameters, number):
-    """A step on gradients that depend on the number alone; the wide one has none at step 2. Gradients are not written
-    to.
+    """Takes a step on gradients that depend only on the number; the wide weight has none at step 2. The gradients are
+    not written to.
     """
     generator = torch.Generator().manual_seed(1000 + number)
     grads = {name: torch.randn(p.shape, generator=generator).to(p.dtype) for name, p in parameters.items()}
@@ -83,11 +85,22 @@ def values(parameters):
     return {name: p.detach().clone() for name, p in parameters.items()}
 
 
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: "-".join(map(str, row)))
+def test_the_ordinary_run_loses_no_pair():
+    """Every two parts, of two axes, that may go together meet in a case that is not slow."""
+    cases = [case.values[0] for case in test_contract.pytestmark[0].args[1] if not case.marks]
+    assert cases == cover(TABLE)
+    meet = {pair for row in cases for pair in pairs(row)}
+    for (i, first), (j, second) in itertools.combinations(enumerate(AXES), 2):
+        for a, b in itertools.product(first, second):
+            allowed = any(row[i] == a and row[j] == b for row in TABLE)
+            assert ((i, a, j, b) in meet) is allowed, (a, b)
+
+
+@every_pair("row", TABLE)
 def test_contract(row):
-    """State is tensors and integers, complete from the start and never replaced; a run that is saved through a file and
-    resumed
-    has the bits of one that was not; numbers stay finite (R1, R2, R3, R6, R7, R8, R9)."""
+    """State is tensors and integers, complete from the start and never replaced; numbers stay finite. A run that is
+    saved through a file and resumed has the bits of one that was not (R1, R2, R3, R6, R7, R8, R9).
+    """
     optimizer, parameters = build(row)
     held, keys = tensors(optimizer), [list(state) for state in optimizer.state.values()]
     assert len(optimizer.state) == len(parameters)
@@ -112,14 +125,11 @@ def test_contract(row):
     assert_same(resumed.state_dict()["state"], optimizer.state_dict()["state"])
 
 
-SOME = [row for row in TABLE if row[3] == "rotate" and isinstance(row[2], (Discard, ErrorFeedback))]
-
-
-@pytest.mark.parametrize("row", SOME, ids=lambda row: "-".join(map(str, row)))
+@every_pair("row", [row for row in TABLE if row[3] == "rotate" and isinstance(row[2], (Discard, ErrorFeedback))])
 def test_no_wait_and_no_trace_of_zeros(row):
-    """An ordinary step never waits for the device (R10); what checkpointing code does to a fresh optimizer, a step of
-    lr 0 on
-    zero gradients, changes neither weights nor bases (R4)."""
+    """An ordinary step never waits for the device (R10). What checkpointing code does to a fresh optimizer, a step of
+    lr 0 on zero gradients, changes neither weights nor bases (R4).
+    """
     optimizer, parameters = build(row)
     before = values(parameters)
     fresh = {where: value.clone() for where, value in tensors(optimizer).items() if where[1] not in ("step",)}
@@ -142,9 +152,11 @@ def test_no_wait_and_no_trace_of_zeros(row):
         optimizer.step()
 
 
-@pytest.mark.parametrize("row", SOME[:: max(1, len(SOME) // 60)], ids=lambda row: "-".join(map(str, row)))
+@pytest.mark.parametrize("row", cover(TABLE)[::2], ids=lambda row: "-".join(map(str, row)))
 def test_copies_and_new_groups(row):
-    """A deep copy and a pickle go on alone with the same bits; a group added later has all its state at once (R15)."""
+    """A deep copy and a pickle go on by themselves with the same bits. A group that is added later has all its state at
+    once (R15).
+    """
     optimizer, parameters = build(row)
     for number in range(4):
         step(optimizer, parameters, number)

@@ -18,7 +18,7 @@ def add_up(path: str) -> None:
 
 
 def fail(path: str) -> None:
-    """The second rank, after the first has begun to wait for nothing."""
+    """Fails the second rank, after the first has begun to wait for nothing."""
     if os.environ["RANK"] == "0":
         Path(path).write_text(str(os.getpid()))
         time.sleep(1000)

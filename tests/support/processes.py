@@ -1,11 +1,9 @@
 """Starts the ranks of a test, bounds their time, and brings back what they said.
 
 Ranks are forked from a server that has imported torch and transformers once; to start an interpreter for each costs
-more than
-most tests do in it. A forked rank is a process like another, with two exceptions: nothing but ``launch`` watches it,
-and
-strings hash alike on all ranks, so that they agree on the order of a set. Where that matters, and where torchrun does,
-``launch(..., torchrun=True)`` starts them as users do.
+more than most tests do in it. A forked rank is a process like another, with two exceptions. Nothing but ``launch``
+watches it; and strings hash alike on all ranks, so that they agree on the order of a set. Where that matters, and where
+torchrun does, ``launch(..., torchrun=True)`` starts them as users do.
 """
 
 import contextlib
@@ -26,10 +24,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 600
+TIMEOUT = 1200
 """Seconds for all ranks together. One that hangs so long prints where, and ends."""
 
-GRACE = 30
+GRACE = 120
 """Seconds that ranks have to end in after one has failed. They do so by themselves, if they wait for it."""
 
 PRELOADED = [
@@ -42,11 +40,10 @@ PRELOADED = [
 def launch(
     main: Callable[..., Any], ranks: int, *arguments: str, torchrun: bool = False, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """Let so many ranks call ``main``, a function of a module of the tests, with ``arguments``.
+    """Lets so many ranks call ``main``, a function of a module of the tests, with ``arguments``.
 
     What it returns is the rank's exit status; ``None`` is 0. The result has that of a rank that failed, or 0, and what
-    all
-    ranks have said. Unless ``check`` is off, a rank that fails fails the test, with its traceback.
+    all ranks have said. Unless ``check`` is off, a rank that fails fails the test, with its traceback.
     """
     done = (_by_torchrun if torchrun else _by_fork)(main, ranks, arguments)
     assert not check or done.returncode == 0, done.stderr[-6000:]
@@ -55,26 +52,25 @@ def launch(
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Around what a rank does in its process group. DDP must be a local of a function that has returned when this
-    ends.
+    """Stands around what a rank does in its process group. DDP must be a local of a function that has returned when
+    this ends.
     """
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     yield
     # DDP must be gone before the group is: as its last holder it would wait for gloo's threads with the interpreter
-    # locked,
-    # and a thread that frees its last work needs that lock.
+    # locked, and a thread that frees its last work needs that lock.
     gc.collect()
     dist.destroy_process_group()
 
 
 def environment(**more: str) -> dict[str, str]:
-    """For a process that is to find what this one finds."""
+    """The environment of a process that is to find what this one finds."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **more}
 
 
 def torchrun_command(ranks: int, *arguments: str) -> list[str]:
-    """A command that starts ``arguments`` under torchrun."""
+    """The command that starts ``arguments`` under torchrun."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *arguments]
 
 
@@ -121,7 +117,7 @@ def _by_fork(main: Callable[..., Any], ranks: int, arguments: tuple[str, ...]) -
 
 
 def _await(processes: list[Any]) -> None:
-    """Until all have ended, or too long after one has failed."""
+    """Waits until all have ended, or too long after one has failed."""
     running, until = list(processes), time.monotonic() + TIMEOUT + GRACE
     while running and wait([process.sentinel for process in running], timeout=max(0.0, until - time.monotonic())):
         for process in [process for process in running if not process.is_alive()]:

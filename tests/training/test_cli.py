@@ -6,12 +6,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.processes import environment
+from support.waiting import Gate, started
 
 from subspan.cli import main
 from subspan.training.config.resolve import resolve
@@ -26,13 +27,6 @@ def flags(corpus: Path, out: Path, **extra: object) -> list[str]:
     settings = {"data": corpus, "out": out, "batch_size": 4, "sequence_length": 16, "rank": 4, "update_proj_gap": 5,
                 "steps": 12, "threads": 1, "device": "cpu", "checkpoint.every": 4, "evaluation.tokens": 64} | extra  # fmt: skip
     return ["pretrain", "--model=llama-nano", *(f"--{key}={value}" for key, value in settings.items())]
-
-
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "subspan.cli", *arguments]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
 
 
 def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
@@ -57,34 +51,35 @@ def test_without_json_a_person_reads_the_perplexity(
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_the_unbroken_run(how: signal.Signals, corpus: Path, tmp_path: Path) -> None:
-    """The process is really killed in the middle; the continued run ends in the same weights, bit for bit."""
-    steps, broken, whole = 300, tmp_path / "broken", tmp_path / "whole"
-    process = start(flags(corpus, broken, steps=steps))
-    deadline = time.monotonic() + 120
-    while not list((broken / "checkpoints").glob("step-*")):
-        assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(how)
-    _, err = process.communicate(timeout=60)
+    """The process is really killed in the middle, after two steps that are not saved. The run that goes on ends in the
+    same weights, bit for bit.
+    """
+    broken, whole, gate = tmp_path / "broken", tmp_path / "whole", Gate(tmp_path / "gate", step=6)
+    command = [sys.executable, "-m", "subspan.cli", *flags(corpus, broken)]
+    with started(command, stdout=subprocess.DEVNULL, env=gate.environment) as process:
+        gate.wait_until_reached(process)
+        process.send_signal(how)
+        _, err = process.communicate()
     if how == signal.SIGKILL:
         assert process.returncode == -9
     else:
         assert process.returncode == 128 + how
-        assert f"{how.name}: saved at step" in err
+        assert f"{how.name}: saved at step 7" in err
         assert f"--config {broken}/config.yaml --out {broken} --resume auto" in err
         assert "Traceback" not in err
-    assert not (broken / "summary.json").exists(), "the run was over before the signal came"
+    assert not (broken / "summary.json").exists()
 
-    resumed = start([*flags(corpus, broken, steps=steps, resume="auto"), "--json"])
-    out, err = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, err
-    assert "continues at step" in err
-    assert main([*flags(corpus, whole, steps=steps), "--json"]) == 0
-    first, second = weights(broken, steps), weights(whole, steps)
+    resumed = subprocess.run([*command, "--resume=auto", "--json"], capture_output=True, text=True, env=environment())
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"continues at step {4 if how == signal.SIGKILL else 7}" in resumed.stderr
+    assert main([*flags(corpus, whole), "--json"]) == 0
+    first, second = weights(broken, 12), weights(whole, 12)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert json.loads(out.splitlines()[-1])["val_loss"] == json.loads((whole / "summary.json").read_text())["val_loss"]
+    assert (
+        json.loads(resumed.stdout.splitlines()[-1])["val_loss"]
+        == json.loads((whole / "summary.json").read_text())["val_loss"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -218,7 +213,7 @@ def test_a_reader_that_goes_away(arguments: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "subspan.cli", *arguments]
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
