@@ -1,12 +1,10 @@
-"""Fine-tuning with SARA in the backward pass: linear layers make their low-rank gradient, and save no input for it.
+"""Fine-tune with SARA in the backward pass: linear layers make their low-rank gradient, and save no input for it.
 
     python examples/backward_side.py --steps 60
-    python examples/backward_side.py --model OWNER/NAME     # or a checkpoint's directory; without one a small random
-    LLaMA
+    python examples/backward_side.py --model OWNER/NAME     # or a checkpoint's directory; default: a small random LLaMA
 
-One call, ``project_backward``, before the optimizer is built. It ends with the bytes of gradients, of optimizer state
-and of
-what a forward pass saves, beside those of AdamW on the same model and text, and the losses before and after.
+The only change is one call, ``project_backward``, before the optimizer is built. The script prints the bytes of
+gradients, states and saved activations, and the losses, next to those of AdamW on the same model and text.
 """
 
 import argparse

@@ -1,9 +1,8 @@
-"""Sharded weights and sharded moments: SARA under FSDP2 (``fully_shard``), on GPUs or, with gloo, on CPUs.
+"""Train with sharded weights and sharded moments: SARA under FSDP2 (``fully_shard``), on GPUs, or on CPUs with gloo.
 
     torchrun --nproc-per-node 2 examples/fsdp2.py --steps 100
 
-Shard the model, then build the optimizer. A step sends nothing beside FSDP's gradients; a refresh, one Gram matrix a
-weight.
+Shard the model first, then build the optimizer. Only a refresh adds to what FSDP sends: one Gram matrix per weight.
 """
 
 import argparse
@@ -29,9 +28,9 @@ def train(steps: int, text_file: Path, device: torch.device) -> None:
         fully_shard(module)
     optimizer = subspan.create("sara_adamw", model, lr=1e-2, rank=16, update_proj_gap=50)
 
-    def loss_of(step: int) -> torch.Tensor:  # this rank's, on its part of the pieces of a step
-        starts = torch.randint(len(text) - 64, (8 * ranks,), generator=torch.Generator().manual_seed(step))[rank::ranks]
-        batch = torch.stack([text[start : start + 64] for start in starts])
+    def loss_of(step: int) -> torch.Tensor:  # on the pieces of text that this rank trains on at this step
+        starts = torch.randint(len(text) - 64, (8 * ranks,), generator=torch.Generator().manual_seed(step))
+        batch = torch.stack([text[start : start + 64] for start in starts[rank::ranks]])
         return model(input_ids=batch, labels=batch).loss
 
     before = loss_of(0).detach()
@@ -43,11 +42,8 @@ def train(steps: int, text_file: Path, device: torch.device) -> None:
     mean = torch.stack([before, loss_of(0).detach()])
     dist.all_reduce(mean)
     if rank == 0:
-        whole = sum(8 * p.numel() + 4 for p in model.parameters())
-        print(
-            f"state: {subspan.state_bytes(optimizer):,} bytes on each of {ranks} ranks; AdamW would hold {whole:,} "
-            "in all"
-        )
+        held, adamw = subspan.state_bytes(optimizer), sum(8 * p.numel() + 4 for p in model.parameters())
+        print(f"state: {held:,} bytes on each of {ranks} ranks; AdamW would hold {adamw:,} in all")
         print(f"loss {mean[0] / ranks:.3f} before, {mean[1] / ranks:.3f} after {steps} steps")
 
 
@@ -60,5 +56,5 @@ if gpu:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
 train(args.steps, args.text, torch.device("cuda" if gpu else "cpu"))
-gc.collect()  # the model before its group: gloo's threads, left to the end of the interpreter, abort it at times
+gc.collect()  # free the model before its process group: else gloo's threads sometimes abort the interpreter at exit
 dist.destroy_process_group()

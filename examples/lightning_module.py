@@ -1,9 +1,9 @@
-"""Lightning with SARA: the optimizer is built in ``configure_optimizers``; clipping and checkpoints are Lightning's
-own.
+"""Use SARA with Lightning: the optimizer is built in ``configure_optimizers``.
 
     python examples/lightning_module.py --steps 100
 
-It learns a text file by its bytes, and ends with the loss before and after, and the bytes of optimizer state.
+Clipping and checkpoints are Lightning's own. The model learns a text file byte by byte. The script ends by printing
+the bytes of optimizer state, and the loss before and after.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import subspan
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "README.md")
-parser.add_argument("--out", default="runs/lightning", help="where the checkpoint goes")
+parser.add_argument("--out", default="runs/lightning", help="folder for the checkpoint")
 args = parser.parse_args()
 
 

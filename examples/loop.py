@@ -1,10 +1,9 @@
-"""A plain PyTorch loop: SARA on a small LLaMA, with warmup, clipping, and a checkpoint from which a second call goes
-on.
+"""Train a small LLaMA with SARA in a plain PyTorch loop, with warmup, clipping and a checkpoint.
 
     python examples/loop.py --steps 100
-    python examples/loop.py --steps 200     # the same run, from step 100 on
+    python examples/loop.py --steps 200     # continues the same run from step 100
 
-It learns a text file by its bytes, and ends with the loss before and after, and the bytes of optimizer state.
+It learns a text file byte by byte, and ends by printing the bytes of optimizer state, and the loss before and after.
 """
 
 import argparse
@@ -24,7 +23,7 @@ text = torch.tensor(list(args.text.read_bytes()))
 
 
 def batch(step: int) -> torch.Tensor:
-    """Eight pieces of the text, which depend on the step alone: a run that goes on needs no place in the data."""
+    """Eight pieces of the text. They depend only on the step, so a run that continues needs no place in the data."""
     starts = torch.randint(len(text) - 64, (8,), generator=torch.Generator().manual_seed(step))
     return torch.stack([text[start : start + 64] for start in starts])
 
@@ -53,10 +52,8 @@ while step < args.steps:
     step, first = step + 1, loss.item() if first is None else first
     if step % 50 == 0 or step == args.steps:
         print(f"step {step}: loss {loss.item():.3f}")
-        torch.save(
-            {name: part.state_dict() for name, part in parts.items()} | {"step": step, "first": first}, args.checkpoint
-        )
-
+        states = {name: part.state_dict() for name, part in parts.items()}
+        torch.save(states | {"step": step, "first": first}, args.checkpoint)
 last = model(input_ids=batch(0), labels=batch(0)).loss.item()
 adamw = sum(8 * p.numel() + 4 for p in model.parameters())
 print(f"state: {subspan.state_bytes(optimizer):,} bytes; AdamW would hold {adamw:,}")

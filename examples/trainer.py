@@ -1,9 +1,10 @@
-"""transformers' Trainer with SARA: the optimizer's name and rank go into one argument, all else is TrainingArguments.
+"""Use SARA with transformers' Trainer: one argument takes the optimizer's name and rank.
 
     python examples/trainer.py --steps 100
 
-Learning rate, weight decay and its split, betas, seed, schedule, clipping and checkpoints are the Trainer's own.
-It learns a text file by its bytes, and ends with the loss before and after, and the bytes of optimizer state.
+All other settings are ``TrainingArguments``: the learning rate, weight decay and which parameters it applies to,
+betas, seed, schedule, clipping and checkpoints. The model learns a text file byte by byte. The script ends by printing
+the bytes of optimizer state, and the loss before and after.
 """
 
 import argparse
@@ -18,8 +19,8 @@ from subspan.integrations.transformers import Subspace
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "README.md")
-parser.add_argument("--out", default="runs/trainer", help="where checkpoints go")
-parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint there")
+parser.add_argument("--out", default="runs/trainer", help="folder for the checkpoints")
+parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint there")
 args = parser.parse_args()
 
 pieces = torch.tensor(list(args.text.read_bytes())).unfold(0, 64, 64)

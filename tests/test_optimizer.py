@@ -437,5 +437,5 @@ def test_the_side_that_spread_rows_cannot_have_is_refused_by_any_name():
     (group,) = (group for group in optimizer.param_groups if group["rank"])
     tall, wide = group["params"]
     with pytest.raises(ValueError, match=r"proj_type='reverse_std', which is the rows of a matrix \(64, 16\)"):
-        optimizer.check_spreadable(tall, group)
-    optimizer.check_spreadable(wide, group)
+        optimizer.check_shardable(tall, group)
+    optimizer.check_shardable(wide, group)

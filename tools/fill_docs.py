@@ -1,7 +1,7 @@
-"""Fills in what a page shows of a command, so that no figure is typed by hand: ``python tools/fill_docs.py
-docs/evidence.md``.
+"""Fill in what a page shows of a command, so that no figure is typed by hand.
 
-The command stands in a comment before a block, and its output becomes the block::
+Run from the root: ``python tools/fill_docs.py docs/evidence.md``. The command stands in a comment before a block, and
+its output becomes the block::
 
     <!-- subspan study table studies/table1_nano.yaml -->
     ```text
@@ -23,7 +23,7 @@ BLOCK = re.compile(r"(<!-- subspan (?P<command>.+?) -->\n```text\n)(?P<shown>.*?
 
 
 def filled(page: str) -> str:
-    """The page with every block as its command prints it now."""
+    """Return the page with every block as its command prints it now."""
 
     def run(match: re.Match[str]) -> str:
         printed = io.StringIO()

@@ -1,10 +1,9 @@
-"""Time of a training step of each row of a study of fine-tuning over that of its reference.
+"""Measure the time of a training step of each row of a fine-tuning study over that of its reference.
 
-Every row's run is built, then all take one step in turn, so that what else the machine does falls on all alike.
-Evaluations and
-saving are left out. Printed for each row: the median over rounds of its step's time over the reference's in the same
-round, the
-quartiles, and the ratio of the sums, in which the refreshes count too.
+Every row's run is built. Then all of them take one step in turn, so that whatever else the machine does falls on all
+alike. Evaluations and saving are left out. For each row it prints the time of its step over the reference's in the same
+round, as the median over rounds with the quartiles. It also prints the ratio of the sums, in which the refreshes count
+too.
 """
 
 import argparse

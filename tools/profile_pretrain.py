@@ -1,10 +1,9 @@
-"""Where the time of a pretraining step goes: ``python tools/profile_pretrain.py --model llama-nano --steps 20``.
+"""Show where the time of a pretraining step goes, by kind of operation.
 
-The harness's own training step, its data, clipping and schedule included, is recorded by torch.profiler after some
-steps to
-warm up; the CPU time that each operation spends itself is added up by kind. What is called in the optimizer's step is
-the
-optimizer's, whatever the operation. Nothing is saved, and nothing evaluated.
+Run ``python tools/profile_pretrain.py --model llama-nano --steps 20``. After some steps to warm up, torch.profiler
+records the harness's own training step, its data, clipping and schedule included. The CPU time that each operation
+spends itself is added up by kind. Whatever is called in the optimizer's step counts as the optimizer's. Nothing is
+saved, and nothing is evaluated.
 """
 
 import argparse
@@ -26,7 +25,10 @@ KINDS = {
 
 
 def kind_of(event: Any) -> str:
-    """The optimizer's if it is called from its step, else by name; what is not torch's is Python's."""
+    """Name the kind of an event: the optimizer's if its step calls it, or else by its name.
+
+    An event that is no operation of torch's counts as autograd and the profiler.
+    """
     above = event
     while above is not None:
         if above.name.startswith("Optimizer.step"):
@@ -38,7 +40,7 @@ def kind_of(event: Any) -> str:
 
 
 def shares(recorder: profile) -> dict[str, float]:
-    """Of the CPU time, largest first."""
+    """Compute the share of the CPU time of each kind, largest first."""
     times: collections.Counter[str] = collections.Counter()
     for event in recorder.events() or ():
         times[kind_of(event)] += event.self_cpu_time_total

@@ -1,10 +1,8 @@
-"""Which public names have no docstring. It needs no Sphinx: tests call it too.
+"""Finds public names that have no docstring. It needs no Sphinx, because tests call it too.
 
-Public is what a module lists in ``__all__``, or, where it has none, what it defines under a name without an underscore;
-of a
-class every method and property of such a name, its bases' included as far as they are ours. A method may inherit the
-docstring
-of the protocol or base that it fulfils: one text, one place.
+What a module lists in ``__all__`` is public. Where it has no ``__all__``, every name without an underscore that it
+defines is public. The methods and properties of a public class count too, those of its bases included as far as these
+are ours. A method may inherit the docstring of the protocol or base that it fulfils: one text, one place.
 """
 
 import ast
@@ -20,8 +18,11 @@ PACKAGE = "subspan"
 PUBLIC = (
     "subspan",
     "subspan.selectors",
+    "subspan.selectors.base",
     "subspan.rules",
+    "subspan.rules.base",
     "subspan.residuals",
+    "subspan.residuals.base",
     "subspan.parts",
     "subspan.backward",
     "subspan.ddp",
@@ -34,7 +35,7 @@ PUBLIC = (
 
 
 def names_of(module: ModuleType) -> list[str]:
-    """The public names of ``module``, in order."""
+    """Return the public names of ``module``, in order."""
     if hasattr(module, "__all__"):
         return list(module.__all__)
     return [
@@ -46,7 +47,7 @@ def names_of(module: ModuleType) -> list[str]:
 
 
 def missing(modules: Iterable[ModuleType | str] = PUBLIC) -> list[str]:
-    """Dotted names of all that is public in ``modules`` and has no docstring."""
+    """Return the dotted names of all that is public in ``modules`` and has no docstring."""
     found: list[str] = []
     for given in modules:
         module = importlib.import_module(given) if isinstance(given, str) else given
@@ -74,14 +75,15 @@ def _missing_of(module: ModuleType, name: str) -> Iterator[str]:
 
 
 def _has_own_text(kind: type) -> bool:
-    """A dataclass without a docstring is given its signature for one."""
+    """Tell whether a class has a docstring of its own. A dataclass without one is given its signature."""
     text = kind.__doc__ or ""
     return bool(text.strip()) and not (is_dataclass(kind) and text.startswith(f"{kind.__name__}("))
 
 
 def _members(kind: type) -> Iterator[tuple[str, Any]]:
-    """Methods and properties by name, each with how to take it from the class so that ``getdoc`` finds what it
-    inherits.
+    """Yield methods and properties by name, each with a way to take it from the class.
+
+    Taken from the class, ``getdoc`` also finds a docstring that is inherited.
     """
     seen: set[str] = set()
     for base in kind.__mro__:
@@ -96,7 +98,7 @@ def _members(kind: type) -> Iterator[tuple[str, Any]]:
 
 
 def _described(module: ModuleType) -> set[str]:
-    """Names that a string follows where they are set."""
+    """Return the names that are followed by a string where they are set."""
     body = ast.parse(inspect.getsource(module)).body
     described: set[str] = set()
     for statement, following in pairwise(body):

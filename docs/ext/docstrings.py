@@ -1,7 +1,7 @@
 """Our docstrings on the site: the build fails where one is missing or on no page, and equations keep their lines.
 
-A docstring sets an equation or a table apart by four spaces more, which says enough to whoever reads the source. To
-reStructuredText it says a quotation, so a literal block is made of it.
+A docstring sets an equation or a table apart by four more spaces. That is clear to a reader of the source, but
+reStructuredText takes it for a quotation. So this extension makes a literal block of it.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from ext import coverage
 
 
 def literal_blocks(lines: list[str]) -> list[str]:
-    """``lines`` with ``::`` before each block that a blank line and four more spaces set apart."""
+    """Return ``lines`` with ``::`` before each block that a blank line and four more spaces set apart."""
     out: list[str] = []
     block: int | None = None  # the indentation of the one we are in
     before = ""  # the last line that is not blank
@@ -40,10 +40,8 @@ def _indent(line: str) -> int:
 def _tidy(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     lines[:] = literal_blocks(lines)
     if what in ("attribute", "data", "property"):
-        lines[:0] = [
-            "..",
-            "",
-        ]  # an empty comment: napoleon takes what stands before a colon in the first line for a type
+        # An empty comment: napoleon takes what stands before a colon in the first line for a type.
+        lines[:0] = ["..", ""]
 
 
 def _check(app: Sphinx) -> None:
@@ -52,7 +50,7 @@ def _check(app: Sphinx) -> None:
 
 
 def _check_pages(app: Sphinx, env: Any) -> None:
-    """Every public name is on a page, under one of the modules that it can be had from."""
+    """Raise unless every public name is on a page, under one of the modules that it can be imported from."""
     shown = env.get_domain("py").objects
     held = {id(_value(name)) for name in shown if name.rpartition(".")[0] in sys.modules}
     public = {

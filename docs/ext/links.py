@@ -1,8 +1,7 @@
-"""Every relative link of every Markdown file of the repository leads to a file, and to a heading of it.
+"""Checks that every relative link of every Markdown file of the repository leads to a file, and to a heading of it.
 
-Sphinx sees the pages of the site alone, and of these not where they lead outside of it. Nothing is fetched: a link with
-a
-scheme is taken as it is.
+Sphinx sees only the pages of the site, and does not see where these lead outside of it. Nothing is fetched: a link with
+a scheme is not checked.
 """
 
 import os
@@ -21,16 +20,16 @@ from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
 SKIPPED = {"_build", "data", "dist", "node_modules", "runs"}
-"""Folders that hold what is made and not what is written; so do those whose name begins with a dot."""
+"""Folders whose files are made by a program and not written. Folders whose name begins with a dot are skipped too."""
 
 
 def broken(root: Path) -> list[str]:
-    """``FILE: LINK: why`` for each link under ``root`` that leads nowhere."""
+    """Return ``FILE: LINK: why`` for each link under ``root`` that leads nowhere."""
     return [f"{page.relative_to(root)}: {link}: {why}" for page in pages(root) for link, why in _broken_of(page, root)]
 
 
 def pages(root: Path) -> list[Path]:
-    """The Markdown files under ``root``."""
+    """Return the Markdown files under ``root``."""
     found: list[Path] = []
     for folder, below, files in os.walk(root):
         below[:] = sorted(name for name in below if name not in SKIPPED and not name.startswith("."))
@@ -67,7 +66,7 @@ def _links(page: Path) -> Iterator[str]:
 
 @cache
 def _anchors(page: Path) -> set[str]:
-    """Headings as links name them; the second of a name ends with ``-1``."""
+    """Return the headings of a page as links name them. The second of a name ends with ``-1``."""
     tokens, found = _tokens(page), set[str]()
     for token, inline in pairwise(tokens):
         if token.type == "heading_open":
@@ -85,7 +84,7 @@ def _check(app: Sphinx) -> None:
 
 
 def _outside(app: Sphinx, page: str, source: list[str]) -> None:
-    """A link to a file outside of the site offers that file: in the repository the same link opens it."""
+    """Let a link to a file outside of the site offer that file. In the repository the same link opens it."""
     here, root = Path(app.env.doc2path(page)).parent, Path(app.srcdir).resolve()
 
     def offered(match: re.Match[str]) -> str:

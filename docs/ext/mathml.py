@@ -1,4 +1,4 @@
-"""Equations as MathML, which browsers draw by themselves: the site needs no script and no network."""
+"""Equations as MathML. Browsers draw it themselves, so the site needs no script and no network."""
 
 import re
 from typing import Any
@@ -14,7 +14,7 @@ _SCROLLS = "overflow-x: auto; overflow-y: hidden; padding-block: 0.4em"  # on a 
 
 
 def mathml(latex: str, display: str = "inline") -> str:
-    """The equation.
+    """Return the equation as MathML.
 
     Raises:
         ExtensionError: a command is not known, so that browsers would show it as it is written.
@@ -38,6 +38,6 @@ def _block(self: Any, node: nodes.math_block) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Sphinx calls it."""
+    """Register the renderer; Sphinx calls this."""
     app.add_html_math_renderer("mathml", inline_renderers=(_inline, None), block_renderers=(_block, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,6 +1,7 @@
 """``SubspaceAdamW``: the optimizer most people want, in one typed constructor."""
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from subspan.groups import EXCLUDED
 from subspan.optimizer import Params, SubspaceOptimizer
@@ -8,8 +9,7 @@ from subspan.parts import Residual, Selector, Transfer
 from subspan.residuals import RESIDUALS
 from subspan.rules import AdamW
 from subspan.selectors import SELECTORS
-from subspan.storage.allocation import StateDtype
-from subspan.storage.eight_bit import SMALLEST
+from subspan.step.settings import AllStepOptions, spelled_out
 from subspan.utils.suggestions import look_up
 
 
@@ -21,8 +21,7 @@ class SubspaceAdamW(SubspaceOptimizer):
 
     Args:
         selector: ``"importance"`` (SARA), ``"dominant"`` (GaLore), ``"random"`` (GoLore), or a selector with its
-            settings,
-            such as ``subspan.selectors.Importance(floor=0.1)``.
+            settings, such as ``subspan.selectors.Importance(floor=0.1)``.
         residual: ``"discard"``, ``"fira"``, or a residual with its settings.
         betas: decay of the moments.
         eps: added to the root of the second moment, as in ``torch.optim.AdamW``.
@@ -37,6 +36,7 @@ class SubspaceAdamW(SubspaceOptimizer):
         >>> optimizer.step()
     """
 
+    @spelled_out(AllStepOptions)
     def __init__(
         self,
         params: Params,
@@ -46,21 +46,13 @@ class SubspaceAdamW(SubspaceOptimizer):
         selector: str | Selector = "importance",
         residual: str | Residual = "discard",
         transfer: Transfer = "keep",
-        update_proj_gap: int = 200,
-        scale: float = 0.25,
-        proj_type: str = "std",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
         stagger: bool | None = None,
-        eta: float | None = None,
-        proximal: str = "coupled",
-        state_dtype: StateDtype = "float32",
-        min_8bit_size: int = SMALLEST,
-        bf16_stochastic_round: bool = False,
         seed: int = 0,
         targets: str | list[str] = "all-linear",
         exclude: tuple[str, ...] = EXCLUDED,
+        **settings: Unpack[AllStepOptions],
     ) -> None:
         super().__init__(
             params,
@@ -70,19 +62,11 @@ class SubspaceAdamW(SubspaceOptimizer):
             rule=AdamW(betas, eps),
             residual=look_up(residual, RESIDUALS, "residual"),
             transfer=transfer,
-            update_proj_gap=update_proj_gap,
-            scale=scale,
-            proj_type=proj_type,
-            weight_decay=weight_decay,
             stagger=stagger,
-            eta=eta,
-            proximal=proximal,
-            state_dtype=state_dtype,
-            min_8bit_size=min_8bit_size,
-            bf16_stochastic_round=bf16_stochastic_round,
             seed=seed,
             targets=targets,
             exclude=exclude,
+            **settings,
         )
         if rank is None and all(group["rank"] is None for group in self.param_groups):
             self.warn_of_full_rank()

@@ -6,9 +6,8 @@ Between refreshes a method that drops its residual uses ``R = G Q`` alone, and `
     hand   G <- R Qᵀ to the optimizer, whose projection gives R again, since QᵀQ = I
 
 At a refresh, and of parameters that are not projected, the whole gradient is sent. There is no error to feed back:
-nothing is
-lost that the step would have used. The basis and the schedule are the optimizer's, and saved with it; the hook has no
-state.
+nothing is lost that the step would have used. The basis and the schedule are the optimizer's, and saved with it; the
+hook has no state.
 
 Source: PowerSGD (Vogels et al. 2019, arXiv 1905.13727) sends products with a small factor too; here the factor is the
 optimizer's own. Deviations: none to name. Norms of gradients, as for clipping, are those of the projected gradients.
@@ -21,7 +20,8 @@ from torch import Tensor
 
 from subspan import distributed
 from subspan.optimizer import SubspaceOptimizer
-from subspan.step.in_backward import Place
+from subspan.step.refresh import low_rank_suffices
+from subspan.step.work import Slot
 from subspan.utils.errors import SettingError
 
 
@@ -38,20 +38,26 @@ class LowRankAllReduce:
 
     def __init__(self, optimizer: SubspaceOptimizer, group: Any = None) -> None:
         self.optimizer, self.group = optimizer, group
+        self._low_rank: dict[Tensor, Slot] | None = None
         self.reset()
 
     def reset(self) -> None:
         """Count from zero."""
         self.bytes = self.dense_bytes = 0
 
-    def places(self) -> dict[Tensor, Place]:
-        """The parameters whose ``R`` is all that the coming step needs."""
-        optimizer = self.optimizer
-        return {
-            place.p: place
-            for place in optimizer._places()
-            if optimizer._low_rank_suffices(place.p, place.layout, place.group, place.order)
-        }
+    def low_rank(self, bucket: Any) -> dict[Tensor, Slot]:
+        """Return the parameters whose ``R`` is all that the coming step needs; found once for all buckets of a backward
+        pass.
+        """
+        if self._low_rank is None or bucket.index() == 0:
+            method, states = self.optimizer.method, self.optimizer.state
+            self._low_rank = {
+                slot.p: slot for slot in self.optimizer.slots() if low_rank_suffices(method, slot, states)
+            }
+        found = self._low_rank
+        if bucket.is_last():
+            self._low_rank = None
+        return found
 
 
 def register(model: Any, optimizer: SubspaceOptimizer) -> LowRankAllReduce:
@@ -86,15 +92,15 @@ def register(model: Any, optimizer: SubspaceOptimizer) -> LowRankAllReduce:
 
 
 def hook(state: LowRankAllReduce, bucket: Any) -> Any:
-    """The hook, as ``register_comm_hook`` takes it."""
-    places, optimizer = state.places(), state.optimizer
+    """Send a bucket: the hook, as ``register_comm_hook`` takes it."""
+    low_rank, selector, states = state.low_rank(bucket), state.optimizer.selector, state.optimizer.state
     parts = []
     for p, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
-        place = places.get(p)
-        R = grad if place is None else optimizer.selector.project(place.layout.enter(grad), optimizer.state[p])
-        parts.append((grad, place, R))
+        slot = low_rank.get(p)
+        R = grad if slot is None else selector.project(slot.layout.enter(grad), states[p])
+        parts.append((grad, slot, R))
     whole: Tensor = bucket.buffer()
-    dense = all(place is None for _, place, _ in parts)
+    dense = all(slot is None for _, slot, _ in parts)
     sent = whole if dense else torch.cat([R.reshape(-1).to(whole.dtype) for _, _, R in parts])
     state.bytes += sent.numel() * sent.element_size()
     state.dense_bytes += whole.numel() * whole.element_size()
@@ -102,12 +108,12 @@ def hook(state: LowRankAllReduce, bucket: Any) -> Any:
     def lift(mean: Tensor) -> Tensor:
         if dense:
             return mean
-        for (grad, place, R), piece in zip(parts, mean.split([R.numel() for _, _, R in parts]), strict=True):
-            if place is None:
+        for (grad, slot, R), piece in zip(parts, mean.split([R.numel() for _, _, R in parts]), strict=True):
+            if slot is None:
                 grad.copy_(piece.view_as(grad))
             else:
-                G = optimizer.selector.project_back(piece.view_as(R).to(R.dtype), optimizer.state[place.p])
-                grad.copy_(place.layout.leave(G, grad.shape))
+                G = selector.project_back(piece.view_as(R).to(R.dtype), states[slot.p])
+                grad.copy_(slot.layout.leave(G, grad.shape))
         return whole
 
     return distributed.mean_later(sent, state.group, lift)

@@ -1,10 +1,9 @@
 """The only file that knows torch.distributed. In one process, on plain tensors, everything here does nothing.
 
 A weight of ``fully_shard`` is a DTensor whose rows are spread over the ranks of its mesh. With a basis of its columns
-each row
-of ``R = G Q`` belongs to one row of the weight, so every rank steps on its own rows, with its own part of the moments,
-and
-with a basis that all ranks hold. What remains to be sent is a sum over rows, here and there, and the basis.
+each row of ``R = G Q`` belongs to one row of the weight, so every rank steps on its own rows, with its own part of the
+moments, and with a basis that all ranks hold. What remains to be sent is a sum over rows, here and there, and the
+basis.
 """
 
 import functools
@@ -81,7 +80,7 @@ class Ranks:
         state.update(zip(names, numbers.tolist(), strict=True))
 
 
-class _SpreadRows(Rows):
+class _ShardedRows(Rows):
     def __init__(self, ranks: Ranks, rows: int) -> None:
         self._ranks, self._rows = ranks, rows
 
@@ -102,7 +101,7 @@ def global_norm(squares: Sequence[tuple[Any, Tensor]]) -> float:
     """The norm of all gradients, of each parameter given the square of that of its rows here. Waits for the device."""
     by_mesh: dict[Any, list[tuple[Any, Tensor]]] = {}
     for p, square in squares:
-        by_mesh.setdefault(mesh_of(p) if is_spread(p) else None, []).append((p, square))
+        by_mesh.setdefault(mesh_of(p) if is_sharded(p) else None, []).append((p, square))
     totals = [
         ranks_of(some[0][0]).add_rows_(torch.stack([square for _, square in some]).sum().reshape(1))
         for some in by_mesh.values()
@@ -110,45 +109,62 @@ def global_norm(squares: Sequence[tuple[Any, Tensor]]) -> float:
     return float(torch.stack([total.squeeze(0).cpu() for total in totals]).sum().sqrt())
 
 
-def is_spread(A: object) -> bool:
+def is_sharded(A: object) -> bool:
     """Whether ``A`` is a DTensor."""
     # Importing it takes seconds; where nobody has, there is none.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(A, module.DTensor)
 
 
-def ranks_of(p: Any) -> Ranks:
-    """The ranks that hold ``p``, a DTensor, or else one of the copies that data-parallel processes have."""
-    if is_spread(p):
+def ranks_of(p: Any, process_group: Any = None) -> Ranks:
+    """Return the ranks that hold ``p``: those of its mesh if it is a DTensor, else those of ``process_group``, each
+    with a copy; without one ``p`` is this process's own.
+
+    That other processes exist says nothing: they may train other models, or other stages of a pipeline.
+    """
+    if is_sharded(p):
         mesh = p.device_mesh
-        return Ranks(
-            [mesh.get_group(d) for d in range(mesh.ndim)], [not placed.is_replicate() for placed in p.placements]
-        )
-    if dist.is_available() and dist.is_initialized():
-        return Ranks([None], [False])
-    return Ranks([], [])
+        sharded = [not placed.is_replicate() for placed in p.placements]
+        return Ranks([mesh.get_group(d) for d in range(mesh.ndim)], sharded)
+    return Ranks([], []) if process_group is None else Ranks([process_group], [False])
+
+
+def several_processes() -> bool:
+    """Tell whether this process has joined a process group, whatever for."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def wrapping_process_group() -> Any:
+    """Return the process group of the DistributedDataParallel whose forward pass is running, or ``None``."""
+    if not several_processes():
+        return None
+    from torch.nn.parallel import DistributedDataParallel
+
+    # The wrapper leaves no other mark on the model that it wraps. torch's compiler asks the same question in this way.
+    wrapper: Any = DistributedDataParallel._get_active_ddp_module()
+    return None if wrapper is None else wrapper.process_group
 
 
 def rows_of(p: Any, dimensions: int) -> Rows:
     """The rows of ``p``, seen as a vector (1), a matrix (2) or a stack of them (3), which are whole wherever they
     are.
     """
-    return _SpreadRows(ranks_of(p), p.shape[0]) if is_spread(p) and dimensions in (1, 2) else ALL_HERE
+    return _ShardedRows(ranks_of(p), p.shape[0]) if is_sharded(p) and dimensions in (1, 2) else ALL_HERE
 
 
 def local(A: Any) -> Any:
     """The rows of ``A`` that are here; ``A`` itself if it is no DTensor."""
-    return A.to_local() if is_spread(A) else A
+    return A.to_local() if is_sharded(A) else A
 
 
 def local_state(state: State) -> State:
     """``state`` with the rows that are here: the same memory. A dict of its own if there is a DTensor among its
     values.
     """
-    return {key: local(value) for key, value in state.items()} if any(map(is_spread, state.values())) else state
+    return {key: local(value) for key, value in state.items()} if any(map(is_sharded, state.values())) else state
 
 
-def spread_state(p: Any, here: State, grown: Collection[str]) -> State:
+def shard_state(p: Any, here: State, grown: Collection[str]) -> State:
     """The state of ``p``, of which ``here`` is this rank's part: DTensors for what has a row for each row of ``p``.
 
     Args:
@@ -171,14 +187,14 @@ def placed_as(own: State, saved: Mapping[str, Any]) -> dict[str, Any]:
     """``saved`` with each tensor spread, or whole, as its namesake in ``own``."""
 
     def placed(ours: Any, theirs: Any) -> Any:
-        if is_spread(ours) and not is_spread(theirs):
+        if is_sharded(ours) and not is_sharded(theirs):
             from torch.distributed.tensor import distribute_tensor
 
             # Every rank has loaded it, so nothing is sent.
             return distribute_tensor(
                 torch.as_tensor(theirs).to(ours.device), ours.device_mesh, ours.placements, src_data_rank=None
             )
-        return theirs.full_tensor() if is_spread(theirs) and not is_spread(ours) else theirs
+        return theirs.full_tensor() if is_sharded(theirs) and not is_sharded(ours) else theirs
 
     return {key: placed(own.get(key), value) for key, value in saved.items()}
 
@@ -190,7 +206,7 @@ def mesh_of(p: Any) -> Any:
 
 def place_of(p: Any) -> tuple[int, ...]:
     """What tells this rank's rows of ``p`` from those of other ranks."""
-    if not is_spread(p):
+    if not is_sharded(p):
         return ()
     ranks = ranks_of(p)
     return tuple(place for place, spread in zip(ranks.place, ranks.spread, strict=True) if spread)
@@ -202,7 +218,7 @@ def local_gradient(p: Any, name: str) -> Tensor:
         raise SettingError(
             f"gradient of {name!r}: layout {p.grad.layout} is not supported; use dense gradients (sparse=False)"
         )
-    if is_spread(p) and (not is_spread(p.grad) or p.grad.placements != p.placements):
+    if is_sharded(p) and (not is_sharded(p.grad) or p.grad.placements != p.placements):
         raise SettingError(
             f"gradient of {name!r}: {getattr(p.grad, 'placements', 'not on a mesh')}, but the parameter is "
             f"{p.placements}; "
@@ -214,7 +230,7 @@ def local_gradient(p: Any, name: str) -> Tensor:
 
 def check_placement(p: Any, name: str) -> None:
     """Raise unless each rank holds whole rows of ``p``, or all of it."""
-    if is_spread(p) and not all(placed.is_replicate() or placed.is_shard(0) for placed in p.placements):
+    if is_sharded(p) and not all(placed.is_replicate() or placed.is_shard(0) for placed in p.placements):
         raise SettingError(
             f"{name}: placed as {p.placements} on its mesh; a basis of the columns needs whole rows: shard dimension "
             "0, as "

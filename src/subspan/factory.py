@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from subspan.groups import EXCLUDED, param_groups
 from subspan.optimizer import SubspaceOptimizer
@@ -16,39 +17,38 @@ from subspan.residuals import RESIDUALS
 from subspan.rules import RULES, AdamW
 from subspan.selectors import SELECTORS, Dominant, Switch
 from subspan.step.carriers import layer_of
-from subspan.step.layout import PROJ_TYPES, layout_of
+from subspan.step.settings import StepOptions, StepSettings, check_names, spelled_out
 from subspan.storage.allocation import StateDtype
-from subspan.storage.eight_bit import SMALLEST
 from subspan.utils.errors import SettingError
 from subspan.utils.suggestions import look_up, near_names
 
 logger = logging.getLogger(__name__)
 Part = TypeVar("Part")
-_RANK = 128
 
 
+class _Default(int):
+    """A number that nobody has given."""
+
+
+_RANK = _Default(128)
+
+
+@spelled_out(StepOptions)
 def create(
     name: str,
     model: nn.Module,
     *,
     lr: float | Tensor | None = None,
     rank: int = _RANK,
-    update_proj_gap: int = 200,
     scale: float | None = None,
-    proj_type: str = "std",
     transfer: Transfer | None = None,
     selector: str | Selector | Mapping[str, Any] | None = None,
     rule: str | Rule | Mapping[str, Any] | None = None,
     residual: str | Residual | Mapping[str, Any] | None = None,
     betas: tuple[float, float] | None = None,
     eps: float | None = None,
-    weight_decay: float = 0.0,
     stagger: bool | None = None,
-    eta: float | None = None,
-    proximal: str = "coupled",
     state_dtype: StateDtype | None = None,
-    min_8bit_size: int = SMALLEST,
-    bf16_stochastic_round: bool = False,
     seed: int = 0,
     total_steps: int | None = None,
     lr_full: float | Tensor | None = None,
@@ -56,44 +56,47 @@ def create(
     exclude: tuple[str, ...] = EXCLUDED,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     decayed: Collection[str] | None = None,
+    **settings: Unpack[StepOptions],
 ) -> torch.optim.Optimizer:
-    """An optimizer by its paper's name, for all trainable parameters of ``model``.
+    """Build an optimizer by its paper's name, for all trainable parameters of ``model``.
 
     Args:
         name: one of ``list_optimizers()``. Full-rank ones ignore what concerns subspaces; ``adamw`` is torch's.
         model: its ``nn.Linear`` weights are projected, except those that ``exclude`` names.
         lr: learning rate; ``None`` is the recipe's own, as is ``None`` for scale, transfer, betas, eps and state_dtype.
+        rank: dimension of the subspace, >= 1; by default 128, or that of the model's backward-side layers where nothing
+            else is projected.
         selector: another selector, its name, or settings for the recipe's own such as ``{"power": 2.0, "floor": 0.1}``;
-            with
-            a ``"name"`` among them, for the selector of that name.
-        rule: likewise, such as ``{"momentum": 0.95}``.
-        residual: likewise, such as ``{"mode": "official"}``.
+            with a ``"name"`` among them, for the selector of that name.
+        rule: another rule, its name, or settings such as ``{"momentum": 0.95}``.
+        residual: another residual, its name, or settings such as ``{"mode": "official"}``.
         betas, eps: the rule's, short for ``rule={"betas": ..., "eps": ...}``.
-        weight_decay: decoupled; parameters of one dimension (biases, norms) are not decayed.
         total_steps: length of the run; the hybrid needs it.
         lr_full: learning rate of what is not projected; ``None`` is ``lr``.
         targets, exclude, overrides, decayed: see ``subspan.param_groups``.
+        settings: the settings of ``step.settings.StepSettings`` by name. ``weight_decay`` is decoupled, and does not
+            decay parameters of one dimension (biases, norms).
 
     The other arguments are those of ``SubspaceOptimizer``. Backward-side layers keep the rank and the side they were
     made with.
 
     Raises:
         ValueError: an unknown name (near ones are listed), a setting out of range, or a ``rank`` or ``proj_type`` that
-            is not
-            that of the backward-side layers, where nothing else is projected.
+            is not that of the backward-side layers, where nothing else is projected.
     """
+    check_names(settings, StepOptions, "create")
     recipe = find(name)
     if not isinstance(model, nn.Module):
         raise SettingError(f"model: got a {type(model).__name__}; expected a torch.nn.Module, not its parameters")
     full_rank = recipe.selector is None
     if full_rank and any(layer_of(p) is not None for p in model.parameters()):
         raise SettingError(
-            f"optimizer {name!r} is full rank, and this model's backward-side layers make no full gradient; use a "
-            "method "
+            f"optimizer {name!r} is full rank, and this model's backward-side layers make no full gradient; use a method "
             "with a subspace, such as 'sara_adamw', or leave project_backward out"
         )
     if rank is None and not full_rank:
         raise SettingError(f"rank=None: {name} needs a whole number >= 1; the full-rank baseline is 'adamw'")
+    weight_decay = settings.get("weight_decay", 0.0)
     groups = param_groups(
         model,
         rank=None if full_rank else rank,
@@ -104,16 +107,13 @@ def create(
         weight_decay=weight_decay,
         decayed=decayed,
     )
-    _check_carriers(groups, rank, proj_type)
+    if rank is _RANK:
+        rank = _rank_of_carriers(groups) or int(_RANK)
     short = {key: value for key, value in (("betas", betas), ("eps", eps)) if value is not None}
     chosen_rule = _with(_with(recipe.rule, rule, RULES, "rule"), short or None, RULES, "rule")
     lr = recipe.lr if lr is None else lr
-    if (
-        name == "adamw"
-        and isinstance(chosen_rule, AdamW)
-        and (state_dtype or "float32") == "float32"
-        and not bf16_stochastic_round
-    ):
+    is_plain = (state_dtype or "float32") == "float32" and not settings.get("bf16_stochastic_round")
+    if name == "adamw" and isinstance(chosen_rule, AdamW) and is_plain:
         for group in groups:
             del group["rank"]  # ours; torch's groups do without
         adamw = torch.optim.AdamW(
@@ -122,8 +122,8 @@ def create(
         return _with_known_overrides(adamw, overrides)
     chosen = _with(recipe.selector or Dominant(), selector, SELECTORS, "selector")
     chosen = _timed(chosen, total_steps)
-    switch = _switch_in(chosen)
-    if switch is not None and not switch.switches_within(update_proj_gap):
+    gap, switch = StepSettings(**settings).update_proj_gap, _switch_in(chosen)
+    if switch is not None and not switch.switches_within(gap):
         logger.warning("%s never switches: no refresh falls after %s of %s steps", name, switch.at, switch.total_steps)
     optimizer = SubspaceOptimizer(
         groups,
@@ -133,42 +133,21 @@ def create(
         rule=chosen_rule,
         residual=_with(recipe.residual, residual, RESIDUALS, "residual"),
         transfer=transfer or recipe.transfer,
-        update_proj_gap=update_proj_gap,
-        scale=recipe.scale if scale is None else scale,
-        proj_type=proj_type,
-        weight_decay=weight_decay,
         stagger=stagger,
-        eta=eta,
-        proximal=proximal,
-        state_dtype=state_dtype or recipe.state_dtype,
-        min_8bit_size=min_8bit_size,
-        bf16_stochastic_round=bf16_stochastic_round,
         seed=seed,
+        scale=recipe.scale if scale is None else scale,
+        state_dtype=state_dtype or recipe.state_dtype,
+        **settings,
     )
     return _with_known_overrides(optimizer, overrides)
 
 
-def _check_carriers(groups: list[dict[str, Any]], rank: int, proj_type: str) -> None:
-    """Refuse what would be ignored: where only backward-side layers are projected, their rank and side are given."""
+def _rank_of_carriers(groups: list[dict[str, Any]]) -> int | None:
+    """The rank of the backward-side layers, where nothing else is projected."""
     projected = [p for group in groups if group["rank"] is not None for _, p in group["params"]]
-    for p in projected if all(layer_of(p) is not None for p in projected) else []:
-        layer, own = layer_of(p), p.shape[1]
-        assert layer is not None
-        if rank not in (own, _RANK):
-            raise SettingError(
-                f"rank={rank}: the backward-side layer of {layer.weight_name} was made with rank={own}; give that, "
-                "or call "
-                f"project_backward with rank={rank}"
-            )
-        if (
-            PROJ_TYPES.get(proj_type, "short") != "short"
-            and layout_of(layer.weight.shape, own, proj_type, False).side == "left"
-        ):
-            raise SettingError(
-                f"proj_type={proj_type!r}: would compress the rows of {layer.weight_name} "
-                f"{tuple(layer.weight.shape)}, and a "
-                "backward-side layer compresses columns ('right'); leave proj_type out, or leave project_backward out"
-            )
+    if not projected or any(layer_of(p) is None for p in projected):
+        return None
+    return int(projected[0].shape[1])
 
 
 def _timed(selector: Selector, total_steps: int | None) -> Selector:

@@ -1,7 +1,6 @@
-"""Which parameter is projected: groups by name, and the settings a group may have."""
+"""Which parameter is projected: parameters sorted into groups by name."""
 
 import difflib
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -9,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from subspan.step.carriers import layer_of
-from subspan.step.layout import PROJ_TYPES
-from subspan.utils.checks import DIVISORS, LARGEST, is_divisor, is_factor
+from subspan.step.settings import check_settings
 from subspan.utils.errors import SettingError
+from subspan.utils.names import canonical_name
 
 EXCLUDED = (
     r"embed|(\b|_)emb",
@@ -43,27 +42,25 @@ def param_groups(
 
     Args:
         model: a module, or pairs as ``module.named_parameters()`` gives them. Frozen parameters are left out. Carriers
-            of
-            backward-side layers (``subspan.project_backward``) are projected, at their own rank.
-        rank: of the projected group; the others get ``None``.
+            of backward-side layers (``subspan.project_backward``) are projected, at their own rank.
+        rank: rank of the projected group; the others get ``None``.
         targets: ``"all-linear"`` (every matrix that ``exclude`` does not name; of a module, every ``nn.Linear`` weight
-            and
-            every stack of matrices, such as experts), a list of strings (a name that contains one of them), or a
-            regular
-            expression for the whole name of a parameter or its module. A list or an expression that names a parameter
-            wins
-            over ``exclude``.
+            and every stack of matrices, such as experts), a list of strings (a name that contains one of them), or a
+            regular expression for the whole name of a parameter or its module. A list or an expression that names a
+            parameter wins over ``exclude``.
         exclude: regular expressions; a name in which one is found stays full rank.
         overrides: group settings by regular expression, such as ``{r"k_proj": {"rank": 64}}``; the first match wins.
         lr_full: learning rate of what has no rank (embeddings, heads, norms, biases); ``None`` is the optimizer's.
-        weight_decay: of matrices; parameters of one dimension (biases, norms) get 0. ``None`` leaves it to the
-            optimizer.
+        weight_decay: weight decay of matrices; parameters of one dimension (biases, norms) get 0. ``None`` leaves it to
+            the optimizer.
         decayed: names of the parameters that ``weight_decay`` is for, if it is not the matrices.
+
+    What wraps the model or a part of it (DistributedDataParallel, torch.compile, activation checkpointing) changes no
+    name.
 
     Returns:
         Parameter groups with names, in the order above; empty ones are left out. The optimizer built from them prints
-        one
-        table of them.
+        one table of them.
 
     Raises:
         ValueError: a target or override that matches nothing, a setting out of range.
@@ -75,7 +72,7 @@ def param_groups(
     given = {"rank": rank, "lr": lr_full, "weight_decay": weight_decay}
     check_settings({key: value for key, value in given.items() if value is not None}, {"lr": "lr_full"})
     named = list(model.named_parameters() if isinstance(model, nn.Module) else model)
-    named = [(name.replace("_orig_mod.", ""), p) for name, p in named if p.requires_grad]  # torch.compile's wrapper
+    named = _unwrapped([(name, p) for name, p in named if p.requires_grad])
     if flat := next((name for name, _ in named if "_flat_param" in name), None):
         raise SettingError(f"model: {flat!r} is many weights in one. {FLATTENED}")
     if not named:
@@ -88,6 +85,7 @@ def param_groups(
     made = {layer.weight_name for _, p in named if (layer := layer_of(p)) is not None}
     projected = _projected_names(model, others, targets, exclude, made) if rank is not None else set()
     filters = _convolutions(model)
+    decayed = None if decayed is None else {canonical_name(name) for name in decayed}
 
     for pattern, settings in (overrides or {}).items():
         if not isinstance(settings, Mapping):
@@ -103,6 +101,11 @@ def param_groups(
         has_rank = kind == 0 or settings.get("rank") is not None
         flatten = has_rank and p.ndim == 3 and id(p) in filters
         used.add(pattern)
+        if name in carriers and settings.get("rank", carriers[name]) != carriers[name]:
+            raise SettingError(
+                f"overrides[{pattern!r}]: rank={settings['rank']!r}, and the backward-side layer of {name!r} was made with "
+                f"rank={carriers[name]}; leave the rank out, or give it to project_backward"
+            )
         layer = layer_of(p)
         decay = kind < 2 if decayed is None else name in decayed or (layer is not None and layer.weight_name in decayed)
         place = (kind, own_rank or 0, flatten, not decay, pattern)
@@ -115,9 +118,7 @@ def param_groups(
             if weight_decay is not None:
                 group["weight_decay"] = weight_decay if decay else 0.0
             # A pattern for a matrix often names its bias too, which has no rank.
-            group |= {
-                key: value for key, value in settings.items() if key != "rank" or (kind < 2 and name not in carriers)
-            }
+            group |= {key: value for key, value in settings.items() if key != "rank" or kind < 2}
             groups[place] = group
         groups[place]["params"].append((name, p))
     for row, _ in rows:
@@ -132,65 +133,37 @@ def param_groups(
 
 
 def select_linear(model: nn.Module, targets: str | Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Linear]:
-    """The layers of ``model`` that ``targets`` names, see ``param_groups``, by name.
+    """Return the layers of ``model`` that ``targets`` names, see ``param_groups``, by their canonical names.
 
     Raises:
         ValueError: a target that matches nothing, or a parameter that is not the weight of an ``nn.Linear``.
     """
-    named: list[tuple[str, Tensor]] = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    raw = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named = _unwrapped(raw)
     found: dict[str, nn.Linear] = {}
     chosen = _projected_names(model, named, targets, exclude)
-    for name, _ in named:
+    for (name, _), (raw_name, _) in zip(named, raw, strict=True):
         if name not in chosen:
             continue
-        owner, _, own = name.rpartition(".")
+        owner, _, own = raw_name.rpartition(".")
         module = model.get_submodule(owner)
         if type(module) is not nn.Linear or own != "weight":
             if targets == "all-linear":
                 continue  # a stack of experts, or a layer of a class of its own
             raise SettingError(
-                f"targets: {name!r} belongs to a {type(module).__name__}; only the weight of an nn.Linear can be "
-                "made in the "
-                "backward pass; exclude it, and the optimizer projects it"
+                f"targets: {name!r} belongs to a {type(module).__name__}; only the weight of an nn.Linear can be made in "
+                "the backward pass; exclude it, and the optimizer projects it"
             )
-        found[owner] = module
+        found[name.rpartition(".")[0]] = module
     if not found:
         raise SettingError(f"targets={targets!r}: no nn.Linear among them; {_names_like('', named)}")
     return found
 
 
-def check_settings(group: Mapping[str, Any], called: Mapping[str, str] | None = None) -> None:
-    """Raise unless the settings of a group, those that are there, are in range. ``called``: names for the message."""
-    names = {key: (called or {}).get(key, key) for key in group}
-    for key, what in {"rank": "number >= 1, or None for full rank", "update_proj_gap": "number of steps >= 1"}.items():
-        value = group.get(key, 1)
-        if (key == "rank" and value is None) or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-            continue
-        raise SettingError(f"{names[key]}={value!r}: expected a whole {what}")
-    smallest = group.get("min_8bit_size", 1)
-    if not isinstance(smallest, int) or isinstance(smallest, bool) or smallest < 1:
-        raise SettingError(f"min_8bit_size={smallest!r}: expected a whole number of entries >= 1; 4096 is usual")
-    for key in ("scale", "weight_decay"):
-        if not is_factor(group.get(key, 0)):
-            raise SettingError(f"{names[key]}={group[key]!r}: expected a number >= 0, and at most {LARGEST:g}")
-    lr = group.get("lr", 0.0)
-    # Reading a tensor would wait for its device.
-    if not isinstance(lr, Tensor) and not is_factor(lr) and not (isinstance(lr, float) and 0 <= lr < math.inf):
-        raise SettingError(f"{names['lr']}={lr!r}: expected a number >= 0, as a float if beyond {LARGEST:g}")
-    if group.get("proj_type", "std") not in PROJ_TYPES:
-        raise SettingError(f"proj_type={group['proj_type']!r}: expected one of {', '.join(PROJ_TYPES)}; 'std' is usual")
-    eta = group.get("eta")
-    if eta is not None and not is_divisor(eta):
-        raise SettingError(f"eta={eta!r}: expected a number > 0, {DIVISORS}, or None for no proximal term")
-    if group.get("proximal", "coupled") not in ("coupled", "decoupled"):
-        raise SettingError(f"proximal={group['proximal']!r}: expected 'coupled' or 'decoupled'")
-    if group.get("state_dtype", "float32") not in ("float32", "int8"):
-        raise SettingError(f"state_dtype={group['state_dtype']!r}: expected 'float32', or 'int8' for moments in 8 bits")
-
-
-def names_of(number: int, group: Mapping[str, Any]) -> list[str]:
-    """Names for messages and keyed draws; positions where the parameters came without names."""
-    return group.get("param_names") or [f"{number}.{index}" for index in range(len(group["params"]))]
+def _unwrapped(named: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Return canonical names; the given ones where two parameters would get the same."""
+    canonical = [(canonical_name(name), p) for name, p in named]
+    return canonical if len({name for name, _ in canonical}) == len(named) else list(named)
 
 
 def _convolutions(model: object) -> set[int]:

@@ -65,16 +65,16 @@ class Subspace:
 
 def subspaces(optimizer: SubspaceOptimizer) -> Iterator[Subspace]:
     """Every subspace of ``optimizer``, in the order of its parameters. Not of weights that are spread over ranks."""
-    for place in optimizer._places():
-        state, layer = optimizer.state[place.p], layer_of(place.p)
+    for slot in optimizer.slots():
+        state, layer = optimizer.state[slot.p], layer_of(slot.p)
         if "refresh_step" not in state:
             continue
         if layer is None:
             yield Subspace(
-                place.name, optimizer.selector, state, place.p, place.layout, place.layout.enter(place.p).shape[-1]
+                slot.name, optimizer.selector, state, slot.p, slot.layout, slot.layout.enter(slot.p).shape[-1]
             )
         else:
-            yield Subspace(layer.weight_name, optimizer.selector, state, place.p, None, layer.weight.shape[1])
+            yield Subspace(layer.weight_name, optimizer.selector, state, slot.p, None, layer.weight.shape[1])
 
 
 def overlap(U: Tensor, V: Tensor) -> float:

@@ -22,8 +22,8 @@ def spectral_dtype(device: torch.device, n: int = 0) -> torch.dtype:
     fp32.
 
     The Gram matrix squares the condition number, so in fp32 singular values below ``3e-4`` of the largest are noise of
-    that
-    size. fp64 takes twice the time on a CPU, which is nothing where matrices are small, and far more on other devices.
+    that size. fp64 takes twice the time on a CPU, which is nothing where matrices are small, and far more on other
+    devices.
     """
     return torch.float64 if device.type == "cpu" and n < LARGE else torch.float32
 
@@ -202,8 +202,8 @@ def keyed_generator(*key: object, device: torch.device | str = "cpu") -> torch.G
 def haar(like: Tensor, generator: torch.Generator) -> Tensor:
     """Orthonormal columns, uniform on the Stiefel manifold, in the shape ``(..., n, r)`` and on the device of ``like``.
 
-    QR of a Gaussian is uniform only once the signs of the triangular factor's diagonal are fixed
-    (Mezzadri 2007, arXiv math-ph/0609050, section 5).
+    QR of a Gaussian is uniform only once the signs of the triangular factor's diagonal are fixed (Mezzadri 2007, arXiv
+    math-ph/0609050, section 5).
     """
     Z = torch.randn(like.shape, generator=generator, dtype=torch.float32)
     return orthonormalise(Z.to(like.device, spectral_dtype(like.device)))

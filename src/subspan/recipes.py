@@ -114,9 +114,8 @@ _RULES = {
     "lion": ("Lion", "Chen et al. 2023, arXiv 2302.06675", 1e-3),
 }
 """``lr * scale`` by default: GaLore's 0.01 * 0.25 for the relatives of Adam. GoLore's scripts train at scale 1; at the
-same
-``lr * scale`` the methods with orthonormal bases take steps of one size, and FLora, with ``E[Q Qᵀ] = I``, that of full
-rank."""
+same ``lr * scale`` the methods with orthonormal bases take steps of one size, and FLora, with ``E[Q Qᵀ] = I``, that of
+full rank."""
 _EIGHT_BIT = "Dettmers et al. 2022, arXiv 2110.02861"
 
 

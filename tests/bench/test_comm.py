@@ -95,7 +95,7 @@ def test_mixed_precision_gathers_half_as_much(backward_side: bool) -> None:
             optimizer.zero_grad()
             for state in optimizer.state.values():
                 state["refresh_step"] = 0
-            optimizer._plan()
+            optimizer.carriers.schedule()
     way = Way("sara_adamw", sharded=True, backward_side=backward_side)
     assert counting.sent.bytes == Traffic(NANO, 16, 8, way, width=4, gathered_width=2).step().bytes
 

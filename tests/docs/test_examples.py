@@ -1,6 +1,4 @@
-"""The examples run as they are, in their shortest form: the loss falls, and the bytes they print are those of the
-library.
-"""
+"""The examples run as they are, with few steps: the loss falls, and the bytes they print are those of the library."""
 
 import re
 import runpy
@@ -14,8 +12,9 @@ from support.processes import TIMEOUT, environment, torchrun_command
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(EXAMPLES.glob("*.py"))
 ADAMW = 920_148
-"""Bytes of AdamW's state for the small LLaMA of most examples: 8 for each of 115,008 parameters, 4 for each of 21
-tensors.
+"""Bytes of AdamW's state for the small LLaMA of most examples: 8 for each parameter and 4 for each tensor.
+
+It has 115,008 parameters in 21 tensors.
 """
 
 
@@ -27,14 +26,14 @@ def run(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def losses(printed: str) -> tuple[float, float]:
-    """The loss before and after, of the last line."""
+    """The losses before and after training, from the last line."""
     found = re.search(r"loss (\d\.\d+) before, (\d\.\d+) after", printed.strip().splitlines()[-1])
     assert found, printed
     return float(found[1]), float(found[2])
 
 
 def state(printed: str) -> tuple[int, int]:
-    """Bytes of state, and those of AdamW."""
+    """Bytes of the optimizer's state, and of AdamW's."""
     found = re.search(r"state: ([\d,]+) bytes.*AdamW would hold ([\d,]+)", printed)
     assert found, printed
     return int(found[1].replace(",", "")), int(found[2].replace(",", ""))
@@ -42,7 +41,7 @@ def state(printed: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_form(path: Path) -> None:
-    """At most 60 lines; the docstring gives the command; the list of examples has it."""
+    """A file has at most 60 lines, its docstring gives the command, and the list of examples names it."""
     text = path.read_text()
     assert len(text.splitlines()) <= 60
     docstring = text.split('"""')[1]
@@ -69,7 +68,7 @@ def test_the_loss_falls(
 
 
 def test_the_loop_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two calls end where one does."""
+    """Two calls, the second from the checkpoint of the first, end where one call does."""
     monkeypatch.chdir(tmp_path)
 
     def last(*arguments: str) -> str:
@@ -83,7 +82,7 @@ def test_the_loop_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_backward_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """It holds less of everything than AdamW: of gradients and states what the shapes say."""
+    """It holds less of everything than AdamW; gradients and states are as large as the shapes say."""
     monkeypatch.chdir(tmp_path)
     printed = run("backward_side.py", "--steps", "6", monkeypatch=monkeypatch, capsys=capsys)
     adamw, ours = (

@@ -1,5 +1,5 @@
-"""What the pages show is run: their Python; the tutorial's commands, with fewer and smaller steps; the settings of
-others.
+"""What the pages show is run: all Python, the tutorial's commands with fewer and smaller steps, and other commands as
+far as their settings.
 """
 
 import json
@@ -30,7 +30,7 @@ SMALL = [
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """The globals of a page, as a module, so that its classes can be pickled; in a directory of its own."""
+    """The globals of a page. They are a module's, so that its classes can be pickled, in a directory of its own."""
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
     monkeypatch.chdir(tmp_path)
@@ -53,7 +53,7 @@ def _ranks(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("page", [name for name in RUN if "fsdp2" not in name])
 def test_python(page: str, names: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
-    """And does what the page says: a hybrid that is shown switches."""
+    """The blocks of a page run one after another, and a hybrid that is shown does switch."""
     assert len(list(run(python_blocks(PAGES[page]), names, page))) == PAGES[page].count("```python")
     assert "never switches" not in caplog.text
 
@@ -83,7 +83,7 @@ def test_tutorial(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.parametrize("page", SHOWN)
 def test_commands_are_understood(page: str) -> None:
-    """Each flag is known and each value of its kind. Some commands show something and end there."""
+    """Each flag is known, and each value is of its kind. Some commands only show something and end."""
     for words in commands(SHOWN[page]):
         if {"--help", "--version", "--print_config", "--print-completion"} & set(words):
             with pytest.raises(SystemExit) as ended:
@@ -94,7 +94,7 @@ def test_commands_are_understood(page: str) -> None:
 
 
 def test_a_how_tos_selector_keeps_the_laws(names: dict[str, Any]) -> None:
-    """The table's tests, for a selector that is on a page and not in the table."""
+    """The selector of the page passes the tests that the table of selectors is put to."""
     contract, laws = module_of("step/test_conformance.py"), module_of("selectors/test_selectors.py")
     from support.helpers import SHAPES
 
@@ -114,6 +114,7 @@ def test_a_how_tos_selector_keeps_the_laws(names: dict[str, Any]) -> None:
 
 
 def test_a_how_tos_rule_keeps_the_contract(names: dict[str, Any]) -> None:
+    """The rule of the page keeps the contract with several residuals, transfers and ways of storage."""
     contract = module_of("step/test_conformance.py")
 
     from subspan.residuals import Discard, Fira
@@ -127,7 +128,28 @@ def test_a_how_tos_rule_keeps_the_contract(names: dict[str, Any]) -> None:
         (Discard(), "rotate", "int8"),
     ):
         contract.test_contract((Importance(), rule, residual, transfer, storage))
-    state = rule.init(torch.zeros(6, 5), (6, 4), -2)
-    assert sum(value.nbytes for value in state.values()) == eval(
-        rule.memory(("6", "4"), -2)["square_avg"], {"M": lambda k: 4 * k}
-    )
+    state = rule.init(torch.zeros(6, 5), (6, 4), row_dim=-2)
+    assert {name: value.nbytes for name, value in state.items()} == {"square_avg": 4 * 6 * 4}
+
+
+def test_a_how_tos_residual_keeps_the_contract(names: dict[str, Any]) -> None:
+    """The residual of the page keeps the contract, and a basis that is not orthonormal is refused."""
+    contract = module_of("step/test_conformance.py")
+
+    from subspan import SubspaceAdamW
+    from subspan.rules import AdamW, Lion
+    from subspan.selectors import Gaussian, Importance, OnlinePCA
+
+    list(run(python_blocks(PAGES["howto/residual.md"])[:1], names, "residual.md"))
+    residual = names["Descent"]()
+    for selector, rule, transfer, storage in (
+        (Importance(), AdamW(), "rotate", "float32"),
+        (OnlinePCA(), Lion(), "keep", "float32"),
+        (Importance(), AdamW(), "reset", "int8"),
+    ):
+        contract.test_contract((selector, rule, residual, transfer, storage))
+    contract.test_no_wait_and_no_trace_of_zeros((Importance(), AdamW(), residual, "rotate", "float32"))
+    with pytest.raises(ValueError, match="rate=-1: expected a number >= 0"):
+        names["Descent"](-1)
+    with pytest.raises(ValueError, match="needs an orthonormal basis"):
+        SubspaceAdamW(torch.nn.Linear(8, 8), rank=2, selector=Gaussian(), residual=residual)

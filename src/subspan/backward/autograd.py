@@ -8,10 +8,9 @@ Layers fed by the same ``x`` meet in one ``gather`` node, which stands between t
     B_1, B_2, ... -> gather -> tickets -> linear_1, linear_2, ...
 
 In the backward pass the node runs once all of them have run. In an ordinary step it hands on what they made. In a step
-that
-forms gradients (``forming``) each has left its ``G`` in a box; the node chooses the basis from all of them, stacked,
-projects
-them, and drops them. The carriers get their gradients from autograd in any case, so that hooks on them fire.
+that forms gradients (``forming``) each has left its ``G`` in a box; the node chooses the basis from all of them,
+stacked, projects them, and drops them. The carriers get their gradients from autograd in any case, so that hooks on
+them fire.
 """
 
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from subspan.backward.layer import BackwardLinear
 from subspan.backward.projection import Projection
 from subspan.backward.sharing import Share, groups_of
-from subspan.distributed import is_spread
+from subspan.distributed import is_sharded
 from subspan.groups import EXCLUDED, select_linear
 from subspan.parts import Key, Selector
 from subspan.utils.errors import SettingError
@@ -35,8 +35,7 @@ class Handle:
         """Enter random subspaces, to be trained in by any optimizer of torch: randomized subspace optimization by hand.
 
         The displacement of the last ones is merged, new bases are drawn, and the carriers are zero. From then on the
-        layers
-        compute ``x Wᵀ + (x Q) Bᵀ`` with the carriers ``B`` as ordinary parameters, for example of
+        layers compute ``x Wᵀ + (x Q) Bᵀ`` with the carriers ``B`` as ordinary parameters, for example of
         ``torch.optim.LBFGS``::
 
             for outer in range(100):
@@ -73,7 +72,7 @@ class Handle:
         raise AssertionError("subspaces entered by hand are not refreshed")
 
     def _check_whole(self, what: str) -> None:
-        if any(is_spread(layer.carrier) for layer in self.layers):
+        if any(is_sharded(layer.carrier) for layer in self.layers):
             raise SettingError(
                 f"{what}(): fully_shard holds these layers' weights; save the model's state_dict, which is that of "
                 "the plain "
@@ -105,32 +104,32 @@ def project_backward(
     share: Share = "auto",
     merge: Literal["step", "refresh"] = "step",
     select_from: Literal["owner", "mean"] = "owner",
+    process_group: Any = None,
 ) -> Handle:
     """Let the backward pass make the low-rank gradient of linear layers, ``R = dyᵀ (x Q)``, and nothing larger.
 
     Call it before the optimizer is built, and before the model is wrapped by DDP. The layers are changed in place: each
-    keeps
-    its weight, which takes no gradient any more, and gets a ``carrier (out, rank)``, an ordinary parameter whose
-    gradient
-    is ``R``. The bases are the optimizer's.
+    keeps its weight, which takes no gradient any more, and gets a ``carrier (out, rank)``, an ordinary parameter whose
+    gradient is ``R``. The bases are the optimizer's.
 
     Args:
         model: holds the layers.
         rank: dimension of the subspaces of the inputs, from 1 to the number of input features.
         targets, exclude: which ``nn.Linear`` layers; see ``subspan.param_groups``.
         share: which layers have one basis and save one ``x Q``: ``"auto"``, those that get the same tensor when the
-            model
-            is run once on its ``dummy_inputs`` (transformers' models have them); inputs of the model, as a dict, to run
-            it on;
-            lists of names, such as ``[["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]``; or ``"none"``.
+            model is run once on its ``dummy_inputs`` (transformers' models have them); inputs of the model, as a dict,
+            to run it on; lists of names, such as ``[["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]``; or
+            ``"none"``.
         merge: ``"step"``, each step changes the weight; or ``"refresh"``, steps add up in the carrier, in fp32, and the
-            weight
-            changes with the basis (for weights in bf16, which lose small steps). Saving merges a copy. What reads
-            ``layer.weight`` by itself, such as an average of the model, sees the steps after ``Handle.merge`` alone.
+            weight changes with the basis (for weights in bf16, which lose small steps). Saving merges a copy. What
+            reads ``layer.weight`` by itself, such as an average of the model, sees the steps after ``Handle.merge``
+            alone.
         select_from: with several data-parallel ranks, whose gradient chooses a basis: ``"owner"``, that of one rank
-            (another
-            for each basis) on its own part of the batch; or ``"mean"``, all-reduced over the ranks. Either way one
-            rank chooses and sends the basis to the others; random bases need neither.
+            (another for each basis) on its own part of the batch; or ``"mean"``, all-reduced over the ranks. Either way
+            one rank chooses and sends the basis to the others; random bases need neither.
+        process_group: the data-parallel ranks of this model, for who averages gradients without
+            DistributedDataParallel. ``None`` takes those of the DistributedDataParallel that wraps the model when it
+            runs; without one this process is alone, whatever other processes there are.
 
     Returns:
         A handle, to merge the displacement or to undo it all.
@@ -173,7 +172,7 @@ def project_backward(
             raise SettingError(f"targets: the weight of {name!r} is frozen; exclude it")
     projections = []
     for names in groups_of(model, layers, share):
-        projection = Projection(rank, merge, select_from)
+        projection = Projection(rank, merge, select_from, process_group)
         for name in names:
             layer = layers[name]
             layer.__class__ = BackwardLinear

@@ -14,8 +14,7 @@ class BackwardLinear(nn.Linear):
     """``y = x Wᵀ + (x Q) Bᵀ + b`` with ``W`` frozen and the carrier ``B (out, r)``, which is zero or a displacement.
 
     The gradient of ``B`` is ``R = dyᵀ (x Q)``, the projection of that of ``W``. It takes neither ``x``, which is not
-    saved,
-    nor the full gradient. Made of an ``nn.Linear`` in place, by ``project_backward``.
+    saved, nor the full gradient. Made of an ``nn.Linear`` in place, by ``project_backward``.
 
     A ``state_dict`` holds the weight under its own name, displacement included, and no carrier.
     """

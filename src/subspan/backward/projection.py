@@ -1,30 +1,20 @@
 """One basis, and the layers that share it: those fed by the same tensor."""
 
 import weakref
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from subspan.backward.autograd import Box, Taken, gather
-from subspan.distributed import is_spread, local
+from subspan.distributed import is_sharded, local, wrapping_process_group
 from subspan.parts import Selector
-from subspan.step.carriers import Plan
+from subspan.step.carriers import Driver, Plan
 from subspan.storage.allocation import State
 from subspan.storage.stochastic_rounding import add_rounded_
 
 if TYPE_CHECKING:
     from subspan.backward.layer import BackwardLinear
-
-
-class Driver(Protocol):
-    """What a projection asks of the optimizer that is bound to it."""
-
-    def refresh_projection(self, projection: "Projection", G: Tensor | None) -> None:
-        """Choose a new basis and carry the moments of every carrier over.
-
-        ``G (m, in)`` is the gradient of the layers, stacked; ``None`` if the selector needs none.
-        """
 
 
 class Projection:
@@ -36,14 +26,17 @@ class Projection:
         layers: that share the basis, in the order of the model.
         plan: what the next pass does with the basis; the optimizer says so after each of its steps.
         formed: whether a gradient has chosen the basis since then. Until the next step every pass saves ``x`` as that
-            one
-            did, so that a forward pass that is repeated for its activations (checkpointing) saves what it saved before.
+            one did, so that a forward pass that is repeated for its activations (checkpointing) saves what it saved
+            before.
         displaced: whether carriers may hold a displacement that the weights lack.
         selector, state: the optimizer's own; the state lives there, with that of the first carrier.
+        process_group: the data-parallel ranks that share the basis. If none are given, they are those of the
+            DistributedDataParallel whose forward pass reaches the layers.
     """
 
-    def __init__(self, rank: int, merge: str, select_from: str) -> None:
+    def __init__(self, rank: int, merge: str, select_from: str, process_group: Any = None) -> None:
         self.rank, self.merge, self.select_from = rank, merge, select_from
+        self.process_group, self.given = process_group, process_group is not None
         self.layers: list[BackwardLinear] = []
         self.plan: Plan = "keep"
         self.formed = self.displaced = False
@@ -84,7 +77,14 @@ class Projection:
         if self.displaced and self.selector is not None:
             selector, weight = self.selector, self.layers[0].weight
             state = {key: self.state[key] for key in selector.init(weight, self.rank)}
-        return self.__dict__ | {"selector": selector, "state": state, "_driver": None, "_pass": None, "_rounding": {}}
+        return self.__dict__ | {
+            "selector": selector,
+            "state": state,
+            "_driver": None,
+            "_pass": None,
+            "_rounding": {},
+            "process_group": None,
+        }
 
     # --- the forward pass ---------------------------------------------------------------------------------------------
 
@@ -100,12 +100,14 @@ class Projection:
 
     def _begin(self, x: Tensor, dtype: torch.dtype) -> "_Pass":
         driver = self.driver
-        if any(is_spread(layer.carrier) for layer in self.layers):
+        if any(is_sharded(layer.carrier) for layer in self.layers):
             raise RuntimeError(
                 f"{self.layers[0].weight_name}: shares a basis with layers that fully_shard has put into other "
                 "groups; shard "
                 "the module that holds them all, or call project_backward with share='none'"
             )
+        if (group := wrapping_process_group()) is not None and not self.given:
+            self.process_group = group
         if self.plan != "keep":
             self.fold()
         if self.plan == "draw":
@@ -154,7 +156,7 @@ class Projection:
     ) -> None:
         """``W <- keep * W - step Qᵀ``, at once or, with ``merge="refresh"``, in the carrier until the basis changes."""
         assert self.selector is not None
-        if is_spread(layer.carrier) != is_spread(layer.weight):
+        if is_sharded(layer.carrier) != is_sharded(layer.weight):
             raise RuntimeError(
                 f"{layer.weight_name}: its whole weight is here, and the step is of a shard; let fully_shard reshard "
                 "after "

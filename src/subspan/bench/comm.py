@@ -120,7 +120,7 @@ def _schedule(optimizer: torch.optim.Optimizer, refresh: bool) -> None:
     for state in optimizer.state.values():
         if "refresh_step" in state:
             state["refresh_step"] = 0 if refresh else PERIOD
-    optimizer._plan()
+    optimizer.carriers.schedule()
 
 
 def _data_parallel(model: nn.Module, optimizer: Any, low_rank: bool) -> nn.Module:

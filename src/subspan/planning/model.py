@@ -136,7 +136,7 @@ class Planned:
             formula = formulas(selector, optimizer.rule, optimizer.residual, state_dtype)
             for group in optimizer.param_groups if setting.sharded else ():
                 for p in group["params"]:
-                    optimizer.check_spreadable(p, group)
+                    optimizer.check_shardable(p, group)
         else:  # torch's AdamW
             recipe = find(setting.optimizer)
             width = next(self.model.parameters()).element_size()
@@ -256,5 +256,5 @@ class Planned:
             G = torch.empty(rows, first.shape[1], dtype=self._formed, device="meta")
         with ShapesOnly([*self._there, *([] if G is None else [G])], "meta") as live:
             before = live.now
-            optimizer.refresh_projection(projection, G)
+            optimizer.carriers.refresh_projection(projection, G)
         return live.peak - before

@@ -8,10 +8,9 @@
 
 ``E`` is of the size of the weight, in fp32.
 
-Source: LDAdam (Robert et al. 2024, arXiv 2410.16103): its generalised error feedback.
-Deviations from the published code: ``E`` is kept in the state and not in ``.grad``, where clipping, gradient scaling
-and
-``zero_grad`` destroy it. A gradient that is not finite leaves ``E`` alone.
+Source: LDAdam (Robert et al. 2024, arXiv 2410.16103): its generalised error feedback. Deviations from the published
+code: ``E`` is kept in the state and not in ``.grad``, where clipping, gradient scaling and ``zero_grad`` destroy it. A
+gradient that is not finite leaves ``E`` alone.
 """
 
 from collections.abc import Callable

@@ -8,16 +8,13 @@
 
 Neither ``S`` nor ``T`` is formed: ``||S_i||² = ||G_i||² - (2a - a²) ||R_i||²`` as ``QᵀQ = I``, and ``D`` is
 ``(scale * U - a phi * R) Qᵀ + phi * G``. ``||T_prev||`` is the norm after limiting, of each matrix of a stack by
-itself. ``U``
-is Adam's direction without bias correction, which the optimizer applies to all of ``D``.
+itself. ``U`` is Adam's direction without bias correction, which the optimizer applies to all of ``D``.
 
-Source: Fira (Chen et al. 2024, arXiv 2410.01623): norm-based scaling and the norm-growth limiter.
-Deviations from the paper: none for ``mode="orthogonal"``. ``mode="official"`` is what the authors' code computes: its
-``project_back`` carries the scale, so a share ``1 - scale`` of the gradient *inside* the subspace stays in the
-residual. The
-published tables were presumably made with it. ``scaled=True`` is an addition: the row outside the subspace then moves
-as far,
-in proportion to its gradient, as the row inside; unscaled it moves ``1 / scale`` times as far.
+Source: Fira (Chen et al. 2024, arXiv 2410.01623): norm-based scaling and the norm-growth limiter. Deviations from the
+paper: none for ``mode="orthogonal"``. ``mode="official"`` is what the authors' code computes: its ``project_back``
+carries the scale, so a share ``1 - scale`` of the gradient *inside* the subspace stays in the residual. The published
+tables were presumably made with it. ``scaled=True`` is an addition: the row outside the subspace then moves as far, in
+proportion to its gradient, as the row inside; unscaled it moves ``1 / scale`` times as far.
 """
 
 from collections.abc import Callable

@@ -59,7 +59,7 @@ class Adafactor(Rule):
     def moments(self) -> Mapping[str, bool]:
         return {"exp_avg": True} if self.beta1 else {}
 
-    def init(self, like: Tensor, shape: tuple[int, ...], rows: int) -> State:
+    def init(self, like: Tensor, shape: tuple[int, ...], row_dim: int) -> State:
         state: State = {"step": torch.zeros((), dtype=torch.float32)}
         if self.beta1:
             state["exp_avg"] = allocate(like, shape)
@@ -68,7 +68,7 @@ class Adafactor(Rule):
         row, col = allocate(like, shape[:-1]), allocate(like, (*shape[:-2], shape[-1]))
         return state | {"exp_avg_sq_row": row, "exp_avg_sq_col": col}
 
-    def memory(self, shape: tuple[str, ...], rows: int) -> dict[str, str]:
+    def memory(self, shape: tuple[str, ...], row_dim: int) -> dict[str, str]:
         second = (
             {"exp_avg_sq": f"4*{shape[0]}"}
             if len(shape) < 2

@@ -6,16 +6,13 @@
 Blocks: a basis of the columns (``R = G Q``, tall and square weights under ``std``) leaves the rows of the weight as
     they are,
 so each row of ``R (m, r)`` is a block and ``V`` is ``(m, 1)``. A basis of the rows (wide weights) mixes them; what is
-left
-are the ``r`` coordinates of the basis, and ``V`` is ``(1, r)``. A full-rank matrix has a block for each row; a vector
-one for
-each entry. Under ``moments`` a ``V`` of rows stays, since it does not depend on the basis.
+left are the ``r`` coordinates of the basis, and ``V`` is ``(1, r)``. A full-rank matrix has a block for each row; a
+vector one for each entry. Under ``moments`` a ``V`` of rows stays, since it does not depend on the basis.
 
 Source: Adam-mini (Zhang et al. 2024, arXiv 2406.16793); SARA (arXiv 2502.05790) trains it inside a subspace with
     ``beta2 =
 0.95``, without saying which blocks it used. Deviations from the paper: queries and keys have a block for each row, not
-for
-each head, and norms one for each entry: finer blocks, found by shape and not by name.
+for each head, and norms one for each entry: finer blocks, found by shape and not by name.
 """
 
 from collections.abc import Mapping
@@ -39,11 +36,11 @@ class AdamMini(Adam):
     def moments(self) -> Mapping[str, bool]:
         return {"exp_avg": True}
 
-    def blocks(self, shape: tuple[int, ...], rows: int) -> tuple[int, ...]:
+    def blocks(self, shape: tuple[int, ...], row_dim: int) -> tuple[int, ...]:
         if len(shape) < 2:
             return shape
-        return (*shape[:-1], 1) if rows == -2 else (*shape[:-2], 1, shape[-1])
+        return (*shape[:-1], 1) if row_dim == -2 else (*shape[:-2], 1, shape[-1])
 
-    def memory(self, shape: tuple[str, ...], rows: int) -> dict[str, str]:
-        blocks = shape[0] if len(shape) < 2 else shape[rows]
+    def memory(self, shape: tuple[str, ...], row_dim: int) -> dict[str, str]:
+        blocks = shape[0] if len(shape) < 2 else shape[row_dim]
         return {"step": "4", "exp_avg": f"M({'*'.join(shape)})", "exp_avg_sq": f"4*{blocks}"}

@@ -7,8 +7,8 @@ which is ``(M / c1) / (sqrt(V / c2) + eps)``: torch's placement of epsilon. The 
 limiter (``residuals/fira.py``) compares norms of uncorrected updates.
 
 Sources: Adam (Kingma & Ba 2015, arXiv 1412.6980), Algorithm 1; decoupled decay (Loshchilov & Hutter 2019, arXiv
-1711.05101) is the optimizer's; moment transport (Robert et al. 2024, LDAdam, arXiv 2410.16103).
-Deviations: none from ``torch.optim.AdamW``. GaLore's code adds epsilon before the bias correction, so its effective
+1711.05101) is the optimizer's; moment transport (Robert et al. 2024, LDAdam, arXiv 2410.16103). Deviations: none from
+``torch.optim.AdamW``. GaLore's code adds epsilon before the bias correction, so its effective
     epsilon is
 ``eps / sqrt(c2)``.
 """
@@ -38,7 +38,7 @@ class AdamW(Adam):
     def moments(self) -> Mapping[str, bool]:
         return {"exp_avg": True, "exp_avg_sq": False}
 
-    def blocks(self, shape: tuple[int, ...], rows: int) -> tuple[int, ...]:
+    def blocks(self, shape: tuple[int, ...], row_dim: int) -> tuple[int, ...]:
         return shape
 
     def update_(self, R: Tensor, state: State, rows: Rows = ALL_HERE) -> tuple[Tensor, Tensor]:
@@ -53,6 +53,6 @@ class AdamW(Adam):
               weight_decay=0.0, eps=self.eps, maximize=False)  # fmt: skip
         return U, root_c2 / c1
 
-    def memory(self, shape: tuple[str, ...], rows: int) -> dict[str, str]:
+    def memory(self, shape: tuple[str, ...], row_dim: int) -> dict[str, str]:
         size = "*".join(shape)
         return {"step": "4", "exp_avg": f"M({size})", "exp_avg_sq": f"M({size})"}

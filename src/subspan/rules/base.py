@@ -31,15 +31,15 @@ class Adam(Rule, ABC):
         """See ``parts.Rule``."""
 
     @abstractmethod
-    def blocks(self, shape: tuple[int, ...], rows: int) -> tuple[int, ...]:
+    def blocks(self, shape: tuple[int, ...], row_dim: int) -> tuple[int, ...]:
         """Shape of ``V``: 1 where the squares are averaged."""
 
-    def init(self, like: Tensor, shape: tuple[int, ...], rows: int) -> State:
+    def init(self, like: Tensor, shape: tuple[int, ...], row_dim: int) -> State:
         return {
             # On the CPU, as torch keeps it: it enters kernels as a scalar, so no device waits for it.
             "step": torch.zeros((), dtype=torch.float32),
             "exp_avg": allocate(like, shape),
-            "exp_avg_sq": allocate(like, self.blocks(shape, rows)),
+            "exp_avg_sq": allocate(like, self.blocks(shape, row_dim)),
         }
 
     def transfer_(self, state: State, change: Tensor, how: Transfer) -> None:

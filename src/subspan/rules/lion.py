@@ -3,8 +3,7 @@
     U  = sign(beta1 M + (1 - beta1) R)
     M <- beta2 M + (1 - beta2) R
 
-Source: Lion (Chen et al. 2023, arXiv 2302.06675), Algorithm 2.
-Deviations: none.
+Source: Lion (Chen et al. 2023, arXiv 2302.06675), Algorithm 2. Deviations: none.
 """
 
 from collections.abc import Mapping
@@ -35,10 +34,10 @@ class Lion(Rule):
     def moments(self) -> Mapping[str, bool]:
         return {"exp_avg": True}
 
-    def init(self, like: Tensor, shape: tuple[int, ...], rows: int) -> State:
+    def init(self, like: Tensor, shape: tuple[int, ...], row_dim: int) -> State:
         return {"step": torch.zeros((), dtype=torch.float32), "exp_avg": allocate(like, shape)}
 
-    def memory(self, shape: tuple[str, ...], rows: int) -> dict[str, str]:
+    def memory(self, shape: tuple[str, ...], row_dim: int) -> dict[str, str]:
         return {"step": "4", "exp_avg": f"M({'*'.join(shape)})"}
 
     def transfer_(self, state: State, change: Tensor, how: Transfer) -> None:

@@ -6,9 +6,8 @@
 - ``MSGD(beta1)``, that of GoLore's and SARA's theory: ``decay = 1 - beta1, gain = beta1``. There beta1 weighs the *new*
   gradient, so ``MSGD(0.1)`` is ``SGD(0.9, 0.9)``.
 
-Source: GoLore (He et al. 2024, arXiv 2410.11289), MSGD.
-Deviations: the momentum starts at zero, where ``torch.optim.SGD`` starts at the first gradient; the same while
-``dampening=0``.
+Source: GoLore (He et al. 2024, arXiv 2410.11289), MSGD. Deviations: the momentum starts at zero, where
+``torch.optim.SGD`` starts at the first gradient; the same while ``dampening=0``.
 """
 
 from abc import ABC, abstractmethod
@@ -39,11 +38,11 @@ class _MomentumSGD(Rule, ABC):
     def moments(self) -> Mapping[str, bool]:
         return {"exp_avg": True} if self.decay else {}
 
-    def init(self, like: Tensor, shape: tuple[int, ...], rows: int) -> State:
+    def init(self, like: Tensor, shape: tuple[int, ...], row_dim: int) -> State:
         state: State = {"step": torch.zeros((), dtype=torch.float32)}
         return state | {"exp_avg": allocate(like, shape)} if self.decay else state
 
-    def memory(self, shape: tuple[str, ...], rows: int) -> dict[str, str]:
+    def memory(self, shape: tuple[str, ...], row_dim: int) -> dict[str, str]:
         return {"step": "4"} | ({"exp_avg": f"M({'*'.join(shape)})"} if self.decay else {})
 
     def transfer_(self, state: State, change: Tensor, how: Transfer) -> None:

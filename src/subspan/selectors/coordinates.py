@@ -10,8 +10,8 @@
 
 Sources: GoLore (He et al. 2024, arXiv 2410.11289) names GaSare (top) and GoSare (uniform); GRASS (Muhamed et al. 2024,
     arXiv
-2406.17660): top, or norm with power 2 and scaled.
-Deviations: GaSare and GoSare mask single entries, here a mask is whole columns, so that the state is a matrix like any
+2406.17660): top, or norm with power 2 and scaled. Deviations: GaSare and GoSare mask single entries, here a mask is
+whole columns, so that the state is a matrix like any
     other.
 GRASS has no published code; written from its equations.
 """

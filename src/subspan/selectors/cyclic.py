@@ -1,19 +1,16 @@
 """r singular vectors of the gradient, every place of the spectrum visited once in a cycle of ``ceil(k / r)`` refreshes.
 
 With ``G = S diag(sigma) Vᵀ (m, n)``, sigma falling, and ``k = min(m, n)``: each cycle draws a permutation ``pi`` of the
-``k``
-places, and its refresh number ``t`` takes the next ``r`` of them,
+``k`` places, and its refresh number ``t`` takes the next ``r`` of them,
 
     Q = V[:, I],    I = { pi[(t r + j) mod k] : 0 <= j < r },    sorted ascending
 
 so what uniform sampling visits on average is visited for certain: no place waits for more than two cycles. The last
-refresh
-of a cycle begins ``pi`` anew where ``r`` does not divide ``k``.
+refresh of a cycle begins ``pi`` anew where ``r`` does not divide ``k``.
 
 Source: sampling without replacement over time (random reshuffling), in place of SARA's weighted draw (Zhang et al.
     2025,
-arXiv 2502.05790, Alg. 2).
-Deviations: none; no paper has it.
+arXiv 2502.05790, Alg. 2). Deviations: none; no paper has it.
 """
 
 from dataclasses import dataclass

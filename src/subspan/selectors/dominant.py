@@ -2,10 +2,9 @@
 
 ``Q = V[:, :r]`` where ``G = S diag(sigma) Vᵀ (m, n)``, ``sigma`` descending.
 
-Source: GaLore (Zhao et al. 2024, arXiv 2403.03507), Algorithm 2.
-Deviations from the paper: the spectrum comes from the Gram matrix unless ``method="svd"``; each vector takes the sign
-of
-the one it replaces, where GaLore takes whatever sign its SVD returns.
+Source: GaLore (Zhao et al. 2024, arXiv 2403.03507), Algorithm 2. Deviations from the paper: the spectrum comes from the
+Gram matrix unless ``method="svd"``; each vector takes the sign of the one it replaces, where GaLore takes whatever sign
+its SVD returns.
 """
 
 from dataclasses import dataclass

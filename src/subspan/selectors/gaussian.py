@@ -1,14 +1,12 @@
 """A Gaussian subspace, drawn anew from its key at every use: ``Q (n, r)``, entries ``N(0, 1/r)``, so ``E[Q Qᵀ] = I``.
 
 The columns are not orthonormal; ``E[QᵀQ] = (n/r) I``. To ``rotate`` the moments therefore multiplies their squared norm
-by
-``n/r`` on average, at each refresh: the period must be long against the memory of the momentum, ``1 / (1 - beta1)``
+by ``n/r`` on average, at each refresh: the period must be long against the memory of the momentum, ``1 / (1 - beta1)``
 steps.
 
-Source: FLora (Hao et al. 2024, arXiv 2402.03293): random down-projection, its seed stored instead of itself.
-Deviations from the paper: FLora projects the momentum alone, here the gradient is projected, and so every moment; the
-draw
-is keyed by the parameter's name and step.
+Source: FLora (Hao et al. 2024, arXiv 2402.03293): random down-projection, its seed stored instead of itself. Deviations
+from the paper: FLora projects the momentum alone, here the gradient is projected, and so every moment; the draw is
+keyed by the parameter's name and step.
 """
 
 from dataclasses import dataclass

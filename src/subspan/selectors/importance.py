@@ -6,14 +6,12 @@ With ``G = S diag(sigma) Vᵀ (m, n)``: ``Q = V[:, I]``, ``I`` drawn one index a
 
 and sorted ascending, so that column j of the new basis stays close in rank to column j of the old one.
 
-Source: SARA (Zhang et al. 2025, arXiv 2502.05790), Algorithm 2, is ``power=1, floor=0``.
-Deviations from the paper: the spectrum comes from the Gram matrix unless ``method="svd"``; the draw is keyed, not taken
-from
-a live generator; where fewer than r singular values are positive the rest of the basis is filled up from the others
-(``torch.multinomial`` would raise); signs are aligned with the old basis; ``power`` and ``floor`` are additions.
-Off the CPU, and on it where the Gram matrix is of side 512 or more, that is in fp32, where a sigma below 3e-4 of the
-largest is
-noise of that size: such directions are drawn a little too often.
+Source: SARA (Zhang et al. 2025, arXiv 2502.05790), Algorithm 2, is ``power=1, floor=0``. Deviations from the paper: the
+spectrum comes from the Gram matrix unless ``method="svd"``; the draw is keyed, not taken from a live generator; where
+fewer than r singular values are positive the rest of the basis is filled up from the others (``torch.multinomial``
+would raise); signs are aligned with the old basis; ``power`` and ``floor`` are additions. Off the CPU, and on it where
+the Gram matrix is of side 512 or more, that is in fp32, where a sigma below 3e-4 of the largest is noise of that size:
+such directions are drawn a little too often.
 """
 
 import math
@@ -35,8 +33,7 @@ class Importance(DrawnSelector):
 
     The paper's convergence constant ``delta`` is the least probability with which a direction is selected. With
     ``floor=0`` it falls to zero with the smallest singular value, and the guarantee with it; with ``floor > 0`` one
-    draw
-    already picks each direction with probability at least ``floor / k``, so ``delta >= floor / k``.
+    draw already picks each direction with probability at least ``floor / k``, so ``delta >= floor / k``.
 
     Args:
         power: exponent on the singular values, >= 0: 1 is the paper, 0 uniform, a large one nearly dominant.

@@ -7,11 +7,9 @@ At each refresh the overlap of the old and the new subspace is measured,
 and where it reaches ``threshold`` the period doubles, up to ``longest`` times ``update_proj_gap``; otherwise it is
 ``update_proj_gap`` again. Each parameter has its own. The next refresh falls on the next multiple of the new period.
 
-Source: Q-GaLore (Zhang et al. 2024, arXiv 2407.08296), whose idea it is.
-Deviations from the paper: it measures the cosine of
-the first singular vector alone, averaged over five refreshes, which a flip of that vector's sign defeats, and its
-period
-never shrinks.
+Source: Q-GaLore (Zhang et al. 2024, arXiv 2407.08296), whose idea it is. Deviations from the paper: it measures the
+cosine of the first singular vector alone, averaged over five refreshes, which a flip of that vector's sign defeats, and
+its period never shrinks.
 """
 
 from dataclasses import dataclass

@@ -10,10 +10,8 @@ Source: Online Subspace Descent (Liang et al. 2024, arXiv 2408.12857); "online P
     the
 published code: the basis is re-orthonormalised after each step, which the code leaves out (its columns drift together;
 ``orthonormalise=False, weight_decay=0.01`` is its literal form, the decay being the default of its inner optimizer);
-the
-inner learning rate is constant, where the code multiplies ``1 / period`` by the schedule of the outer one; the basis
-moves
-before the gradient is projected, not after.
+the inner learning rate is constant, where the code multiplies ``1 / period`` by the schedule of the outer one; the
+basis moves before the gradient is projected, not after.
 """
 
 from dataclasses import dataclass

@@ -5,8 +5,8 @@
 
 The first basis is that of the leading singular vectors. ``B`` is never formed.
 
-Source: LDAdam (Robert et al. 2024, arXiv 2410.16103).
-Deviations: none known. With a rule that has no momentum, ``rho`` is 0. LDAdam as a whole is this selector, the
+Source: LDAdam (Robert et al. 2024, arXiv 2410.16103). Deviations: none known. With a rule that has no momentum, ``rho``
+is 0. LDAdam as a whole is this selector, the
     ``moments``
 transfer and ``residuals.ErrorFeedback``.
 """

@@ -3,10 +3,9 @@ I``.
 
 ``scaled`` multiplies it by ``sqrt(n / r)``, so that ``E[Q Qᵀ] = I`` and ``QᵀQ = (n/r) I``.
 
-Sources: GoLore (He et al. 2024, arXiv 2410.11289); scaled, RSO (Chen et al. 2025, arXiv 2502.07222).
-Deviations from the paper: none. (Its code draws from the process's own generator and takes a polar factor; here the
-draw
-is keyed and factorised by QR, which has the same distribution.)
+Sources: GoLore (He et al. 2024, arXiv 2410.11289); scaled, RSO (Chen et al. 2025, arXiv 2502.07222). Deviations from
+the paper: none. (Its code draws from the process's own generator and takes a polar factor; here the draw is keyed and
+factorised by QR, which has the same distribution.)
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,7 @@
 """r singular vectors of the gradient, one from each of r parts of the spectrum.
 
-With ``G = S diag(sigma) Vᵀ (m, n)``, sigma falling, and ``k = min(m, n)``: part ``j`` holds the indices ``ceil(j k /
-r)`` to
-``ceil((j + 1) k / r) - 1``, and
+With ``G = S diag(sigma) Vᵀ (m, n)``, sigma falling, and ``k = min(m, n)``: part ``j`` holds the indices
+``ceil(j k / r)`` to ``ceil((j + 1) k / r) - 1``, and
 
     Q = V[:, I],    I_j uniform on part j
 

@@ -2,8 +2,7 @@
 
 Source: GoLore (He et al. 2024, arXiv 2410.11289): "GoLore@x%" is ``Switch(Dominant(), Random(), at=1 - x / 100)``.
 Deviations from the paper: none. (Its SGD code leaves the momentum as it is at the switch; here the switch is a refresh
-like
-any other, and the transfer applies.)
+like any other, and the transfer applies.)
 """
 
 import math

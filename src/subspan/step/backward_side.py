@@ -1,120 +1,129 @@
-"""The optimizer's side of backward-side layers: it chooses their bases, and steps on their carriers.
+"""The optimizer's side of backward-side layers: it chooses their bases (``Carriers``), and steps on their carriers.
 
-The gradient of a carrier is ``R`` already, so a step is ``U = rule(R)``, ``W <- (1 - lr wd) W - lr scale U Qᵀ``. The
-basis
-is chosen before: in the forward pass if the selector needs no gradient, else in the backward pass of the layers that
-share it.
+The gradient of a carrier is ``R`` already, so a step is
+
+    U = rule(R),    W <- (1 - lr wd) W - lr scale U Qᵀ
+
+The basis is chosen before: in the forward pass if the selector needs no gradient, else in the backward pass of the
+layers that share it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from subspan import distributed, linalg
-from subspan.linalg import Gram
-from subspan.parts import Key, Residual, Rows, Rule, Selector, Transfer
-from subspan.step import proximal
+from subspan.step import refresh
 from subspan.step.carriers import CarriedLayer, CarriedProjection, Plan, layer_of
-from subspan.step.refresh_schedule import offset_of, refresh_due
-from subspan.step.weights import Work
-from subspan.storage import eight_bit as quantization
+from subspan.step.layout import PROJ_TYPES, layout_of
+from subspan.step.method import Method
+from subspan.step.proximal import Proximal
+from subspan.step.weights import Inside, rounding_generator
+from subspan.step.work import Held, Slot, Work, open_
 from subspan.storage.allocation import State
 from subspan.utils.errors import SettingError
 
 
-class CarriedSteps:
-    """What ``SubspaceOptimizer`` does with carriers."""
+def step_(work: Work, layer: CarriedLayer, held: Held, inside: Inside) -> None:
+    """Step on one carrier, whose state is ``held``; the layer's projection writes the update into its weight."""
+    group, proximal = work.slot.group, Proximal.of(work.slot.group)
+    U, factor = inside(work.rule, proximal.pull(work.grad, held.state), held.moments, held.rows)
+    proximal.move_(U, factor, held.state, group)
+    held.store_(work.rule)
+    step = U.mul_(group["lr"] * group["scale"] * factor)
+    keep = 1 - group["lr"] * group["weight_decay"]
+    layer.projection.apply_(layer, step, keep, rounding_generator(work, layer.weight))
 
+
+class Owner(Protocol):
+    """What ``Carriers`` reads of the optimizer that owns them."""
+
+    method: Method
     param_groups: list[dict[str, Any]]
     state: Any
-    selector: Selector
-    residual: Residual
-    transfer: Transfer
-    stagger: bool
-    seed: int
 
-    _inside: Callable[[Rule, Tensor, State, Rows], tuple[Tensor, Tensor]]
 
-    def _rule(self, group: Mapping[str, Any]) -> Rule:
-        raise NotImplementedError
+class Carrier(NamedTuple):
+    """Where an optimizer keeps a carrier."""
 
-    def _refresh(self, G: Tensor | Gram, state: State, key: Key) -> Tensor | None:
-        raise NotImplementedError
+    order: int
+    """Number of its projection."""
+    p: Tensor
+    layer: CarriedLayer
+    group: dict[str, Any]
 
-    def _unpacked(self, state: State, rule: Rule, group: Mapping[str, Any], p: Tensor) -> State:
-        raise NotImplementedError
 
-    def _carried(self) -> Iterator[tuple[int, Tensor, CarriedLayer, dict[str, Any]]]:
-        """Each carrier with the number of its projection, its layer and its group."""
-        number = -1
-        for group in self.param_groups:
+class Carriers:
+    """The backward-side half of an optimizer, which owns it: the driver that projections refer to.
+
+    It reads the optimizer's groups and state each time, for loading a checkpoint replaces them.
+    """
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = weakref.ref(owner)  # an optimizer without users is freed at once, and its layers say so
+
+    @property
+    def owner(self) -> Owner:
+        """The optimizer."""
+        owner = self._owner()
+        assert owner is not None
+        return owner
+
+    def __iter__(self) -> Iterator[Carrier]:
+        order = -1
+        for group in self.owner.param_groups:
             for p in group["params"]:
                 if (layer := layer_of(p)) is not None:
-                    number += layer.number == 0
-                    yield number, p, layer, group
+                    order += layer.number == 0
+                    yield Carrier(order, p, layer, group)
 
-    def _check_carried(self, p: Tensor) -> None:
-        if (layer := layer_of(p)) is None:
-            return
-        if distributed.is_spread(p) and layer.projection.merge == "refresh":
-            raise SettingError(
-                "merge='refresh': a displacement cannot be put into weights that fully_shard has spread over ranks; "
-                "call "
-                "project_backward with merge='step'"
-            )
-        if self.residual.needs_gradient:
-            raise SettingError(
-                f"residual={self.residual!r}: needs every gradient, and the backward-side layers of this model form "
-                "none; use "
-                "residuals.Discard(), or leave project_backward out"
-            )
-        if self.selector.tracks:
-            raise SettingError(
-                f"selector={self.selector!r}: follows every gradient, and the backward-side layers of this model "
-                "form one only "
-                "at a refresh; use another selector, or leave project_backward out"
-            )
-
-    def _bind(self) -> None:
+    def bind(self) -> None:
         """Let each projection know its basis, which is kept with its first carrier."""
-        for _, p, layer, _ in self._carried():
+        method, states = self.owner.method, self.owner.state
+        for _, p, layer, _ in self:
             first = layer.projection.layers[0]
-            if first.carrier not in self.state:
+            if first.carrier not in states:
                 raise SettingError(
-                    f"params: the carrier of {layer.weight_name} is here, and that of {first.weight_name}, which "
-                    "keeps the "
-                    "basis they share, is not; pass both, unfreeze it, or call project_backward with share='none'"
+                    f"params: the carrier of {layer.weight_name} is here, and that of {first.weight_name}, which keeps "
+                    "the basis they share, is not; pass both, unfreeze it, or call project_backward with share='none'"
                 )
             if layer.number == 0:
-                layer.projection.bind(self.selector, self.state[p], self)
-        self._plan()
+                layer.projection.bind(method.selector, states[p], self)
+        self.schedule()
 
-    def _plan(self) -> None:
+    def schedule(self) -> None:
         """Tell each projection what is due at the next gradient."""
-        for order, p, layer, group in self._carried():
+        for order, p, layer, group in self:
             if layer.number == 0:
-                layer.projection.expect(self._plan_of(self.state[p], group, order))
+                layer.projection.expect(self._plan(self.owner.state[p], group, order))
 
-    def _plan_of(self, state: State, group: Mapping[str, Any], order: int) -> Plan:
-        period = self.selector.period(group["update_proj_gap"], state)
-        offset = offset_of(order, group["update_proj_gap"]) if self.stagger else 0
-        if not refresh_due(state["refresh_step"], group["clock"], period, offset):
+    def fold(self) -> None:
+        """Put the displacements of all carriers into the weights."""
+        for one in self:
+            one.layer.projection.fold()
+
+    def _plan(self, state: State, group: Mapping[str, Any], order: int) -> Plan:
+        method = self.owner.method
+        if not refresh.is_due(method, state, group, order):
             return "keep"
         # All at once the first gradients would take the memory that is saved: until its turn a basis is drawn from
         # noise.
-        early = state["refresh_step"] < 0 and offset != group["clock"] % (period or 1)
-        return "form" if self.selector.needs_gradient and not early else "draw"
+        period = method.selector.period(group["update_proj_gap"], state) or 1
+        early = state["refresh_step"] < 0 and refresh.offset(method, group, order) != group["clock"] % period
+        return "form" if method.selector.needs_gradient and not early else "draw"
 
     @torch.no_grad()
     def refresh_projection(self, projection: CarriedProjection, G: Tensor | None) -> None:
         """Choose a new basis, from ``G (m, in)`` if one is given, and carry the moments of every carrier over."""
-        order, first, _, group = next(row for row in self._carried() if row[2] is projection.layers[0])
-        state, weight = self.state[first], projection.layers[0].weight
-        key = Key(self.seed, projection.layers[0].weight_name, group["clock"])
+        method, states = self.owner.method, self.owner.state
+        order, first, layer, group = next(one for one in self if one.layer is projection.layers[0])
+        state, weight = states[first], layer.weight
+        key = method.key(layer.weight_name, group["clock"])
         rank, width = first.shape[1], weight.shape[1]
-        if not self.selector.needs_gradient:
+        if not method.selector.needs_gradient:
             G = weight.new_ones(1, width)
         elif G is None:
             # What a selector finds in noise is a random subspace, whatever it looks for.
@@ -122,52 +131,62 @@ class CarriedSteps:
             G = torch.randn(rank, width, generator=generator).to(weight.device)
         elif G.shape[0] < rank:  # fewer singular vectors than the rank: rows of zero add the others
             G = torch.cat([G, G.new_zeros(rank - G.shape[0], width)])
-        change = self._choose_together(G, state, key, order, projection)
-        projection.plan = self._plan_of(state, group, order)
+        ranks = distributed.ranks_of(first, projection.process_group)
+        if ranks.count == 1 or projection.plan != "form":
+            change = refresh.choose(method, G, state, key)
+        else:  # what depends on a gradient is chosen by one rank and sent to all
+            if projection.select_from == "mean":
+                ranks.mean_(G)
+            wanted = refresh.Wanted(state, key, rank, G[:1], order % ranks.count, G)
+            [change] = refresh.choose_by_owner(method, [wanted], ranks)
+        projection.plan = self._plan(state, group, order)
         if change is None:
             return
-        for _, p, layer, own_group in self._carried():
-            if layer.projection is not projection:
-                continue
-            rule, own = self._rule(own_group), distributed.local_state(self.state[p])
-            if "displacement" in own:
-                own["displacement"].zero_()
-            if self.transfer != "keep":
-                moments = self._unpacked(own, rule, own_group, p)
-                rule.transfer_(moments, change.to(p.dtype), self.transfer)
-                if moments is not own:
-                    quantization.store_(own, moments, rule.moments)
+        for one in self:
+            if one.layer.projection is projection:
+                rule = method.rule_of(one.group)
+                held = open_(one.p, rule, states[one.p], one.group, 2)
+                refresh.carry_over(method, change.to(one.p.dtype), held.state, held.moments, rule)
+                if method.transfer != "keep":  # what has not changed must not be rounded to 8 bits again
+                    held.store_(rule)
 
-    def _choose_together(
-        self, G: Tensor, state: State, key: Key, order: int, projection: CarriedProjection
-    ) -> Tensor | None:
-        """``_refresh``, with the same outcome on every rank: what depends on a gradient is chosen by one and sent to
-        all.
-        """
-        ranks = distributed.ranks_of(next(p for _, p, layer, _ in self._carried() if layer is projection.layers[0]))
-        if ranks.count == 1 or projection.plan != "form":
-            return self._refresh(G, state, key)
-        if projection.select_from == "mean":
-            ranks.mean_(G)
-        owner, before = order % ranks.count, state["refresh_step"]
-        change = self._refresh(G, state, key) if ranks.index == owner else None
-        r = projection.layers[0].carrier.shape[1]
-        sent = torch.zeros(r, r, dtype=G.dtype, device=G.device) if change is None else change.to(G.dtype).contiguous()
-        keys = [*self.selector.init(G[:1], r), "refresh_step", "skipped_refreshes"]
-        ranks.share_(state, keys, [sent], owner)
-        return sent if state["refresh_step"] != before else None
 
-    def _update_carried(self, work: Work, layer: CarriedLayer) -> None:
-        group, rule = work.group, work.rule
-        own = distributed.local_state(self.state[work.p])
-        moments = self._unpacked(own, rule, group, work.grad)
-        U, factor = self._inside(rule, proximal.pull(work.grad, own, group), moments, distributed.rows_of(work.p, 2))
-        proximal.move_(U, factor, own, group)
-        if moments is not own:
-            quantization.store_(own, moments, rule.moments)
-        step = U.mul_(group["lr"] * group["scale"] * factor)
-        random = group["bf16_stochastic_round"] and layer.weight.dtype == torch.bfloat16
-        generator = None
-        if random:
-            generator = linalg.keyed_generator("round", *work.key, *distributed.place_of(work.p), device=step.device)
-        layer.projection.apply_(layer, step, 1 - group["lr"] * group["weight_decay"], generator)
+def check_carrier(method: Method, p: Tensor) -> None:
+    """Raise if ``p`` is a carrier whose layer this method cannot train."""
+    if (layer := layer_of(p)) is None:
+        return
+    if distributed.is_sharded(p) and layer.projection.merge == "refresh":
+        raise SettingError(
+            "merge='refresh': a displacement cannot be put into weights that fully_shard has sharded over ranks; call "
+            "project_backward with merge='step'"
+        )
+    if method.residual.needs_gradient:
+        raise SettingError(
+            f"residual={method.residual!r}: needs every gradient, and the backward-side layers of this model form none; "
+            "use residuals.Discard(), or leave project_backward out"
+        )
+    if method.selector.tracks:
+        raise SettingError(
+            f"selector={method.selector!r}: follows every gradient, and the backward-side layers of this model form one "
+            "only at a refresh; use another selector, or leave project_backward out"
+        )
+
+
+def check_ranks(slots: Iterable[Slot], rank: int | None, proj_type: str) -> None:
+    """Refuse what would be ignored: where only backward-side layers are projected, their rank and side are given."""
+    projected = [slot for slot in slots if layer_of(slot.p) is not None or slot.layout.side is not None]
+    for slot in projected if all(layer_of(slot.p) is not None for slot in projected) else []:
+        layer, own = layer_of(slot.p), slot.p.shape[1]
+        assert layer is not None
+        asked = {rank, slot.group["rank"]} - {None, own}
+        if asked:
+            raise SettingError(
+                f"rank={asked.pop()}: the backward-side layer of {layer.weight_name} was made with rank={own}; give that, "
+                f"or another rank to project_backward"
+            )
+        compresses_rows = layout_of(layer.weight.shape, own, proj_type, False).side == "left"
+        if PROJ_TYPES[proj_type] != "short" and compresses_rows:
+            raise SettingError(
+                f"proj_type={proj_type!r}: would compress the rows of {layer.weight_name} {tuple(layer.weight.shape)}, and "
+                "a backward-side layer compresses columns ('right'); leave proj_type out, or leave project_backward out"
+            )

@@ -1,14 +1,18 @@
-"""Carriers: the parameters of backward-side layers, as the optimizer sees them. It does not know the layers
-themselves.
+"""Carriers: the parameters of backward-side layers, and the protocols by which an optimizer and the layers know each
+other.
+
+Neither imports the other. The optimizer finds a layer from its carrier (``layer_of``); a projection asks its
+``Driver``, which is the optimizer's ``Carriers`` (``step/backward_side.py``), for a new basis.
 """
 
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from subspan.storage.allocation import State
+
 Plan = Literal["keep", "draw", "form"]
-"""What the next forward pass does with the basis: keep it, draw a new one first, or form the gradient that chooses
-one.
+"""What the next forward pass does with the basis: keep it, draw a new one first, or form the gradient that chooses one.
 """
 
 
@@ -19,18 +23,20 @@ class CarriedProjection(Protocol):
     plan: Plan
     merge: str
     select_from: str
+    process_group: Any
+    """The data-parallel ranks that share the basis; ``None`` if there are no others."""
 
-    def bind(self, selector: Any, state: dict[str, Any], driver: Any) -> None:
-        """Make ``driver`` the optimizer that chooses the basis."""
+    def bind(self, selector: Any, state: State, driver: "Driver") -> None:
+        """Make ``driver`` the one that chooses the basis."""
 
     def expect(self, plan: Plan) -> None:
-        """A step is over: this is what the next pass does."""
+        """Note that a step is over: this is what the next pass does."""
 
     def fold(self) -> None:
         """Put the displacement of the carriers into the weights."""
 
     def apply_(self, layer: Any, step: Tensor, keep: float | Tensor, generator: Any) -> None:
-        """``W <- keep * W - step Qᵀ`` for the weight of one of the layers."""
+        """Compute ``W <- keep * W - step Qᵀ`` for the weight of one of the layers."""
 
 
 class CarriedLayer(Protocol):
@@ -43,11 +49,21 @@ class CarriedLayer(Protocol):
     weight_name: str
 
 
+class Driver(Protocol):
+    """What a projection asks of the optimizer that is bound to it."""
+
+    def refresh_projection(self, projection: Any, G: Tensor | None) -> None:
+        """Choose a new basis and carry the moments of every carrier over.
+
+        ``G (m, in)`` is the gradient of the layers, stacked; ``None`` if the selector needs none.
+        """
+
+
 def mark(carrier: Tensor, layer: Any) -> None:
     """Let ``layer`` be found from its carrier."""
     carrier.subspan_layer = layer  # type: ignore[attr-defined]
 
 
 def layer_of(p: Tensor) -> CarriedLayer | None:
-    """The backward-side layer whose carrier ``p`` is, or ``None``."""
+    """Return the backward-side layer whose carrier ``p`` is, or ``None``."""
     return getattr(p, "subspan_layer", None)

@@ -1,28 +1,28 @@
 """Step in the backward pass: each gradient is used as soon as it is there, and freed, so that one is held at a time.
 
-Of a projected weight the low-rank gradients of several micro-batches add up, ``R <- R + G Q``; where a basis is due, or
-a
-residual needs all of the gradient, and for what is not projected, the gradient itself does. With the last micro-batch
-the
-parameter takes its step. ``optimizer.step()`` is called as ever; it moves the schedule on.
+The low-rank gradients of several micro-batches of a projected weight are summed, ``R <- R + G Q``. Where a basis is
+due, where a residual needs all of the gradient, and for what is not projected, the gradient itself is. With the last
+micro-batch the parameter takes its step. ``optimizer.step()`` is called as ever; it moves the schedule on.
 
 Sources: LOMO (Lv et al. 2023, arXiv 2306.09782) and GaLore's layer-wise mode (Zhao et al. 2024, arXiv 2403.03507).
-Deviations from GaLore's code: one optimizer and not one for each parameter, so schedulers, state and clipping work on
-it; and
-micro-batches accumulate.
+Deviations from GaLore's code: there is one optimizer and not one for each parameter, so schedulers, state and clipping
+work on it; and micro-batches accumulate.
 """
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from subspan import distributed
-from subspan.parts import Selector
-from subspan.step.layout import Layout
-from subspan.step.weights import Work
+from subspan.parts import Rule
+from subspan.step.method import Method
+from subspan.step.parameters import step_on_
+from subspan.step.refresh import low_rank_suffices
+from subspan.step.weights import Inside
+from subspan.step.work import Slot, work_of
 from subspan.utils.checks import DIVISORS, is_divisor
 from subspan.utils.errors import SettingError
 
@@ -32,26 +32,13 @@ Clip = Literal["none", "per_param", "lagged_global"]
 class Stepper(Protocol):
     """What is asked of the optimizer."""
 
+    method: Method
+    inside: Inside
     param_groups: list[dict[str, Any]]
     state: Any
-    selector: Selector
 
-    def _places(self) -> Iterable["Place"]: ...
-    def _take(self, works: list[Work]) -> None: ...
-    def _work(self, place: "Place", G: Tensor) -> Work: ...
-    def _low_rank_suffices(self, p: Tensor, layout: Layout, group: Any, order: int) -> bool: ...
-
-
-class Place(NamedTuple):
-    """Where the optimizer keeps a parameter."""
-
-    p: Tensor
-    name: str
-    number: int
-    """Of its group."""
-    group: dict[str, Any]
-    layout: Layout
-    order: int
+    def slots(self) -> Iterable[Slot]:
+        """Return where each parameter is kept."""
 
 
 class _Taken(Tensor):
@@ -70,88 +57,119 @@ class _Taken(Tensor):
             return args[0]
         raise RuntimeError(
             "this gradient has been stepped on in the backward pass and is gone. To clip, pass clip='per_param' or "
-            "'lagged_global' to enable_step_in_backward, in place of clip_grad_norm_; a GradScaler cannot be used; "
-            "and call "
-            "optimizer.step() after the last micro-batch, before the next backward pass"
+            "'lagged_global' to enable_step_in_backward, in place of clip_grad_norm_; a GradScaler cannot be used; and "
+            "call optimizer.step() after the last micro-batch, before the next backward pass"
         )
 
 
 class StepInBackward:
-    """The hooks of one optimizer, and what they hold between micro-batches."""
+    """The hooks of one optimizer, and what they hold between micro-batches.
 
-    def __init__(self, optimizer: Stepper, accumulate: int, clip: Clip, max_norm: float) -> None:
+    Args:
+        model: the module that is trained; its forward pass tells whether DistributedDataParallel wraps it. ``None`` for
+            a copy, which has not been put into a wrapper yet.
+    """
+
+    def __init__(
+        self, optimizer: Stepper, model: nn.Module | None, accumulate: int, clip: Clip, max_norm: float
+    ) -> None:
         self.optimizer, self.accumulate, self.clip, self.max_norm = optimizer, accumulate, clip, max_norm
         self.seen: dict[Tensor, int] = {}
         self._low_rank: dict[Tensor, Tensor] = {}
         self._squares: list[tuple[Tensor, Tensor]] = []
-        self._places = {place.p: place for place in optimizer._places() if place.p.requires_grad}
+        self._rules: dict[int, Rule] = {}
+        self._slots = {slot.p: slot for slot in optimizer.slots() if slot.p.requires_grad}
         if clip == "lagged_global":  # from the start, for a checkpoint is loaded into the keys that are there
             optimizer.param_groups[0].setdefault("lagged_norm", 0.0)
-        self._handles = [p.register_post_accumulate_grad_hook(self._receive) for p in self._places]
+        self._handles: list[Any] = [p.register_post_accumulate_grad_hook(self._receive) for p in self._slots]
+        if model is not None and distributed.several_processes():
+            self._handles.append(model.register_forward_pre_hook(_refuse_averaging))
+
+    @property
+    def settings(self) -> tuple[int, Clip, float]:
+        """What a copy is made with: ``accumulate``, ``clip`` and ``max_norm``."""
+        return self.accumulate, self.clip, self.max_norm
 
     def remove(self) -> None:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the hooks are there."""
+        return bool(self._handles)
 
     @torch.no_grad()
     def _receive(self, p: Tensor) -> None:
-        """A micro-batch's gradient is in ``p.grad``."""
-        place, seen = self._places[p], self.seen.get(p, 0) + 1
-        place = place._replace(group=self.optimizer.param_groups[place.number])  # load_state_dict makes new ones
+        """Take a micro-batch's gradient, which is in ``p.grad``."""
+        slot, seen = self._slots[p], self.seen.get(p, 0) + 1
+        slot = slot._replace(group=self.optimizer.param_groups[slot.number])  # load_state_dict makes new ones
         self.seen[p] = seen
         if seen > self.accumulate:
             raise RuntimeError(
-                f"gradient of {place.name!r}: the {seen}th since the last step, with accumulate={self.accumulate}; "
-                "call "
-                "optimizer.step() after the last micro-batch"
+                f"gradient of {slot.name!r}: the {seen}th since the last step, with accumulate={self.accumulate}; "
+                "call optimizer.step() after the last micro-batch"
             )
-        if self.optimizer._low_rank_suffices(p, place.layout, place.group, place.order):
-            R = self.optimizer.selector.project(
-                place.layout.enter(distributed.local_gradient(p, place.name)), self.optimizer.state[p]
-            )
+        method, states = self.optimizer.method, self.optimizer.state
+        if low_rank_suffices(method, slot, states):
+            R = method.selector.project(slot.layout.enter(distributed.local_gradient(p, slot.name)), states[p])
             self._low_rank[p] = self._low_rank[p].add_(R) if p in self._low_rank else R
             p.grad = None
         if seen == self.accumulate:
-            self._step(place)
+            self._step(slot)
 
-    def _step(self, place: Place) -> None:
-        p = place.p
+    def _step(self, slot: Slot) -> None:
+        p, optimizer = slot.p, self.optimizer
         R = self._low_rank.pop(p, None)
-        G = self._clipped(place, R if R is not None else distributed.local_gradient(p, place.name))
+        G = self._clipped(slot, R if R is not None else distributed.local_gradient(p, slot.name))
         p.grad = None
-        work = self.optimizer._work(place, G)
-        self.optimizer._take([work if R is None else work._replace(low_rank=True)])
+        if slot.number not in self._rules:
+            self._rules[slot.number] = optimizer.method.rule_of(slot.group)
+        work = work_of(optimizer.method, slot, G, self._rules[slot.number])._replace(low_rank=R is not None)
+        step_on_(optimizer.method, optimizer.state, [work], optimizer.inside)
         p.grad = _Taken(p)
 
-    def _clipped(self, place: Place, G: Tensor) -> Tensor:
+    def _clipped(self, slot: Slot, G: Tensor) -> Tensor:
         if self.clip == "none":
             return G
         square = torch.linalg.vector_norm(G, dtype=torch.promote_types(G.dtype, torch.float32)).square()
         if self.clip == "per_param":
-            norm = distributed.rows_of(place.p, len(place.layout.shape)).total(square).sqrt()
+            norm = distributed.rows_of(slot.p, len(slot.layout.shape)).total(square).sqrt()
             return G * (self.max_norm / (norm + 1e-6)).clamp_max(1).to(G.dtype)
-        self._squares.append((place.p, square))
+        self._squares.append((slot.p, square))
         last = self.optimizer.param_groups[0]["lagged_norm"]
         return G * min(1.0, self.max_norm / (last + 1e-6)) if math.isfinite(last) else G
 
     def finish(self) -> None:
-        """The step is over. Raises unless every gradient was the last of its step."""
-        late = [self._places[p].name for p, seen in self.seen.items() if seen != self.accumulate]
+        """Note that the step is over. Raises unless every gradient was the last of its step."""
+        late = [(self._slots[p].name, seen) for p, seen in self.seen.items() if seen != self.accumulate]
         if late:
+            name, seen = late[0]
             raise RuntimeError(
-                f"step(): {late[0]!r} has had {self.seen[self._by_name(late[0])]} of accumulate={self.accumulate} "
-                "micro-batches; call it after the last"
+                f"step(): {name!r} has had {seen} of accumulate={self.accumulate} micro-batches; call it after the last"
             )
         if self._squares:
             self.optimizer.param_groups[0]["lagged_norm"] = distributed.global_norm(self._squares)
         self._squares.clear()
+        self._rules.clear()  # a scheduler may change what they are made of
         for p in self.seen:
             p.grad = None
         self.seen.clear()
 
-    def _by_name(self, name: str) -> Tensor:
-        return next(p for p, place in self._places.items() if place.name == name)
+
+_AVERAGING = (
+    "model: with DistributedDataParallel a gradient is stepped on before it has been averaged over the ranks, which then "
+    "drift apart; shard the model with fully_shard, or step after the backward pass"
+)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it asks Python, not tensors
+def _refuse_averaging(model: nn.Module, inputs: Any) -> None:
+    """Raise in the forward pass of a model that DistributedDataParallel wraps from outside."""
+    if distributed.wrapping_process_group() is not None:
+        raise SettingError(_AVERAGING)
 
 
 def check(optimizer: Stepper, model: nn.Module, accumulate: object, clip: object, max_norm: object) -> None:
@@ -162,15 +180,8 @@ def check(optimizer: Stepper, model: nn.Module, accumulate: object, clip: object
         raise SettingError(f"clip={clip!r}: expected 'none', 'per_param' or 'lagged_global'")
     if not is_divisor(max_norm):
         raise SettingError(f"max_norm={max_norm!r}: expected a number > 0, {DIVISORS}")
-    places = list(optimizer._places())
-    if any(
-        kind.__name__ == "DistributedDataParallel" for module in model.modules() for kind in type(module).__mro__
-    ) or any(not distributed.is_spread(place.p) and distributed.ranks_of(place.p).count > 1 for place in places):
-        raise SettingError(
-            "model: with DistributedDataParallel a gradient is stepped on before it has been averaged over the "
-            "ranks, which "
-            "then drift apart; shard the model with fully_shard, or step after the backward pass"
-        )
+    if any(kind.__name__ == "DistributedDataParallel" for module in model.modules() for kind in type(module).__mro__):
+        raise SettingError(_AVERAGING)
     own = {id(p) for p in model.parameters()}
-    if not any(id(place.p) in own for place in places):
+    if not any(id(slot.p) in own for slot in optimizer.slots()):
         raise SettingError("model: holds none of this optimizer's parameters; pass the model it was built for")

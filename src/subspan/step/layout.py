@@ -20,8 +20,8 @@ class Layout(NamedTuple):
     """``right`` compresses the columns (``R = G Q``), ``left`` the rows (``R = Gᵀ Q``), ``None`` is full rank."""
 
     @property
-    def rows(self) -> int:
-        """Which dimension of the oriented matrix holds the rows of the weight."""
+    def row_dim(self) -> int:
+        """The dimension of the oriented matrix along which the rows of the weight lie."""
         return -1 if self.side == "left" else -2
 
     def enter(self, A: Tensor) -> Tensor:
@@ -38,8 +38,7 @@ def layout_of(shape: Sequence[int], rank: int | None, proj_type: str, flatten: b
     """The layout of a parameter in a group of these settings.
 
     Three dimensions are a stack of matrices, such as experts; more are a convolution, flattened to ``(out, -1)``, as
-    are
-    three with ``flatten``. A matrix with a side no larger than the rank is not compressed.
+    are three with ``flatten``. A matrix with a side no larger than the rank is not compressed.
     """
     shape = tuple(shape)
     if len(shape) > 3 or (flatten and len(shape) == 3):

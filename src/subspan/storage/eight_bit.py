@@ -2,15 +2,12 @@
 functions.
 
 A moment of ``k >= min_8bit_size`` entries (4,096 unless set, as there) becomes ``k`` codes, in its own shape, and the
-largest
-magnitude of each 256 of them within a row: ``exp_avg.codes`` (uint8, ``(..., m, r)``) and ``exp_avg.absmax`` (fp32,
-``(..., m, ceil(r / 256))``), plain tensors. Smaller moments, and vectors, stay fp32.
+largest magnitude of each 256 of them within a row: ``exp_avg.codes`` (uint8, ``(..., m, r)``) and ``exp_avg.absmax``
+(fp32, ``(..., m, ceil(r / 256))``), plain tensors. Smaller moments, and vectors, stay fp32.
 
 Deviations from bitsandbytes' optimizers: a block ends with its row, where theirs runs on into the next, so that rows
-can be
-spread over ranks, and saved, in any division (rows of 256, 512, ... entries are the same). The update is computed from
-the
-exact new moment before it is quantised, as there.
+can be spread over ranks, and saved, in any division (rows of 256, 512, ... entries are the same). The update is
+computed from the exact new moment before it is quantised, as there.
 """
 
 import functools

@@ -1,0 +1,105 @@
+"""What a step is done on: where a parameter stands (``Slot``), what is due (``Work``), and what is open (``Held``)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from subspan import distributed
+from subspan.parts import Key, Rows, Rule
+from subspan.step.layout import Layout, layout_of
+from subspan.step.method import Method
+from subspan.storage import eight_bit
+from subspan.storage.allocation import State
+from subspan.utils.names import canonical_name
+
+
+class Slot(NamedTuple):
+    """Where an optimizer keeps a parameter."""
+
+    p: Tensor
+    name: str
+    """The canonical name, or the position where the parameters came without names."""
+    number: int
+    """Number of its group."""
+    group: dict[str, Any]
+    layout: Layout
+    """How the local rows are seen."""
+    order: int
+    """Its number among the projected matrices, for staggered refreshes."""
+
+
+class Work(NamedTuple):
+    """One parameter in one step."""
+
+    slot: Slot
+    grad: Tensor
+    """The local rows of the gradient, in the parameter's shape; or ``R`` with ``low_rank``."""
+    rule: Rule
+    """The rule with the settings of the group."""
+    key: Key
+    low_rank: bool = False
+    """Whether ``grad`` is ``R`` already, in a basis that stays."""
+
+
+class Held(NamedTuple):
+    """One parameter, opened for one step and stored once: what this rank has of it."""
+
+    p: Tensor
+    """The local rows of the weight."""
+    state: State
+    """The local rows of the state; the same memory."""
+    moments: State
+    """The state with its moments in full precision: the state itself, or copies where it keeps 8 bits."""
+    rows: Rows
+
+    def store_(self, rule: Rule) -> None:
+        """Put moments that were opened from 8 bits back."""
+        if self.moments is not self.state:
+            eight_bit.store_(self.state, self.moments, rule.moments)
+
+
+def open_(p: Tensor, rule: Rule, state: State, group: Mapping[str, Any], dimensions: int) -> Held:
+    """Open the state of ``p``, seen as a vector (1), a matrix (2) or a stack of them (3)."""
+    own = distributed.local_state(state)
+    moments = own
+    if group["state_dtype"] == "int8":
+        moments = eight_bit.unpack(own, rule.moments, torch.promote_types(p.dtype, torch.float32))
+    return Held(distributed.local(p), own, moments, distributed.rows_of(p, dimensions))
+
+
+def local_layout(p: Tensor, group: Mapping[str, Any], local: Tensor | None = None) -> Layout:
+    """Return how the local rows of ``p`` are seen. If they are some of all, the columns are compressed."""
+    layout = layout_of(p.shape, group["rank"], group["proj_type"], group["flatten"])
+    if not distributed.is_sharded(p) or p.ndim == 0:
+        return layout
+    local = distributed.local(p) if local is None else local
+    return Layout((len(local), *layout.shape[1:]), layout.side and "right")
+
+
+def slots(groups: Sequence[dict[str, Any]]) -> Iterator[Slot]:
+    """Every parameter of the groups, in order."""
+    order = 0
+    for number, group in enumerate(groups):
+        for name, p in zip(names_of(number, group), group["params"], strict=True):
+            layout = local_layout(p, group)
+            yield Slot(p, name, number, group, layout, order)
+            order += layout.side is not None
+
+
+def names_of(number: int, group: Mapping[str, Any]) -> list[str]:
+    """Return names for messages and keyed draws; positions where the parameters came without names.
+
+    A wrapper around the model or a part of it (DistributedDataParallel, torch.compile, activation checkpointing)
+    changes no name.
+    """
+    given = group.get("param_names")
+    if not given:
+        return [f"{number}.{index}" for index in range(len(group["params"]))]
+    return [canonical_name(name) for name in given]
+
+
+def work_of(method: Method, slot: Slot, grad: Tensor, rule: Rule) -> Work:
+    """Return what is to be done on one parameter, given the local rows of its gradient."""
+    return Work(slot, grad, rule, method.key(slot.name, slot.group["clock"]))
