@@ -1,6 +1,7 @@
 """Real runs, in processes of their own."""
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -16,21 +17,29 @@ from support.processes import environment
 from support.studies import SMALL, make, record, write
 from support.waiting import Gate, started
 
+from subspan.cli import main
 from subspan.study.missing_runs import cells_of
 from subspan.study.records import append_records, read_records
 from subspan.study.study_file import Study
 from subspan.training.monitor.metrics import read_metrics
 
+ENVIRONMENT = environment()
 
-def command(path: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "subspan", "study", "run", str(path), *more]
+
+def command(path: Path) -> list[str]:
+    return [sys.executable, "-m", "subspan", "study", "run", str(path)]
 
 
 def run(path: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    folder = path.parents[1]
-    return subprocess.run(
-        command(path, *more), cwd=folder, env=environment(), capture_output=True, text=True, check=False
-    )
+    """Calls the command in this process, which spares its start. Its runs are processes all the same."""
+    said, before = io.StringIO(), Path.cwd()
+    os.chdir(path.parents[1])
+    try:
+        with contextlib.redirect_stderr(said):
+            status = main(["study", "run", str(path), *more])
+    finally:
+        os.chdir(before)
+    return subprocess.CompletedProcess([], status, stderr=said.getvalue())
 
 
 def folder_of(study: Study, row: str, seed: int) -> Path:
@@ -100,7 +109,9 @@ def test_what_another_study_has_is_written_down_as_soon_as_it_is_asked_for(tmp_p
     assert [entry["val_loss"] for entry in found.values() if entry["seed"] == 0] == [1.5]  # not run
 
 
-def test_anew_is_to_run_all_of_it_again(tmp_path: Path) -> None:
+def test_anew_is_to_run_all_of_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With a record and directories of its own a study takes nothing over, and what was there stays."""
     path = write(tmp_path, seeds=[0], rows={"full": SMALL["rows"]["full"]})
     assert run(path).returncode == 0
@@ -112,9 +123,9 @@ def test_anew_is_to_run_all_of_it_again(tmp_path: Path) -> None:
     (found,) = read_records(tmp_path / "again/small.jsonl").values()
     assert found["val_loss"] == json.loads(before)["val_loss"]
     assert study.results.read_bytes() == before
-    table = subprocess.run([sys.executable, "-m", "subspan", "study", "table", str(path), *apart, "--json"], cwd=tmp_path,
-                           env=environment(), capture_output=True, text=True, check=True)  # fmt: skip
-    assert json.loads(table.stdout)["rows"][0]["n"] == 1
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", "table", str(path), *apart, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["n"] == 1
 
 
 # What a scheduler and what a terminal sends are tried always, the other two among the slow tests.
