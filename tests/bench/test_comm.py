@@ -43,7 +43,9 @@ def test_counted_bytes_equal_closed_forms(eight: dict[str, Any]) -> None:
 
 
 def test_bytes_by_hand(eight: dict[str, Any]) -> None:
-    """llama-nano: d 64, MLP 172, 4 layers, 32,000 words, rank 16, fp32, 8 ranks. Who sends more than who."""
+    """The bytes of llama-nano (d 64, MLP 172, 4 layers, 32,000 words) at rank 16, in fp32, on 8 ranks, and who sends
+    more than who.
+    """
     rows = {row["name"]: row for row in eight["rows"]}
     d, f, v, r, layers = 64, 172, 32_000, 16, 4
     others = 2 * v * d + d + layers * 2 * d
@@ -77,7 +79,7 @@ def test_shapes_are_those_of_the_model() -> None:
 
 @pytest.mark.parametrize("backward_side", [False, True])
 def test_mixed_precision_gathers_half_as_much(backward_side: bool) -> None:
-    """fp32 weights gathered in bf16, gradients reduced in fp32: what ``bench scale`` assumes."""
+    """Weights in fp32 are gathered in bf16, and gradients are reduced in fp32, as ``bench scale`` assumes."""
     policy, setting = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
         Setting("llama-nano", 32, 16, 16),

@@ -61,7 +61,7 @@ def test_interval_is_scipys():
 
 
 def test_amortised_ratio_by_hand():
-    """(2 + (42 - 2) / 200) / (1 + (401 - 1) / 200)."""
+    """The ratio is (2 + (42 - 2) / 200) / (1 + (401 - 1) / 200)."""
     ordinary, refreshes = [(2.0, 1.0)] * 3, [(42.0, 401.0)] * 3
     assert timing.interval(step._amortised_ratio, ordinary, refreshes)["median"] == pytest.approx(2.2 / 3)
 

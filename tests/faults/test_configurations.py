@@ -131,7 +131,7 @@ NONSENSE: dict[str, list[Any]] = {
     "checkpoint.every": [*WHOLE, 10**30],
     "checkpoint.keep": [*WHOLE, 10**30],
 }
-"""Of the type that a flag has, since the command line sees to types; what stands inside a part's settings may be
+"""Values of the type that a flag has, since the command line sees to types. What stands inside a part's settings may be
 anything.
 """
 

@@ -25,8 +25,8 @@ def addmm(_, a, b, out_shape=None, **__):
 
 @pytest.mark.parametrize(("name", "backward_side"), [("adamw", False), ("sara_adamw", False), ("sara_adamw", True)])
 def test_flops_are_those_that_torch_counts(name, backward_side):
-    """Of a refresh and of an ordinary step; of a backward-side refresh only what the model of the step does not leave
-    out.
+    """The FLOPs of a refresh and of an ordinary step agree. A backward-side refresh is compared only as far as the
+    model of the step has it.
     """
     setting = Setting("llama-nano", tokens=256, rank=16, sequence_length=64)
     way = Way(name, backward_side=backward_side)

@@ -26,7 +26,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_bytes_by_hand(model: str) -> None:
-    """d 64, MLP 176, 300 words, 3 blocks, rank 8, bf16, backward-side: every layer has a carrier out x 8."""
+    """The model has d 64, MLP 176, 300 words and 3 blocks; rank 8, bf16, backward-side. Every layer has a carrier out x
+    8.
+    """
     found = plan(PlanSetting(model, rank=8, seq=16, backward_side=True))["bytes"]
     d, f, v, blocks, r = 64, 176, 300, 3, 8
     others = 2 * v * d + d + blocks * 2 * d
@@ -95,7 +97,7 @@ def test_a_rank_above_a_side_is_full_rank(model: str) -> None:
 
 
 def test_ranks(model: str) -> None:
-    """Of two fsdp ranks each holds half of the weights, and more is sent than under ddp there is to average."""
+    """Each of two fsdp ranks holds half of the weights, and ddp sends what there is to average."""
     alone, ddp, fsdp = (
         Planner(PlanSetting(model, rank=8, seq=16, world=world, parallel=parallel)).costs(8, 1).bytes
         for world, parallel in ((1, "ddp"), (2, "ddp"), (2, "fsdp"))
@@ -195,7 +197,7 @@ def test_a_comparison_does_not_pass_over_what_was_asked(
 
 
 def test_the_head_says_what_was_set(model: str) -> None:
-    """Of one plan and of a comparison, and as JSON."""
+    """A plan and a comparison say it, and so does JSON."""
     setting = PlanSetting(
         model, rank=8, seq=16, accumulate=2, checkpointing=True, world=2, parallel="fsdp", step_in_backward=True
     )

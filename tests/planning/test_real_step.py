@@ -97,7 +97,7 @@ def test_llama_nano(optimizer: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backward_side", [False, True])
 def test_llama_60m(backward_side: bool) -> None:
-    """Likewise with eight blocks."""
+    """Every kind of bytes is that of a real step with eight blocks too."""
     setting = PlanSetting("llama-60m", batch=2, seq=64, dtype="fp32", backward_side=backward_side)
     check(setting)
 

@@ -30,7 +30,7 @@ MEMORY = {"command": "subspan bench memory", "rows": [
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a study with a diverged run, a run with probes and two checkpoints, and a memory measurement."""
+    """A study with a diverged run, a run with probes and two checkpoints, and a memory measurement."""
     folder = tmp_path_factory.mktemp("report")
     study = make(folder, rows=ROWS, seeds=[0, 1, 2], about="A <small> study")
     for row in study.rows:

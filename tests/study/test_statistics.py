@@ -38,7 +38,9 @@ def test_the_interval_leaves_0_out_where_p_is_below_005(shift: float) -> None:
 
 
 def test_the_interval_covers_95_percent() -> None:
-    """Of means of three normal values; the bootstrap's does not, which is why it is not the one that is printed."""
+    """The interval of means of three normal values covers what it should. The bootstrap's does not, which is why it is
+    not the one that is printed.
+    """
     generator = random.Random(0)
     draws = [[generator.gauss(0, 1) for _ in range(3)] for _ in range(1000)]
     covered = [low <= 0 <= high for low, high in map(interval, draws) if low is not None and high is not None]

@@ -108,7 +108,7 @@ def test_wrong_probabilities_are_seen(monkeypatch):
 
 
 def test_momentum_of_a_basis_that_stays():
-    """Of a gradient that stays the momentum has 1 - 0.9^t within the dominant subspace and nothing outside of it."""
+    """Where the gradient stays, the momentum has 1 - 0.9^t of it within the dominant subspace and nothing outside."""
     setting = Momentum(n=6, r=2, m=8, sigma=0.0, turn=10**9, steps=5)
     sigma = torch.linalg.svdvals(setting._unit(linalg.keyed_generator("momentum", 0))).square()
     inside = float(sigma[:2].sum() / sigma.sum())

@@ -98,7 +98,7 @@ def test_gradients_are_sent_once_a_step(two_ranks: dict[str, list[str]]) -> None
 
 
 def test_padding_leaves_the_ranks_with_different_numbers_of_tokens(tmp_path: Path) -> None:
-    """Of the case above: else it would show nothing."""
+    """The case above would show nothing otherwise."""
     stream = TokenStream(short_documents(tmp_path / "c4"), load_tokenizer("bytes"), 16, 80, packing=False)
     batches = [stream.next_batch(4) for _ in range(20)]
     assert sum(batch.part(0, 2).tokens() != batch.part(1, 2).tokens() for batch in batches) > 10

@@ -20,7 +20,9 @@ def halves(documents: Documents) -> dict[str, list[str]]:
 
 
 def test_the_embedded_corpus() -> None:
-    """320 documents; chapters of all six novels and a play of Shakespeare are in validation; nothing is in both."""
+    """There are 320 documents. Chapters of all six novels and a play of Shakespeare are in validation, and nothing is
+    in both.
+    """
     found = halves(find_documents("embedded"))
     assert [len(found[half]) for half in found] == [304, 16]
     assert not set(found["train"]) & set(found["validation"])
