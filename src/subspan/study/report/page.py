@@ -1,4 +1,4 @@
-"""The page: jinja2 fills ``page.html`` with tables and figures."""
+"""The page of a report: jinja2 fills ``page.html`` with tables and figures."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from subspan.study.table import notes, part
 
 
 def render(parts: Parts, title: str = "subspan report") -> str:
-    """The whole page as text."""
+    """Return the whole page as text."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
