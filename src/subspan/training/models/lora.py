@@ -1,6 +1,8 @@
-"""LoRA through ``peft``, on the layers that the subspace methods project: the comparison, not a part of them.
+"""LoRA through ``peft``, on the layers that the subspace methods project. They are compared with it.
 
-    y = x Wᵀ + (alpha / rank) x Aᵀ Bᵀ        W frozen, A (rank, in) and B (out, rank) trained; a head for labels too
+    y = x Wᵀ + (alpha / rank) x Aᵀ Bᵀ        W frozen, A (rank, in) and B (out, rank) trained
+
+A head for labels is trained too.
 
 Source: Hu et al. 2021, arXiv 2106.09685.
 """
@@ -18,8 +20,10 @@ _HEAD = re.compile(r"(^|\.)(score|classifier|classification_head)\.")
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> Any:
-    """Put adapters into ``model`` in place, and freeze the rest but the head. Returns peft's wrapper, which can merge
-    them.
+    """Put adapters into ``model`` in place, and freeze everything else except the head.
+
+    Returns:
+        peft's wrapper, which can merge the adapters into the weights.
 
     Raises:
         InputError: peft is not installed.
