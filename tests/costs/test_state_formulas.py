@@ -1,5 +1,7 @@
 """Bytes that a rank holds, from shapes alone, against shards of a real ``fully_shard``ed model."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import subspan
 from subspan.costs.describe import describe
 from subspan.costs.state_formulas import evaluate_groups
+from subspan.recipes import RECIPES
 from subspan.step.carriers import layer_of
 from subspan.storage.allocation import state_bytes
 
@@ -131,3 +134,9 @@ def test_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             evaluate_groups(formula, groups, **settings)
+
+
+def test_formulas_are_those_recorded() -> None:
+    """Every listed optimizer prints the formulas that were recorded, character for character and in this order."""
+    recorded = json.loads((Path(__file__).parent / "state_formulas.json").read_text())
+    assert json.dumps({name: describe(name)["state_formula"] for name in RECIPES}) == json.dumps(recorded)
