@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from subspan.backward.layer import BackwardLinear
 from subspan.bench.setting import Setting, Trained, build
-from subspan.costs.describe import describe
 from subspan.costs.live_bytes import LiveBytes
 from subspan.costs.saved_activations import SavedBytes
-from subspan.costs.state_formulas import evaluate_groups
+from subspan.costs.state_costs import StateCosts
 from subspan.groups import EXCLUDED, select_linear
 from subspan.optimizer import SubspaceOptimizer
 from subspan.storage.allocation import state_bytes
@@ -113,7 +112,7 @@ def _formula(setting: Setting, name: str, trained: Trained, layers: Iterable[nn.
     every = sum(elements.values())
     backward_side = trained.handle is not None
     inputs = _inputs(setting)
-    held = evaluate_groups(describe(name)["state_formula"], trained.optimizer.param_groups)
+    held = StateCosts.of_recipe(name).bytes_held(trained.optimizer.param_groups)
     return {
         "weight_bytes": 4 * every,
         "carrier_bytes": 4 * low if backward_side else 0,

@@ -3,8 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from subspan.costs.describe import describe
-from subspan.costs.state_formulas import evaluate_groups
+from subspan.costs.state_costs import StateCosts
 from subspan.costs.traffic import Way
 from subspan.planning.many_machines import groups
 from subspan.planning.model import with_vocabulary
@@ -85,11 +84,10 @@ def papers_way(model: str, optimizer: str, rank: int) -> int | None:
 
     ``None`` where moments have one byte, and of a model that is no preset.
     """
-    formula = describe(optimizer)
-    if model not in PRESETS or formula["parts"]["state_dtype"] != "float32":
+    costs = StateCosts.of_recipe(optimizer)
+    if model not in PRESETS or costs.state_dtype != "float32":
         return None
-    way = Way(optimizer)
-    held = evaluate_groups(formula["state_formula"], groups(with_vocabulary(PRESETS[model]), rank, way))
+    held = costs.bytes_held(groups(with_vocabulary(PRESETS[model]), rank, Way(optimizer)))
     return (held["weights"] + held["states"] + held["bases"]) // 2  # of fp32, as all closed forms are
 
 

@@ -15,17 +15,14 @@ computing them anew.
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from subspan.costs.describe import describe
 from subspan.costs.llama import Layer, Llama
-from subspan.costs.state_formulas import evaluate_groups
+from subspan.costs.state_costs import ParameterShape, StateCosts
 from subspan.costs.traffic import WAYS, Traffic, Way, amortised
 from subspan.linalg import gram_flops
-from subspan.step.carriers import mark
 from subspan.utils.errors import SettingError
 
 MODELS = {  # LLaMA-2's shapes; the rank is a quarter of the width
@@ -197,8 +194,7 @@ def memory(traffic: Traffic) -> dict[str, int]:
     two blocks
     and what is outside of them, in bf16."""
     model, way = traffic.model, traffic.way
-    held = evaluate_groups(
-        describe(way.optimizer)["state_formula"],
+    held = StateCosts.of_recipe(way.optimizer).bytes_held(
         groups(model, traffic.rank, way),
         parallel="fsdp" if way.sharded else "ddp",
         world=traffic.world,
@@ -210,17 +206,15 @@ def memory(traffic: Traffic) -> dict[str, int]:
 
 
 def groups(model: Llama, rank: int, way: Way) -> list[dict[str, Any]]:
-    """Groups as an optimizer would have them, of tensors without memory."""
-    projected, others = [], [torch.empty(shape, device="meta") for shape in model.outside]
-    for _ in range(model.layers):
-        others += [torch.empty(shape, device="meta") for shape in model.block_vectors]
-        for group in model.sharing:
-            for number, layer in enumerate(group):
-                weight = torch.empty(layer.out, layer.inputs, device="meta")
-                if way.backward_side:
-                    carrier = torch.empty(layer.out, rank, device="meta")
-                    mark(carrier, SimpleNamespace(weight=weight, number=number))
-                projected.append(carrier if way.backward_side else weight)
+    """The groups that an optimizer would have, with shapes in place of parameters."""
+    others = [ParameterShape(shape) for shape in model.outside + model.layers * model.block_vectors]
+    projected = []
+    for layers in model.layers * model.sharing:
+        for number, layer in enumerate(layers):
+            p = ParameterShape((layer.out, layer.inputs))
+            if way.backward_side:  # the first of the layers that share a basis keeps it
+                p = ParameterShape((layer.out, rank), weight=p, keeps_basis=number == 0)
+            projected.append(p)
     own = None if way.optimizer == "adamw" else rank
     return [{"params": projected, "rank": own, "proj_type": way.proj_type}, {"params": others, "rank": None}]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from subspan.backward import Handle, project_backward
 from subspan.costs.llama import VOCABULARY, Llama
-from subspan.costs.state_formulas import evaluate_groups, formulas
+from subspan.costs.state_costs import StateCosts
 from subspan.factory import create
 from subspan.optimizer import SubspaceOptimizer
 from subspan.planning.many_machines import MODELS
@@ -104,7 +104,7 @@ class Planned:
     """A model and its optimizer at one rank, on ``meta``.
 
     Attributes:
-        held: bytes that one rank holds, by kind (``memory.evaluate_groups``), and of the buffers.
+        held: bytes that one rank holds, by kind (``StateCosts.bytes_held``), and of the buffers.
         step: most that a step of the optimizer has beside that, whatever the parameter.
         refresh: likewise, where a basis is chosen; 0 if there is none.
         sides: of each matrix that is to be projected, the largest rank that leaves it projected.
@@ -133,15 +133,15 @@ class Planned:
         if isinstance(optimizer, SubspaceOptimizer):
             selector = None if find(setting.optimizer).selector is None else optimizer.selector
             state_dtype = optimizer.param_groups[0]["state_dtype"]
-            formula = formulas(selector, optimizer.rule, optimizer.residual, state_dtype)
+            costs = StateCosts(selector, optimizer.rule, optimizer.residual, state_dtype)
             for group in optimizer.param_groups if setting.sharded else ():
                 for p in group["params"]:
                     optimizer.check_spreadable(p, group)
         else:  # torch's AdamW
             recipe = find(setting.optimizer)
             width = next(self.model.parameters()).element_size()
-            formula = formulas(None, recipe.rule, recipe.residual, "float32", width)
-        held = evaluate_groups(formula, optimizer.param_groups, parallel=setting.parallel, world=setting.world)
+            costs = StateCosts(None, recipe.rule, recipe.residual, width=width)
+        held = costs.bytes_held(optimizer.param_groups, parallel=setting.parallel, world=setting.world)
         return held | {"buffers": sum(b.numel() * b.element_size() for b in self.model.buffers())}
 
     def _sides(self) -> list[int]:
