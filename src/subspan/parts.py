@@ -111,9 +111,6 @@ class Selector(Protocol):
     def init(self, G: Tensor, rank: int) -> State:
         """The state for gradients of the shape, dtype and device of ``G``."""
 
-    def memory(self, n: str, r: str) -> dict[str, str]:
-        """Bytes of each tensor of ``init`` for fp32, as an expression: ``{"basis": "4*n*r"}``."""
-
     def period(self, gap: int, state: State) -> int | None:
         """Steps between refreshes, given the group's ``update_proj_gap``; ``None`` for no other after the first."""
 
@@ -159,11 +156,6 @@ class Rule(Protocol):
         compressed.
         """
 
-    def memory(self, shape: tuple[str, ...], rows: int) -> dict[str, str]:
-        """Bytes of each tensor of ``init`` for fp32, as an expression; ``M(k)`` stands for a moment of ``k``
-        entries.
-        """
-
     def transfer_(self, state: State, change: Tensor, how: Transfer) -> None:
         """Carry the moments into the new basis; see ``Transfer``. Not called for ``keep``."""
 
@@ -184,9 +176,6 @@ class Residual(Protocol):
 
     def init(self, G: Tensor) -> State:
         """The state for gradients of the shape, dtype and device of ``G``."""
-
-    def memory(self, m: str, n: str) -> dict[str, str]:
-        """Bytes of each tensor of ``init`` for fp32, as an expression."""
 
     def receive(self, G: Tensor, state: State) -> Tensor:
         """What every other part takes for the gradient: ``G``, or a fresh tensor."""

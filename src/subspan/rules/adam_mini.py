@@ -43,7 +43,3 @@ class AdamMini(Adam):
         if len(shape) < 2:
             return shape
         return (*shape[:-1], 1) if rows == -2 else (*shape[:-2], 1, shape[-1])
-
-    def memory(self, shape: tuple[str, ...], rows: int) -> dict[str, str]:
-        blocks = shape[0] if len(shape) < 2 else shape[rows]
-        return {"step": "4", "exp_avg": f"M({'*'.join(shape)})", "exp_avg_sq": f"4*{blocks}"}
