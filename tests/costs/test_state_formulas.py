@@ -7,26 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from support.helpers import EVERY_RULE, EVERY_SELECTOR, RANK
 
 from subspan.costs.describe import describe
 from subspan.costs.state_costs import StateCosts
 from subspan.parts import Residual, Rule, Selector
 from subspan.recipes import RECIPES
 from subspan.residuals import RESIDUALS, Discard, Fira
-from subspan.rules import RULES, SGD, Adafactor, AdamW
-from subspan.selectors import SELECTORS, Coordinates, Dominant, Gaussian, Lazy, OnlinePCA, Random, Switch
+from subspan.rules import SGD, Adafactor, AdamW
+from subspan.selectors import Dominant, Gaussian
 from subspan.storage.allocation import State, allocate, tensor_bytes
 
-RANK = 6
-EVERY_RULE = [*(rule() for rule in RULES.values()), SGD(0.0), Adafactor(beta1=0.0)]
 EVERY_RESIDUAL = [*(residual() for residual in RESIDUALS.values()), Fira(limiter=None)]
-EVERY_SELECTOR = [
-    *(selector() for selector in SELECTORS.values()),
-    Coordinates("norm", scaled=True),
-    Lazy(Random()),
-    Switch(Dominant(), Coordinates(), at=3),
-    Switch(OnlinePCA(), Gaussian(), at=3),
-]
 
 
 def value(formula: str, **sizes: int) -> int:
@@ -40,7 +32,7 @@ def test_formulas_are_those_recorded() -> None:
 
 
 @pytest.mark.parametrize("shape", [(48, 20), (20, 48)], ids=str)
-@pytest.mark.parametrize("rule", EVERY_RULE, ids=repr)
+@pytest.mark.parametrize("rule", [*EVERY_RULE, SGD(0.0), Adafactor(beta1=0.0)], ids=repr)
 def test_rules(rule: Rule, shape: tuple[int, int]) -> None:
     """A formula names every tensor of ``init``: of a projected matrix, of another one, and of a vector."""
     formulas = StateCosts(Gaussian(), rule, Discard()).formulas()  # holds no tensor itself
