@@ -28,11 +28,6 @@ class Way:
     hook: bool = False
 
     @property
-    def optimizer_side(self) -> bool:
-        """Whether the optimizer projects gradients."""
-        return self.optimizer != "adamw" and not self.backward_side
-
-    @property
     def proj_type(self) -> str:
         """Sharded rows want a basis of the columns."""
         return "right" if self.sharded else "std"

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -144,12 +143,8 @@ class Passes:
 
     @contextlib.contextmanager
     def _as_in_a_run(self) -> Iterator[None]:
-        from transformers.utils import import_utils
-
         try:
-            # Of fake tensors transformers thinks that they are traced, and then makes masks that a real step does
-            # without.
-            with mock.patch.object(import_utils, "is_fake_tensor", return_value=False, create=True):
+            with _taken_for_real():
                 yield
         except (RuntimeError, TypeError) as error:  # NotImplementedError is one of the first
             raise InputError(
@@ -196,6 +191,25 @@ class _Chooser:
         """Take the memory, and let the basis be as it was."""
         torch.empty(self._takes[projection], dtype=torch.uint8)
         projection.plan = "keep"
+
+
+@contextlib.contextmanager
+def _taken_for_real() -> Iterator[None]:
+    """Let transformers take fake tensors for real ones.
+
+    It takes them for tensors that are traced, and would make attention masks that a real step does without.
+    """
+    from transformers.utils import import_utils
+
+    own = getattr(import_utils, "is_fake_tensor", None)
+    if own is None:  # a transformers that does not look
+        yield
+        return
+    import_utils.is_fake_tensor = lambda _: False
+    try:
+        yield
+    finally:
+        import_utils.is_fake_tensor = own
 
 
 def _forget(p: Tensor) -> None:
