@@ -1,4 +1,4 @@
-"""Measurements as text."""
+"""Measurements of memory, traffic and training time as text."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from subspan.utils.tables import aligned
 
 
 def text(found: Mapping[str, Any]) -> str:
-    """A table of memory or of what is sent, or lines on time."""
+    """Write a table of memory or of what is sent, or a line on time."""
     if "world" in found:
         return _sent(found)
     return _memory(found["rows"]) if "rows" in found else _time(found)
@@ -18,7 +18,7 @@ def _memory(rows: list[dict[str, Any]]) -> str:
     cells = [["MB", *(key.removesuffix("_bytes").replace("_", " ") for key in columns)]]
     for row in rows:
         cells.append([row["name"], *(f"{row[key] / 1e6:.1f}" for key in columns)])
-        # Only where it says something else.
+        # The formula has a line only where it differs.
         formula = row["formula"]
         if any(formula[key] != row[key] for key in columns if key in formula):
             cells.append(["  formula", *(f"{formula[key] / 1e6:.1f}" if key in formula else "" for key in columns)])
@@ -26,7 +26,7 @@ def _memory(rows: list[dict[str, Any]]) -> str:
 
 
 def _sent(found: Mapping[str, Any]) -> str:
-    """Bytes that a rank sends; below each row its closed form, only where that says something else."""
+    """Write the bytes that a rank sends, and below a row its closed form where that differs."""
     cells = [["MB that each rank sends", "step", "refresh", "mean", "collectives of a step", "of a refresh besides"]]
     for row in found["rows"]:
         step, refresh = (row[kind]["collectives"] for kind in ("step", "refresh"))
@@ -45,7 +45,7 @@ def _sent(found: Mapping[str, Any]) -> str:
 
 
 def sizes_of(sent: Mapping[str, Any]) -> dict[str, int]:
-    """Payload bytes by operation."""
+    """Payloads in bytes, by operation."""
     return {operation: size for operation, (_, size) in sent["collectives"].items()}
 
 

@@ -8,7 +8,7 @@ from subspan.utils.tables import aligned
 
 
 def refresh(found: Mapping[str, Any]) -> str:
-    """Times of choosing a basis, and below how far each way is from an SVD in fp64."""
+    """Write the times of choosing a basis, and below them how far each way is from an SVD in fp64."""
     times = [
         ["choosing a basis, seconds", "rank", "refresh", "gram fp32", "svd fp32", "refresh / svd", "gram fp32 / svd"]
     ]
@@ -36,7 +36,7 @@ def refresh(found: Mapping[str, Any]) -> str:
 
 
 def step(found: Mapping[str, Any]) -> str:
-    """Times and memory of an optimizer's step."""
+    """Write times and memory of an optimizer's step."""
     cells = [
         ["milliseconds of a step", "ordinary", "refresh", "mean", "ours / its", "matmuls", "extra", "in a refresh"]
     ]
@@ -63,7 +63,7 @@ def step(found: Mapping[str, Any]) -> str:
 
 
 def grow(found: Mapping[str, Any]) -> str:
-    """Times beside their floors."""
+    """Write times beside their floors."""
     cells = [["milliseconds", "rank", "step", "floor", "step / floor", "choosing", "floor", "choosing / floor"]]
     for row in found["rows"]:
         line = [str(row["width"]), str(row["rank"])]
@@ -79,7 +79,7 @@ def grow(found: Mapping[str, Any]) -> str:
 
 
 def together(found: Mapping[str, Any]) -> str:
-    """Every part, and the ratios that matter at the end."""
+    """Write every part, and at the end the ratios that matter."""
     parts = [text(found["train"]), refresh(found["refresh"]), step(found["step"])]
     if "grow" in found:
         parts.append(grow(found["grow"]))
@@ -88,7 +88,7 @@ def together(found: Mapping[str, Any]) -> str:
 
 
 def machine(found: Mapping[str, Any]) -> str:
-    """What it was measured on."""
+    """Describe the machine on which it was measured."""
     about = found["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     load = "" if about["load"] is None else f", load {about['load']:.1f}"
