@@ -24,7 +24,7 @@ from subspan.training.processes import Processes
 from subspan.utils.errors import SettingError
 from subspan.utils.suggestions import near_names
 
-_WARM_UP = 2  # DDP lays its buckets out anew after the first step
+_WARM_UP = 2  # steps: DDP lays out its buckets again after the first
 
 
 @dataclass(frozen=True)

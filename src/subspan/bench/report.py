@@ -27,15 +27,15 @@ def _memory(rows: list[dict[str, Any]]) -> str:
 
 def _sent(found: Mapping[str, Any]) -> str:
     """Write the bytes that a rank sends, and below a row its closed form where that differs."""
-    cells = [["MB that each rank sends", "step", "refresh", "mean", "collectives of a step", "of a refresh besides"]]
+    cells = [["MB that each rank sends", "step", "refresh", "mean", "collectives of a step", "more in a refresh"]]
     for row in found["rows"]:
         step, refresh = (row[kind]["collectives"] for kind in ("step", "refresh"))
-        besides = {
+        more = {
             operation: [calls - step.get(operation, [0, 0])[0], size - step.get(operation, [0, 0])[1]]
             for operation, (calls, size) in refresh.items()
         }
         wires = (row["step"]["wire_bytes"], row["refresh"]["wire_bytes"], row["amortised_wire_bytes"])
-        cells.append([row["name"], *(f"{size / 1e6:.1f}" for size in wires), _collectives(step), _collectives(besides)])
+        cells.append([row["name"], *(f"{size / 1e6:.1f}" for size in wires), _collectives(step), _collectives(more)])
         if any(row["formula"][kind] != sizes_of(row[kind]) for kind in ("step", "refresh")):
             cells.append(["  formula", "", "", "", *(str(row["formula"][kind]) for kind in ("step", "refresh"))])
     above = (

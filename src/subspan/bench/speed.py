@@ -12,7 +12,16 @@ def refresh(found: Mapping[str, Any]) -> str:
     times = [
         ["choosing a basis, seconds", "rank", "refresh", "gram fp32", "svd fp32", "refresh / svd", "gram fp32 / svd"]
     ]
-    errors = [["against an SVD in fp64", "", "largest angle", "energy lost", "probabilities apart", "one by"]]
+    errors = [
+        [
+            "against an SVD in fp64",
+            "",
+            "largest angle",
+            "energy lost",
+            "distance of probabilities",
+            "largest error of one",
+        ]
+    ]
     for row in found["rows"]:
         seconds, ratios = row["seconds"], row["ratio_vs_svd"]
         times.append([
@@ -54,7 +63,9 @@ def step(found: Mapping[str, Any]) -> str:
         f"matmuls: the share of a step that its two products take, at {found['matmul_flops_per_second'] / 1e9:.1f} "
         "GFLOP/s"
     )
-    lines.append(f"extra: what a step holds besides, in largest weights ({found['largest_weight_bytes'] / 1e6:.1f} MB)")
+    lines.append(
+        f"extra: what a step holds in addition, in largest weights ({found['largest_weight_bytes'] / 1e6:.1f} MB)"
+    )
     if backward := found.get("backward_ratio_vs_adamw_fused"):
         lines.append(f"backward-side: a step takes {_interval(backward)} of fused AdamW's time")
     if found["not_installed"]:

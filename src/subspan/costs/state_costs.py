@@ -1,4 +1,4 @@
-"""The bytes that a method holds, counted from shapes alone.
+"""The bytes that a method holds, counted from shapes.
 
 The parts say themselves what they hold: their ``init`` allocates the state on ``meta``, where tensors have no memory.
 So a part that a user wrote is counted like any other.

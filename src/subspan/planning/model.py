@@ -105,8 +105,8 @@ class Planned:
 
     Attributes:
         held: bytes that one rank holds, by kind (``StateCosts.bytes_held``), and those of the buffers.
-        step: the most that a step of the optimizer on one parameter has besides.
-        refresh: the most that it has where a basis is chosen; 0 if none is.
+        step: the most bytes that a step of the optimizer on one parameter adds.
+        refresh: the most bytes that it adds where a basis is chosen; 0 if none is.
         sides: for each matrix that is to be projected, the largest rank at which it still is.
     """
 
@@ -195,7 +195,7 @@ class Planned:
         return live.peak - before
 
     def _step_of_torch(self) -> int:
-        """The most that a step of torch's AdamW has besides, as on an accelerator: on all parameters at once."""
+        """The most bytes that a step of torch's AdamW adds, on all parameters at once as on an accelerator."""
         for group in self.optimizer.param_groups:
             group["foreach"] = True
         for p in self.model.parameters():

@@ -56,7 +56,7 @@ class Passes:
             return self._forward(batch)[0] + within
 
     def peaks(self, batch: int) -> list[list[int]]:
-        """The most that is alive at once, besides what was there before the forward pass.
+        """The most bytes that the passes add to what was there before the forward pass.
 
         Returns:
             For each step a list: the peak until the gradients of the last block are there, then until those of the

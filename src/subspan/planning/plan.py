@@ -221,7 +221,7 @@ class _AtRank:
         return found[0]["saved"] if self._blocks is None else extended(found[0], found[1], self._blocks)["saved"]
 
     def peak(self, batch: int) -> int:
-        """The peak of the passes, besides what was there before."""
+        """The bytes that the passes add at their peak."""
         passes = self._passes()
         if self._blocks is None:
             return max(max(segments) for segments in passes.peaks(batch))
