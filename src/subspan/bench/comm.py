@@ -69,12 +69,13 @@ def measure(setting: CommSetting) -> dict[str, Any]:
         with fake_world(setting.world):
             counted = count(setting, way)
             gc.collect()  # DDP must go before its process group does
-        rows.append({"name": name} | _row(setting, way, *counted))
+        rows.append({"name": name} | row_of(setting, way, *counted))
     return {"world": setting.world, "model": setting.model, "rank": setting.rank, "period": PERIOD, "rows": rows,
             "torch": torch.__version__}  # fmt: skip
 
 
-def _row(setting: CommSetting, way: Way, step: Sent, refresh: Sent) -> dict[str, Any]:
+def row_of(setting: CommSetting, way: Way, step: Sent, refresh: Sent) -> dict[str, Any]:
+    """Write what was counted of a way beside its closed forms."""
     expected = Traffic(
         llama_of(PRESETS[setting.model]), setting.rank, setting.world, way, select_from=setting.select_from
     )
