@@ -61,6 +61,5 @@ def _time(found: Mapping[str, Any]) -> str:
     return (
         f"{shapes['model']}, {shapes['tokens']} tokens, rank {shapes['rank']} of {shapes['hidden']}: a step takes "
         f"{ratio['median']:.3f} of fused AdamW's time ({ratio['low']:.3f} to {ratio['high']:.3f}, {found['pairs']} "
-        "pairs, "
-        f"{found['threads']} threads) and {found['flops_ratio']:.3f} of its matmul FLOPs"
+        f"pairs, {found['threads']} threads) and {found['flops_ratio']:.3f} of its matmul FLOPs"
     )

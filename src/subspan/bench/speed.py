@@ -59,10 +59,8 @@ def step(found: Mapping[str, Any]) -> str:
             *(_or_dash(row[key], lambda value: f"{value:.2f}") for key in ("extra_weights", "refresh_extra_weights")),
         ])  # fmt: skip
     lines = [aligned(cells)]
-    lines.append(
-        f"matmuls: the share of a step that its two products take, at {found['matmul_flops_per_second'] / 1e9:.1f} "
-        "GFLOP/s"
-    )
+    rate = f"{found['matmul_flops_per_second'] / 1e9:.1f} GFLOP/s"
+    lines.append(f"matmuls: the share of a step that its two products take, at {rate}")
     lines.append(
         f"extra: what a step holds in addition, in largest weights ({found['largest_weight_bytes'] / 1e6:.1f} MB)"
     )

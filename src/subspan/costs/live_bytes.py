@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensor storages that are alive, and their peak after any operation.
 
-    The count is exact, except for what an operation allocates and frees within itself, such as the workspace of a
-    factorisation.
+    The count is exact, except for what an operation allocates and frees within itself. The workspace of a factorisation
+    is an example.
     """
 
     def __init__(self, held: Iterable[Tensor], device: str | None = None) -> None:
