@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from subspan import recipes
 from subspan.checkpoints import directory as checkpoints
-from subspan.costs import state_formulas as memory
-from subspan.costs.describe import describe
+from subspan.costs.state_costs import StateCosts
 from subspan.training.config.settings import CheckpointConfig, PretrainConfig, ScheduleConfig
 from subspan.training.data.tokenizer import load_tokenizer
 from subspan.training.evaluation import evaluate, token_losses
@@ -54,7 +53,7 @@ def test_every_method_learns(name: str, small: Make, tmp_path: Path) -> None:
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 41))
     assert [row["step"] for row in rows if "val_loss" in row] == [20, 40]
     assert (summary.steps, summary.tokens, summary.optimizer) == (40, 40 * 4 * 16, name)
-    held = memory.evaluate_groups(describe(name)["state_formula"], run.optimizer.param_groups)
+    held = StateCosts.of_recipe(name).bytes_held(run.optimizer.param_groups)
     assert summary.state_bytes == held["states"] + held["bases"]
     assert summary.val_loss == rows[-1]["val_loss"]
     assert summary.val_ppl == pytest.approx(math.exp(summary.val_loss))

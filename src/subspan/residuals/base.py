@@ -17,9 +17,6 @@ class Plain(Residual):
     def init(self, G: Tensor) -> State:
         return {}
 
-    def memory(self, m: str, n: str) -> dict[str, str]:
-        return {}
-
     def receive(self, G: Tensor, state: State) -> Tensor:
         return G
 

@@ -35,9 +35,6 @@ class ErrorFeedback(Plain):
     def init(self, G: Tensor) -> State:
         return {"error": allocate(G, G.shape)}
 
-    def memory(self, m: str, n: str) -> dict[str, str]:
-        return {"error": f"4*{m}*{n}"}
-
     def receive(self, G: Tensor, state: State) -> Tensor:
         total = state["error"] + G
         state["error"].mul_(~total.isfinite().all())  # its place is free for ``lose_``, unless this step is void

@@ -62,9 +62,6 @@ class Fira(Plain):
     def init(self, G: Tensor) -> State:
         return {} if self.limiter is None else {"residual_norm": allocate(G, G.shape[:-2])}
 
-    def memory(self, m: str, n: str) -> dict[str, str]:
-        return {} if self.limiter is None else {"residual_norm": "4"}
-
     def combine(
         self,
         G: Tensor,

@@ -68,14 +68,6 @@ class Adafactor(Rule):
         row, col = allocate(like, shape[:-1]), allocate(like, (*shape[:-2], shape[-1]))
         return state | {"exp_avg_sq_row": row, "exp_avg_sq_col": col}
 
-    def memory(self, shape: tuple[str, ...], row_dim: int) -> dict[str, str]:
-        second = (
-            {"exp_avg_sq": f"4*{shape[0]}"}
-            if len(shape) < 2
-            else {"exp_avg_sq_row": f"4*{shape[-2]}", "exp_avg_sq_col": f"4*{shape[-1]}"}
-        )
-        return {"step": "4"} | ({"exp_avg": f"M({'*'.join(shape)})"} if self.beta1 else {}) | second
-
     def transfer_(self, state: State, change: Tensor, how: Transfer) -> None:
         if how == "reset":
             for name in _HELD & state.keys():  # the state holds other parts' tensors too

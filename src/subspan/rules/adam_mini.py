@@ -40,7 +40,3 @@ class AdamMini(Adam):
         if len(shape) < 2:
             return shape
         return (*shape[:-1], 1) if row_dim == -2 else (*shape[:-2], 1, shape[-1])
-
-    def memory(self, shape: tuple[str, ...], row_dim: int) -> dict[str, str]:
-        blocks = shape[0] if len(shape) < 2 else shape[row_dim]
-        return {"step": "4", "exp_avg": f"M({'*'.join(shape)})", "exp_avg_sq": f"4*{blocks}"}

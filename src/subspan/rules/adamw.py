@@ -52,7 +52,3 @@ class AdamW(Adam):
         adamw([U], [R], [M], [V], [], [step], fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=-c1 / root_c2,
               weight_decay=0.0, eps=self.eps, maximize=False)  # fmt: skip
         return U, root_c2 / c1
-
-    def memory(self, shape: tuple[str, ...], row_dim: int) -> dict[str, str]:
-        size = "*".join(shape)
-        return {"step": "4", "exp_avg": f"M({size})", "exp_avg_sq": f"M({size})"}

@@ -37,9 +37,6 @@ class Lion(Rule):
     def init(self, like: Tensor, shape: tuple[int, ...], row_dim: int) -> State:
         return {"step": torch.zeros((), dtype=torch.float32), "exp_avg": allocate(like, shape)}
 
-    def memory(self, shape: tuple[str, ...], row_dim: int) -> dict[str, str]:
-        return {"step": "4", "exp_avg": f"M({'*'.join(shape)})"}
-
     def transfer_(self, state: State, change: Tensor, how: Transfer) -> None:
         if how == "reset":
             state["step"].zero_()

@@ -42,9 +42,6 @@ class _MomentumSGD(Rule, ABC):
         state: State = {"step": torch.zeros((), dtype=torch.float32)}
         return state | {"exp_avg": allocate(like, shape)} if self.decay else state
 
-    def memory(self, shape: tuple[str, ...], row_dim: int) -> dict[str, str]:
-        return {"step": "4"} | ({"exp_avg": f"M({'*'.join(shape)})"} if self.decay else {})
-
     def transfer_(self, state: State, change: Tensor, how: Transfer) -> None:
         if how == "reset":
             state["step"].zero_()

@@ -51,9 +51,6 @@ class MatrixSelector(Scheduled):
     def init(self, G: Tensor, rank: int) -> State:
         return {"basis": allocate(G, (*G.shape[:-2], G.shape[-1], rank))}
 
-    def memory(self, n: str, r: str) -> dict[str, str]:
-        return {"basis": f"4*{n}*{r}"}
-
     @abstractmethod
     def choose(self, G: Tensor | Gram, old: Tensor, key: Key) -> Tensor:
         """A new basis in the shape of ``old``, which is all zero before the first refresh."""

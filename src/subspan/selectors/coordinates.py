@@ -79,9 +79,6 @@ class Coordinates(Scheduled):
             )
         return state
 
-    def memory(self, n: str, r: str) -> dict[str, str]:
-        return {"indices": f"8*{r}"} | ({"weights": f"4*{r}"} if self.scaled else {})
-
     def refresh_(self, G: Tensor | Gram, state: State, key: Key) -> Tensor:
         old = {name: state[name].clone() for name in ("indices", "weights") if name in state}
         norms = linalg.column_norms(G).cpu()

@@ -40,9 +40,6 @@ class Gaussian(Scheduled):
             "basis_rank": rank,
         }  # a seed of -1: before the first refresh
 
-    def memory(self, n: str, r: str) -> dict[str, str]:
-        return {}
-
     def refresh_(self, G: Tensor | Gram, state: State, key: Key) -> Tensor:
         old = self._basis(state, G)
         state["basis_seed"] = linalg.keyed_seed("gaussian", *key)

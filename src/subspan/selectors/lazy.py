@@ -71,9 +71,6 @@ class Lazy(Selector):
     def init(self, G: Tensor, rank: int) -> State:
         return {**self.selector.init(G, rank), "stretch": 1}
 
-    def memory(self, n: str, r: str) -> dict[str, str]:
-        return self.selector.memory(n, r)
-
     def period(self, gap: int, state: State) -> int | None:
         inner = self.selector.period(gap, state)
         return None if inner is None else inner * state["stretch"]

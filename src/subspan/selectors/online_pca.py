@@ -60,9 +60,6 @@ class OnlinePCA(TrackingSelector):
         # A tensor, of each matrix its own: a gradient that tells nothing is not counted, and no device is waited for.
         return {**super().init(G, rank), **moments, "basis_step": allocate(G, (*G.shape[:-2], 1, 1))}
 
-    def memory(self, n: str, r: str) -> dict[str, str]:
-        return dict.fromkeys(("basis", "basis_exp_avg", "basis_exp_avg_sq"), f"4*{n}*{r}") | {"basis_step": "4"}
-
     def track_(self, G: Tensor, state: State, momentum: Momentum | None) -> Tensor | None:
         beta1, beta2 = self.betas
         Q, M, V = (state[name] for name in ("basis", "basis_exp_avg", "basis_exp_avg_sq"))

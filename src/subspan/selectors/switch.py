@@ -70,9 +70,6 @@ class Switch(Selector):
         self._step()
         return {**self.first.init(G, rank), **self.second.init(G, rank), "switched": 0}
 
-    def memory(self, n: str, r: str) -> dict[str, str]:
-        return {**self.first.memory(n, r), **self.second.memory(n, r)}
-
     def period(self, gap: int, state: State) -> int | None:
         if state["switched"]:
             return self.second.period(gap, state)

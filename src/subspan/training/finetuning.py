@@ -13,8 +13,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from transformers import AutoConfig
 
 from subspan.checkpoints import directory as checkpoints
-from subspan.costs.describe import describe
-from subspan.costs.state_formulas import evaluate_groups
+from subspan.costs.state_costs import StateCosts
 from subspan.storage.allocation import state_bytes
 from subspan.training.config.resolve_finetuning import ResolvedFinetune, resolve_finetune, with_length
 from subspan.training.config.settings import FinetuneConfig
@@ -208,7 +207,7 @@ class Finetuning(Training[FinetuneSummary]):
             if self.ranks.first:
                 self._merge(place)
             place = self.out / checkpoints.MODEL
-        held = evaluate_groups(describe(self.config.optimizer)["state_formula"], self.optimizer.param_groups)
+        held = StateCosts.of_recipe(self.config.optimizer).bytes_held(self.optimizer.param_groups)
         return FinetuneSummary(
             task=self.config.task,
             model=self.config.model,

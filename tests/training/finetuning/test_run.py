@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from subspan import recipes
 from subspan.checkpoints import directory as checkpoints
-from subspan.costs import state_formulas as memory
-from subspan.costs.describe import describe
+from subspan.costs.state_costs import StateCosts
 from subspan.training.config.resolve_finetuning import resolve_finetune, with_length
 from subspan.training.config.settings import CheckpointConfig, FinetuneConfig, ScheduleConfig, SelectionConfig
 from subspan.training.finetuning import Finetuning
@@ -50,7 +49,7 @@ def test_every_method_learns(name: str, small: Make) -> None:
     losses = [row["loss"] for row in read_metrics(run.out) if "loss" in row]
     assert sum(losses[-4:]) < 0.75 * sum(losses[:4])
     assert summary.scores["accuracy"] > 0.8 > summary.majority == 0.5  # type: ignore[operator]
-    held = memory.evaluate_groups(describe(name)["state_formula"], run.optimizer.param_groups)
+    held = StateCosts.of_recipe(name).bytes_held(run.optimizer.param_groups)
     assert summary.state_bytes == summary.state_bytes_formula == held["states"] + held["bases"]
 
 
