@@ -1,0 +1,15 @@
+"""Names of parameters that do not depend on what wraps the model."""
+
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""What wrappers put into a name: data parallelism, ``torch.compile``, FSDP1 and activation checkpointing."""
+
+
+def canonical_name(name: str) -> str:
+    """Return ``name`` without the components that a wrapper adds, at any depth.
+
+    A name that has no other component is returned as it is.
+
+    >>> canonical_name("module.layers.0._checkpoint_wrapped_module.weight")
+    'layers.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS) or name
