@@ -252,20 +252,20 @@ def refuse(folder):
 def publishing(folder):
     """Ranks write into one scratch directory; the first renames it when all have."""
     from subspan.checkpoints.directory import list_checkpoints
-    from subspan.checkpoints.publish import open_scratch, publish
+    from subspan.checkpoints.writer import new_checkpoint
 
     model, optimizer = build(OPTIMIZERS[0])
     home = folder / "checkpoints"
     for step in (1, 2, 3):
         train(model, optimizer, 1, first=step)
-        scratch = open_scratch(home)
-        assert list(scratch.iterdir()) == []
-        save_sharded(scratch, model, optimizer)
-        path = publish(scratch, step=step, keep=2)
-        assert path.name == f"step-{step:06d}"
+        with new_checkpoint(home, step=step, keep=2) as scratch:
+            assert list(scratch.iterdir()) == []
+            dist.barrier()
+            save_sharded(scratch, model, optimizer)
+        path = home / f"step-{step:06d}"
         assert not scratch.exists()
         assert damage(path) is None
-        (scratch.with_name(f"seen-{dist.get_rank()}-{step}")).touch()
+        (home / f"seen-{dist.get_rank()}-{step}").touch()
         dist.barrier()
     assert [path.name for path in list_checkpoints(home)] == ["step-000002", "step-000003"]
 
