@@ -3,13 +3,17 @@
 Arguments: the scenario, a directory.
 """
 
+import contextlib
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from support.processes import joined
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,7 +21,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import subspan
+from subspan.checkpoints import checksums, writer
 from subspan.checkpoints import shard_files as shards
+from subspan.checkpoints.collective import gather
+from subspan.checkpoints.directory import list_checkpoints
 from subspan.checkpoints.sharded import damage, load_sharded, save_sharded, save_sharded_async
 from subspan.utils.errors import InputError
 
@@ -251,14 +258,11 @@ def refuse(folder):
 
 def publishing(folder):
     """Ranks write into one scratch directory; the first renames it when all have."""
-    from subspan.checkpoints.directory import list_checkpoints
-    from subspan.checkpoints.writer import new_checkpoint
-
     model, optimizer = build(OPTIMIZERS[0])
     home = folder / "checkpoints"
     for step in (1, 2, 3):
         train(model, optimizer, 1, first=step)
-        with new_checkpoint(home, step=step, keep=2) as scratch:
+        with writer.new_checkpoint(home, step=step, keep=2) as scratch:
             assert list(scratch.iterdir()) == []
             dist.barrier()
             save_sharded(scratch, model, optimizer)
@@ -268,6 +272,122 @@ def publishing(folder):
         (home / f"seen-{dist.get_rank()}-{step}").touch()
         dist.barrier()
     assert [path.name for path in list_checkpoints(home)] == ["step-000002", "step-000003"]
+
+
+@contextlib.contextmanager
+def failing(rank, owner, name, error):
+    """A call that fails on one rank."""
+    real = getattr(owner, name)
+
+    def fail(*arguments, **keywords):
+        raise error
+
+    if dist.get_rank() == rank:
+        setattr(owner, name, fail)
+    try:
+        yield
+    finally:
+        setattr(owner, name, real)
+
+
+NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+FULL = {
+    "shards of the first": (0, shards, "save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
+    "shards of the second": (1, shards, "save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
+    "reaching the disk": (1, os, "fsync", NO_SPACE),
+    "index": (0, shards, "write_text", NO_SPACE),
+    "more of the first": (0, torch, "save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")),
+    "before the shards": (0, Path, "touch", NO_SPACE),
+    "record": (0, writer, "seal", NO_SPACE),
+    "rename": (0, Path, "rename", NO_SPACE),
+    "scratch": (0, writer, "make_empty", NO_SPACE),
+}  # fmt: skip
+FAULTS = {
+    "a mistake in the shards": (1, shards, "save_file", KeyError("layer")),
+    "a mistake elsewhere": (0, torch, "save", ValueError("zip() argument 2 is shorter than argument 1")),
+    "before the shards": (0, Path, "touch", RuntimeError("CUDA error: out of memory")),
+}
+
+
+def full_disk(folder):
+    """What the disk refuses to one rank is the same error on all; nothing unfinished is left, and the next succeeds."""
+    rank, home = dist.get_rank(), folder / "checkpoints"
+    model, optimizer = build("sara_adamw")
+    train(model, optimizer, BEFORE, first=0)
+
+    def save(step):
+        with writer.new_checkpoint(home, step=step, keep=99) as scratch:
+            if rank == 0:
+                (scratch / "note").touch()
+            save_sharded(scratch, model, optimizer)
+            if rank == 0:
+                torch.save({"step": step}, scratch / "training.pt")
+
+    def intact(last):
+        found = list_checkpoints(home)
+        assert [path.name for path in found] == [f"step-{step:06d}" for step in range(1, last + 1)]
+        assert len(list(home.iterdir())) == last
+        for path in found:
+            assert damage(path) is None
+            assert checksums.damage(path) is None
+            assert not any("unfinished" in file.name for file in path.iterdir())
+        dist.barrier()
+
+    save(1)
+    for step, (label, (who, owner, name, error)) in enumerate([*FULL.items(), *FAULTS.items()], 2):
+        with failing(who, owner, name, error), pytest.raises(Exception) as caught:  # noqa: PT011
+            save(step)
+        intact(step - 1)
+        said = gather((type(caught.value).__name__, str(caught.value)))
+        if step < 2 + len(FULL):
+            words = f"checkpoint {home}/step-{step:06d} cannot be written: "
+            assert said[0] == said[1], label
+            assert said[0][0] == "NotWrittenError", (label, said)
+            assert said[0][1].startswith(words), (label, said)
+            assert "needs about" in said[0][1]
+            assert " kB, " in said[0][1], (label, said)
+        else:
+            assert said[who] == (type(error).__name__, str(error)), label
+            assert said[1 - who] == ("RuntimeError", f"rank {who}: {error}"), (label, said)
+        save(step)
+        intact(step)
+    assert os.path.getsize(home / "step-000002" / "index.json")
+
+
+def small_disk(folder):
+    """The files of two ranks on a disk that is full at one place after another."""
+    rank, home = dist.get_rank(), folder / "checkpoints"
+    model, optimizer = build("sara_adamw")
+    train(model, optimizer, BEFORE, first=0)
+    needed = 0
+    for step, leave in enumerate([None, 0, 8_192, 16_384, 24_576, 40_960, 57_344, 65_536, None], 1):
+        if rank == 0:
+            ballast = folder / "ballast"
+            ballast.unlink(missing_ok=True)
+            if leave is not None:
+                ballast.write_bytes(bytes(shutil.disk_usage(folder).free - leave))
+        dist.barrier()
+
+        def save(step=step):
+            with writer.new_checkpoint(home, step=step, keep=2) as scratch:
+                save_sharded(scratch, model, optimizer)
+                if rank == 0:
+                    torch.save({"step": step}, scratch / "training.pt")
+
+        if leave is None:
+            save()
+            continue
+        needed = needed or sum(file.stat().st_size for file in (home / "step-000001").iterdir())
+        assert leave < needed
+        with pytest.raises(InputError) as caught:
+            save()
+        said = gather(str(caught.value))
+        assert said[0] == said[1]
+        assert said[0].startswith(f"checkpoint {home}/step-{step:06d} cannot be written: no space is left; it needs")
+        assert [path.name for path in home.iterdir()] == ["step-000001"]
+        assert damage(home / "step-000001") is None
+        dist.barrier()
+    assert sorted(path.name for path in home.iterdir()) == ["step-000001", "step-000009"]
 
 
 def main(scenario, folder):

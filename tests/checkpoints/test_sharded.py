@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import subspan
 from subspan.checkpoints import shard_files as shards
-from subspan.checkpoints.sharded import damage, load_sharded, save_sharded, save_sharded_async
+from subspan.checkpoints.sharded import load_sharded, save_sharded, save_sharded_async
 from subspan.utils.errors import InputError
 
 OURS = {
@@ -116,6 +116,12 @@ def test_one_rank_is_refused_what_all_are(saved: Path) -> None:
 @pytest.mark.distributed
 def test_ranks_publish_together(tmp_path: Path) -> None:
     launch(sharded_worker.main, 2, "publishing", str(tmp_path))
+
+
+@pytest.mark.distributed
+def test_a_disk_that_fails_one_rank(tmp_path: Path) -> None:
+    """At each moment of a checkpoint; and errors that are not of the disk."""
+    launch(sharded_worker.main, 2, "full_disk", str(tmp_path))
 
 
 # --- one process ------------------------------------------------------------------------------------------------------

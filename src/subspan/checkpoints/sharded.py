@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import empty as empty_dtensor
 
-from subspan.checkpoints.collective import gather, on_first, together, world
+from subspan.checkpoints.collective import gather, is_agreed, on_first, together, world
 from subspan.checkpoints.directory import INDEX, model_tensors, tensor_bytes
 from subspan.checkpoints.shard_files import (
     DamagedError,
@@ -127,7 +127,8 @@ class PendingSave:
             on_first(lambda: write_index(self._folder, self._tables, written, self._settings))
         except Exception as error:
             self._failure = error
-            self._remove()
+            if is_agreed(error):  # all ranks are here, and none goes on before all have removed their files
+                together(self._remove)
             raise
         self._future = None
 
