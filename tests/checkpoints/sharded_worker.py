@@ -1,4 +1,4 @@
-"""One rank of a ``fully_shard`` run that saves or loads sharded checkpoints. It asserts; the others end if it fails.
+"""One rank of a ``fully_shard`` run that saves or loads sharded checkpoints; if its assertions fail, the others end.
 
 Arguments: the scenario, a directory.
 """
@@ -35,9 +35,7 @@ BEFORE, AFTER = 3, 2  # steps trained before a checkpoint and after it
 
 
 class Block(nn.Module):
-    """Seven rows, which two, three and four ranks share unevenly; and a vector of three, of which the fourth gets
-    nothing.
-    """
+    """A block of seven rows, which ranks share unevenly, and a vector of three, of which a fourth rank has none."""
 
     def __init__(self):
         super().__init__()
@@ -95,7 +93,7 @@ def whole(value):
 
 
 def snapshot(model, optimizer):
-    """Everything, by name, unsharded. It goes another way than the code under test."""
+    """Return everything by name, unsharded. It goes another way than the code under test."""
     every = {f"model {name}": whole(value) for name, value in model.state_dict().items()}
     for name, p in model.named_parameters():
         every |= {f"state {name} {key}": whole(value) for key, value in optimizer.state.get(p, {}).items()}
@@ -115,8 +113,8 @@ def assert_same(got, expected):
             assert got[key] == value, key
 
 
-def tensors(spread):
-    """Every dtype, as few rows as none; ``spread`` says how a tensor is placed."""
+def tensors(sharded):
+    """Return a module with every dtype and as few rows as none; ``sharded`` says how a tensor is placed."""
     G = torch.arange(-10, 11).reshape(7, 3)
     dtypes = ("bfloat16", "float16", "float64", "uint8", "int8", "int64", "bool", "float8_e4m3fn")
     plain = {f"as_{dtype}": G.to(getattr(torch, dtype)) for dtype in dtypes}
@@ -128,15 +126,15 @@ def tensors(spread):
     }
     module = nn.Module()
     for name, value in plain.items():
-        module.register_buffer(name, spread(value, 0))
-    module.register_buffer("columns", spread(G.float(), 1))
+        module.register_buffer(name, sharded(value, 0))
+    module.register_buffer("columns", sharded(G.float(), 1))
     module.register_buffer("number", torch.tensor(3.5))
-    module.register_buffer("copied", spread(torch.arange(4.0), None))
+    module.register_buffer("copied", sharded(torch.arange(4.0), None))
     return module
 
 
-def spread_over(mesh):
-    def spread(value, dim):
+def sharded_over(mesh):
+    def sharded(value, dim):
         # distribute_tensor communicates, which gloo does not do for every dtype.
         carried = value.view(torch.uint8) if value.dtype in (torch.bool, torch.float8_e4m3fn) else value
         placed = distribute_tensor(carried, mesh, [Replicate() if dim is None else Shard(dim)], src_data_rank=None)
@@ -145,7 +143,7 @@ def spread_over(mesh):
             local, mesh, placed.placements, run_check=False, shape=value.shape, stride=value.stride()
         )
 
-    return spread
+    return sharded
 
 
 def no_optimizer():
@@ -157,7 +155,7 @@ def no_optimizer():
 
 
 def save(folder):
-    """For each optimizer: a checkpoint, one saved while training goes on, and what they must be equal to."""
+    """Save each optimizer, at once and while training goes on, with what the checkpoints must be equal to."""
     rank = dist.get_rank()
     for name in OPTIMIZERS:
         model, optimizer = build(name)
@@ -180,11 +178,11 @@ def save(folder):
         assert_same(snapshot(model, optimizer), later)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     torch.manual_seed(0)
-    save_sharded(folder / "tensors", tensors(spread_over(mesh)), no_optimizer())
+    save_sharded(folder / "tensors", tensors(sharded_over(mesh)), no_optimizer())
 
 
 def load(folder):
-    """On another number of ranks: the same state, in the shards of this number; saved again, the same again."""
+    """Load on another number of ranks: the state is the same, in other shards, and so is what is saved again."""
     count = dist.get_world_size()
     meshes = [None] if count != 4 else [None, init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))]
     for name in OPTIMIZERS:
@@ -197,7 +195,7 @@ def load(folder):
             save_sharded(folder / f"{name}-from-{count}-{number}", model, optimizer)
             train(model, optimizer, 1, first=BEFORE)
     mesh = init_device_mesh("cpu", (count,))
-    module = tensors(spread_over(mesh))
+    module = tensors(sharded_over(mesh))
     for value in module.state_dict().values():
         shards.piece_of(value).local.zero_()
     load_sharded(folder / "tensors", module, no_optimizer())
@@ -210,7 +208,7 @@ def load(folder):
 
 
 def refuse(folder):
-    """What is wrong on one rank is an error on all, at once, with the same words; and nothing has changed."""
+    """An error on one rank is an error on all, at once, with the same words; and nothing has changed."""
     rank, name = dist.get_rank(), OPTIMIZERS[0]
     model, optimizer = build(name, seed=1)
     train(model, optimizer, 1, first=50)
@@ -257,7 +255,7 @@ def refuse(folder):
 
 
 def publishing(folder):
-    """Ranks write into one scratch directory; the first renames it when all have."""
+    """The ranks write into one scratch directory, and the first renames it when all have."""
     model, optimizer = build(OPTIMIZERS[0])
     home = folder / "checkpoints"
     for step in (1, 2, 3):
@@ -276,7 +274,7 @@ def publishing(folder):
 
 @contextlib.contextmanager
 def failing(rank, owner, name, error):
-    """A call that fails on one rank."""
+    """Let a call fail on one rank."""
     real = getattr(owner, name)
 
     def fail(*arguments, **keywords):
@@ -310,7 +308,7 @@ FAULTS = {
 
 
 def full_disk(folder):
-    """What the disk refuses to one rank is the same error on all; nothing unfinished is left, and the next succeeds."""
+    """What the disk refuses to one rank is the same error on all. Nothing is left of it, and the next save succeeds."""
     rank, home = dist.get_rank(), folder / "checkpoints"
     model, optimizer = build("sara_adamw")
     train(model, optimizer, BEFORE, first=0)
@@ -355,7 +353,7 @@ def full_disk(folder):
 
 
 def small_disk(folder):
-    """The files of two ranks on a disk that is full at one place after another."""
+    """Two ranks save on a disk that is full at one place after another."""
     rank, home = dist.get_rank(), folder / "checkpoints"
     model, optimizer = build("sara_adamw")
     train(model, optimizer, BEFORE, first=0)

@@ -1,4 +1,4 @@
-"""Sharded checkpoints that are damaged, or of something else: refused in one line, and nothing has changed."""
+"""Sharded checkpoints that are damaged or of something else are refused in one line, and nothing has changed."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def small_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def refused(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, words: str, kind: type = InputError
 ) -> None:
-    """The words are those of one line, and nothing has changed."""
+    """Check that loading fails with these words in one line, and that nothing has changed."""
     before = snapshot(model, optimizer)
     with pytest.raises(kind, match=words) as caught:
         load_sharded(folder, model, optimizer)
@@ -62,7 +62,7 @@ def refused(
     "file", ["index.json", "model-00000-of-00001.safetensors", "optimizer-00000-of-00001.safetensors"]
 )
 def test_a_damaged_file(sound: tuple[Path, nn.Module, torch.optim.Optimizer], file: str) -> None:
-    """One bit at any of many offsets, an end cut off or added to, nothing left, no file."""
+    """A file has another bit, has lost or gained bytes at its end, is empty, or is missing."""
     folder, model, optimizer = sound
     path = folder / file
     data = path.read_bytes()
@@ -83,7 +83,7 @@ def test_a_damaged_file(sound: tuple[Path, nn.Module, torch.optim.Optimizer], fi
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """An index that says something else, and has its hash."""
+    """Make the index say something else, with the hash that belongs to it."""
     content = json.loads((folder / "index.json").read_text())
     del content["blake2b"]
     change(content)
@@ -136,7 +136,7 @@ def test_another_model(sound: tuple[Path, nn.Module, torch.optim.Optimizer]) -> 
 
 
 def test_another_optimizer(sound: tuple[Path, nn.Module, torch.optim.Optimizer]) -> None:
-    """Ours says what differs in its own words; of torch's, which see nothing, the class and the names are compared."""
+    """Our optimizers say what differs in their own words; for those of torch, class and names are compared."""
     folder, model, _ = sound
     refused(folder, model, small_optimizer(model, "galore_adamw"), "this optimizer is selector Dominant", ValueError)
     refused(folder, model, small_optimizer(model, rank=3), "build the optimizer with the checkpoint's rank", ValueError)

@@ -34,7 +34,7 @@ Make = Callable[..., PretrainConfig]
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of a megabyte and a half."""
+    """Mount a file system of a megabyte and a half."""
     path = tmp_path / "disk"
     path.mkdir()
     if (
@@ -47,7 +47,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, leave: int) -> Path:
-    """A file that leaves ``leave`` bytes free."""
+    """Write a file that leaves ``leave`` bytes free."""
     ballast = disk / "ballast"
     ballast.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - leave)))
     return ballast
@@ -58,14 +58,14 @@ def same(first: Path, second: Path) -> bool:
 
 
 def flags(config: PretrainConfig) -> list[str]:
-    """The words of a command that trains with these settings."""
+    """Return the words of a command that trains with these settings."""
     names = ("model", "tokenizer", "data", "steps", "batch_size", "rank")
     given = [f"--{name}={getattr(config, name)}" for name in names]
     return ["pretrain", *given, "--sequence_length=16", "--checkpoint.every=2", "--device=cpu"]
 
 
 def filling(run: Pretraining, before: int, disk: Path, leave: int) -> Pretraining:
-    """``run``, whose disk is filled before the batch of that number is read."""
+    """Return ``run``, whose disk is filled before the batch of that number is read."""
     read, count = run.data.next_batch, iter(range(10**6))
 
     def next_batch(size: int) -> object:
@@ -79,7 +79,7 @@ def filling(run: Pretraining, before: int, disk: Path, leave: int) -> Pretrainin
 
 @pytest.mark.parametrize("leave", [0, 4096, 20_000, 32_000, 48_000, 64_000, 80_000, 96_000])
 def test_a_checkpoint_that_does_not_fit(leave: int, disk: Path, tiny: Make, tmp_path: Path) -> None:
-    """Wherever in the checkpoint the space ends."""
+    """The space ends at one place of the checkpoint after another."""
     every = {"checkpoint": CheckpointConfig(every=2, keep=3)}
     Pretraining(tiny(**every, out=str(tmp_path / "whole"))).run()
     size = sum(path.stat().st_size for path in (tmp_path / "whole" / "checkpoints" / "step-000004").iterdir())
@@ -108,7 +108,7 @@ def test_a_checkpoint_that_does_not_fit(leave: int, disk: Path, tiny: Make, tmp_
 
 
 def test_a_sharded_checkpoint_that_does_not_fit(disk: Path, tmp_path: Path) -> None:
-    """In one process, written at once and in the background, with ``new_checkpoint`` and without."""
+    """One process writes it at once and in the background, with ``new_checkpoint`` and without."""
     model, optimizer = sharded_worker.build("sara_adamw", sharded=False)
     sharded_worker.train(model, optimizer, 2, first=0)
     save_sharded(tmp_path / "whole", model, optimizer)
@@ -274,7 +274,7 @@ def test_a_write_that_fails(number: int, tiny: Make, tmp_path: Path, monkeypatch
 
 
 def test_a_rename_that_fails(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint that should take the place of another: the other is put back."""
+    """The checkpoint that should have been replaced is put back."""
     Pretraining(tiny()).run()
     again, rename = Pretraining(tiny(resume="auto")), Path.rename
 
@@ -290,7 +290,7 @@ def test_a_rename_that_fails(tiny: Make, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_metrics_with_broken_lines(tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """They are counted and left out; the file as it was stays."""
+    """Broken lines are counted and left out; the file as it was is kept."""
     Pretraining(tiny(log_every=1, steps=4, schedule=tiny().schedule)).run()
     path = tmp_path / "run" / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
