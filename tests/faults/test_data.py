@@ -126,7 +126,7 @@ def test_a_damaged_cache_is_made_anew(
     else:
         os.truncate(file, 20)
     Pretraining(tiny())
-    assert f"{file.parent}: the cache of tokens there is damaged; made anew" in capsys.readouterr().err
+    assert f"{file.parent}: the cache of tokens there is damaged and is made again" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == whole
 
 

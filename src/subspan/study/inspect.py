@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from subspan.checkpoints.directory import holds_parts, list_checkpoints, load_part, step_of
+from subspan.checkpoints.directory import holds_shards, list_checkpoints, load_part, step_of
 from subspan.inspection import angles, overlap
 from subspan.linalg import orthonormalise
 from subspan.study.records import parse_line
@@ -60,7 +60,7 @@ def inspect(run: Path, begin: int | None = None, end: int | None = None) -> dict
     found = list_checkpoints(run / "checkpoints")
     asked = begin is not None or end is not None
     pair = (_checkpoint(run, found, begin, 0), _checkpoint(run, found, end, -1)) if asked or len(found) > 1 else None
-    if (not rows or pair is not None) and any(map(holds_parts, pair if rows and pair else found)):
+    if (not rows or pair is not None) and any(map(holds_shards, pair if rows and pair else found)):
         raise NothingToSeeError(
             f"run={str(run)!r}: its checkpoints hold the parts of several ranks (parallel='fsdp'), which are not "
             "compared; to inspect it train with --parallel ddp, or in one process"

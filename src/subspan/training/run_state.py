@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from subspan.checkpoints import directory as checkpoints
-from subspan.checkpoints.checksums import seal
+from subspan.checkpoints.writer import new_checkpoint
 from subspan.training.monitor.progress import say
 from subspan.training.processes import Processes
 from subspan.utils.errors import InputError
@@ -57,7 +57,8 @@ class Snapshots:
         """Write a checkpoint into ``folder``, then drop all but the ``keep`` newest and the best.
 
         Raises:
-            InputError: it cannot be written, for want of space say. The checkpoints before it stand.
+            InputError: it cannot be written, for example for want of space. It is the same on every rank, and the
+                checkpoints before it stand.
         """
         ranks = self._ranks
         rng = {"cpu": ranks.gather(torch.get_rng_state())}
@@ -73,25 +74,20 @@ class Snapshots:
             "settings": self._settings,
         }
         best = standing.best["step"] if standing.best else None
-        if ranks.sharded:
-            self._write_shards(folder, standing.step, keep, best, training)
-        elif ranks.first:
-            parts = {"optimizer": self._optimizer.state_dict(), "training": training}
-            checkpoints.save(folder, standing.step, keep, self._model, self._tokenizer, parts, best)
-        ranks.barrier()
+        own = {"optimizer": self._optimizer.state_dict(), "training": training}
+        needed = checkpoints.tensor_bytes([self._model.state_dict(), own])
+        with new_checkpoint(folder, step=standing.step, keep=keep, best=best, needed=needed) as place:
+            if ranks.sharded:
+                from subspan.checkpoints.sharded import save_sharded
 
-    def _write_shards(self, folder: Path, step: int, keep: int, best: int | None, training: dict[str, Any]) -> None:
-        from subspan.checkpoints.publish import open_scratch, publish
-        from subspan.checkpoints.sharded import save_sharded
-
-        scratch = open_scratch(folder)
-        save_sharded(scratch, self._model, self._optimizer)
-        if self._ranks.first:
-            self._model.config.save_pretrained(scratch)  # type: ignore[union-attr, operator]  # transformers' method
-            self._tokenizer.save_pretrained(scratch)
-            torch.save(training, scratch / "training.pt")
-            seal(scratch, but="*.safetensors")
-        publish(scratch, step=step, keep=keep, best=best)
+                save_sharded(place, self._model, self._optimizer)
+                if ranks.first:
+                    checkpoints.save_config(place, self._model, self._tokenizer)
+                    checkpoints.save_part(place, "training", training)
+            elif ranks.first:
+                checkpoints.save_model(place, self._model, self._tokenizer)
+                for name, part in own.items():
+                    checkpoints.save_part(place, name, part)
 
     def read(self, checkpoint: Path) -> Standing:
         """Make everything that of the checkpoint.
@@ -100,7 +96,7 @@ class Snapshots:
             InputError: a file is missing, damaged, or of another model or optimizer.
         """
         training = checkpoints.load_part(checkpoint, "training")
-        if checkpoints.holds_parts(checkpoint):
+        if checkpoints.holds_shards(checkpoint):
             from subspan.checkpoints.sharded import load_sharded
 
             load_sharded(checkpoint, self._model, self._optimizer)

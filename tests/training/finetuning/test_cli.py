@@ -125,7 +125,7 @@ def test_a_label_unseen_in_training(
         file.write('{"text": "so", "label": "mid"}\n')
     with pytest.raises(SystemExit):
         main(flags(bert, data, tmp_path / "run"))
-    assert "held.jsonl, line 19: the label 'mid' is none of training (neg, pos)" in capsys.readouterr().err
+    assert "held.jsonl, line 19: the label 'mid' is not one of training (neg, pos)" in capsys.readouterr().err
 
 
 def test_glue_without_a_hub_says_what_to_do(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
