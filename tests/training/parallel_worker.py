@@ -43,7 +43,7 @@ def arrange(what: str, step: int) -> None:
     train_step = Pretraining._train_step
 
     def wrapped(run: Pretraining) -> Any:
-        if what in ACCIDENTS and run.ranks.rank == 1 and run.step + 1 == step:
+        if what in ACCIDENTS and run.processes.rank == 1 and run.step + 1 == step:
             ACCIDENTS[what](run)
         return train_step(run)
 
@@ -64,7 +64,7 @@ def count_what_is_sent() -> None:
         if run.wrapped is not run.model:
             run.wrapped.register_comm_hook(None, counting)  # type: ignore[operator]
         summary = run_all(run)
-        if run.ranks.first:
+        if run.processes.first:
             (run.out / "sent").write_text(str(sum(sent)))
         return summary
 

@@ -23,11 +23,12 @@ from subspan.study.study_file import Cell, Study
 from subspan.training.config.kinds import resolve_run
 from subspan.training.config.settings import CheckpointConfig
 from subspan.training.monitor.metrics import read_metrics
-from subspan.training.monitor.progress import duration, say, terminal
+from subspan.training.monitor.progress import duration, terminal
 from subspan.training.monitor.provenance import stamp
 from subspan.training.scores import SCORES
 from subspan.training.signals import RunInterruptedError, collect_signals
 from subspan.utils.errors import InputError
+from subspan.utils.messages import say
 
 _DIVERGED = 3  # not 1, with which Python ends a process that fails before it runs
 _OF_FINETUNING = ("metric", "majority", "saved_activation_bytes", "trainable", "best_step")
