@@ -2,10 +2,10 @@
 
     python tools/build_embedded.py documents.jsonl.xz
 
-Input: one ``{"source", "doc", "text"}`` a line. Output, in ``src/subspan/training/data/embedded/``:
+Each line of the input is ``{"source", "doc", "text"}``. The output lies in ``src/subspan/training/data/embedded/``:
 
-- ``corpus.jsonl.xz``: the same, and a ``split``: every twentieth document is validation, so all sources are in it;
-- ``bpe-4096.json``: a byte-level BPE of 4,096 tokens, trained on the training documents.
+- ``corpus.jsonl.xz`` holds the same, and a ``split``. Every twentieth document is validation, so all sources are in it.
+- ``bpe-4096.json`` is a byte-level BPE of 4,096 tokens, trained on the training documents.
 
 The same input gives the same output.
 """

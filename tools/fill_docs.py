@@ -1,5 +1,6 @@
-"""Fills in what a page shows of a command, so that no figure is typed by hand: ``python tools/fill_docs.py
-docs/evidence.md``.
+"""Fill in what a page shows of a command, so that no figure is typed by hand.
+
+    python tools/fill_docs.py docs/evidence.md
 
 The command stands in a comment before a block, and its output becomes the block::
 
@@ -23,7 +24,7 @@ BLOCK = re.compile(r"(<!-- subspan (?P<command>.+?) -->\n```text\n)(?P<shown>.*?
 
 
 def filled(page: str) -> str:
-    """The page with every block as its command prints it now."""
+    """The page, in which every block is what its command prints now."""
 
     def run(match: re.Match[str]) -> str:
         printed = io.StringIO()

@@ -1,10 +1,10 @@
-"""Where the time of a pretraining step goes: ``python tools/profile_pretrain.py --model llama-nano --steps 20``.
+"""Profile a pretraining step: where its time goes.
 
-The harness's own training step, its data, clipping and schedule included, is recorded by torch.profiler after some
-steps to
-warm up; the CPU time that each operation spends itself is added up by kind. What is called in the optimizer's step is
-the
-optimizer's, whatever the operation. Nothing is saved, and nothing evaluated.
+    python tools/profile_pretrain.py --model llama-nano --steps 20
+
+After some steps to warm up, torch.profiler records the harness's own training step, with its data, clipping and
+schedule. The CPU time that each operation spends itself is added up by kind. Everything called in the optimizer's step
+counts as the optimizer's, whatever the operation. Nothing is saved or evaluated.
 """
 
 import argparse
@@ -26,7 +26,7 @@ KINDS = {
 
 
 def kind_of(event: Any) -> str:
-    """The optimizer's if it is called from its step, else by name; what is not torch's is Python's."""
+    """The kind of an operation: the optimizer's if its step calls it, else by name. What is not torch's is Python's."""
     above = event
     while above is not None:
         if above.name.startswith("Optimizer.step"):
@@ -38,7 +38,7 @@ def kind_of(event: Any) -> str:
 
 
 def shares(recorder: profile) -> dict[str, float]:
-    """Of the CPU time, largest first."""
+    """Shares of the CPU time, largest first."""
     times: collections.Counter[str] = collections.Counter()
     for event in recorder.events() or ():
         times[kind_of(event)] += event.self_cpu_time_total

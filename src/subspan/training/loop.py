@@ -352,19 +352,11 @@ class Training(ABC, Generic[R]):
         number = sum(p.numel() for p in self.model.parameters())
         say(f"{config.model}: {number:,} parameters in {config.precision} on {config.device}; {self.data.describe()}")
         summary = getattr(self.optimizer, "summary", None)
-        say(
-            f"{config.optimizer}: {summary()}"
-            if summary
-            else f"{config.optimizer}: torch.optim.AdamW on every parameter"
-        )
+        say(f"{config.optimizer}: " + (summary() if summary else "torch.optim.AdamW on every parameter"))
         if full := uncompressed(self.optimizer):
             say(f"rank={config.rank}: reaches the shorter side of {full} matrices, which are trained at full rank")
         if self.step:
-            say(
-                f"continues at step {self.step}"
-                if self.step < config.steps
-                else f"already complete at step {self.step}"
-            )
+            say(f"{'continues' if self.step < config.steps else 'already complete'} at step {self.step}")
         if processes.size > 1:
             share = config.batch_size // processes.size
             say(f"{processes.size} processes, {processes.mode}: each takes {share} of {config.batch_size} sequences")

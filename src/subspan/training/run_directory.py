@@ -178,7 +178,7 @@ def _check_same_run(saved: Path, settings: dict[str, Any]) -> None:
         run = saved.parent.parent if saved.parent.name == "checkpoints" else saved
         raise InputError(
             f"{saved} is of another run: {'; '.join(differences)}; "
-            f"repeat the settings of that run (--config {run}/config.yaml), or start anew with another --out"
+            f"repeat the settings of that run (--config {run}/config.yaml), or start a new run with another --out"
         )
 
 
@@ -186,7 +186,7 @@ def _differences(folder: Path, settings: dict[str, Any]) -> list[str]:
     """What of ``settings`` differs from those saved in ``folder``, a checkpoint or the directory of a run."""
     saved = load_part(folder, "training").get("settings") if (folder / "training.pt").exists() else _config_of(folder)
     if not isinstance(saved, dict):
-        raise InputError(f"{folder} says nothing of its settings; start anew with another --out")
+        raise InputError(f"{folder} says nothing of its settings; start a new run with another --out")
     before, now = without_defaults(saved), without_defaults(settings)
     keys = [key for key in {**saved, **settings} if key not in _FREE and before.get(key) != now.get(key)]
     return [f"{key} was {saved.get(key)}, is {settings.get(key)}" for key in keys]
@@ -196,7 +196,7 @@ def _config_of(run: Path) -> Any:
     try:
         return yaml.safe_load((run / "config.yaml").read_text())
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"{run / 'config.yaml'} cannot be read; start anew with another --out") from error
+        raise InputError(f"{run / 'config.yaml'} cannot be read; start a new run with another --out") from error
 
 
 def _newest_sound(out: Path, settings: dict[str, Any]) -> Path | None:
@@ -219,7 +219,7 @@ def _newest_sound(out: Path, settings: dict[str, Any]) -> Path | None:
     if passed:
         raise InputError(
             f"run {out}: no checkpoint of it is sound: {'; '.join(passed)}; nothing was changed; "
-            "put back a copy of one, or start anew with another --out"
+            "put back a copy of one, or start a new run with another --out"
         )
     return None
 

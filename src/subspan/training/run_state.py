@@ -143,7 +143,7 @@ class Checkpointer:
         elif self._processes.sharded:
             raise InputError(
                 f"parallel='fsdp': the checkpoint {checkpoint} holds the whole model in one file; continue it with "
-                "--parallel ddp or in one process, or start anew with another --out"
+                "--parallel ddp or in one process, or start a new run with another --out"
             )
         else:
             optimizer = checkpoints.load_part(checkpoint, "optimizer")

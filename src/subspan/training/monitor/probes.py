@@ -1,6 +1,6 @@
 """Measurements of the subspaces while a run trains, in ``probes.jsonl`` of its directory. They change no result.
 
-Each subspace that a step has chosen anew gives a row of kind ``subspace``:
+Each subspace whose basis is new in a step gives a row of kind ``subspace``:
 
     overlap          overlap with the basis before (``subspan.inspection.overlap``)
     angles           smallest, median and largest principal angle to the basis before, in degrees
