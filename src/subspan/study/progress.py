@@ -5,7 +5,8 @@ import time
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from subspan.study.study_file import Cell
-from subspan.training.monitor.progress import duration, say, terminal
+from subspan.training.monitor.progress import duration, terminal
+from subspan.utils.messages import say
 
 
 class StudyProgress:

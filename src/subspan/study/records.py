@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from subspan.training.monitor.progress import say
 from subspan.utils.errors import InputError
+from subspan.utils.messages import say
 
 Record = dict[str, Any]
 """``key`` and ``status`` (``finished`` or ``diverged``), ``row``, ``seed``, ``lr``, and what was measured."""

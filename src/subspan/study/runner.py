@@ -22,11 +22,11 @@ from subspan.study.study_file import Cell, Study
 from subspan.training.config.kinds import resolve_run
 from subspan.training.config.settings import CheckpointConfig
 from subspan.training.monitor.metrics import read_metrics
-from subspan.training.monitor.progress import say
 from subspan.training.monitor.provenance import stamp
 from subspan.training.scores import SCORES
 from subspan.training.signals import RunInterruptedError, collect_signals
 from subspan.utils.errors import SettingError, UserError
+from subspan.utils.messages import say
 
 _DIVERGED, _REFUSED, _FAULT = 3, 78, 70
 """Statuses of a run's process. Python itself ends a process with 1 that fails before the run can begin."""

@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from subspan.training.data.batches import Batch, Order
 from subspan.training.data.documents import Documents, Split
 from subspan.training.data.tokenizer import fingerprint
-from subspan.training.monitor.progress import say
 from subspan.utils.atomic_files import no_space, remove_directory
 from subspan.utils.errors import InputError
+from subspan.utils.messages import say
 
 _HALVES: tuple[Split, ...] = ("train", "validation")
 _FORMAT = 3  # part of the cache's key: raise it when the files change
