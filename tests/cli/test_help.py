@@ -9,7 +9,7 @@ import pytest
 
 from subspan.cli import main
 from subspan.cli.main import COMMANDS, make_parser
-from subspan.cli.parser import Parser, spelled
+from subspan.cli.parser import Parser
 
 
 def parsers(parser: Parser, name: str = "") -> Iterator[tuple[str, Parser]]:
@@ -73,7 +73,7 @@ def test_examples(name: str) -> None:
     for example in PARSERS[name].examples:
         words = shlex.split(example)
         assert " ".join(words).startswith(f"subspan {name}")
-        PARSER.parse_args(spelled(words[1:]))
+        PARSER.parse_args(words[1:])
 
 
 def test_what_must_be_given_is_in_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,5 +114,5 @@ def test_the_page_of_the_command_line() -> None:
     assert len(trained) == 2
     for words in trained:
         PARSER.parse_args(
-            spelled([word.replace("configs", str(ROOT / "configs")) for word in words if word != "--print_config"])
+            [word.replace("configs", str(ROOT / "configs")) for word in words if word != "--print_config"]
         )
