@@ -2,27 +2,15 @@
 
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.parsers import PARSER, PARSERS
 
 from subspan.cli import main
-from subspan.cli.main import COMMANDS, make_parser
-from subspan.cli.parser import Parser
-
-
-def parsers(parser: Parser, name: str = "") -> Iterator[tuple[str, Parser]]:
-    """Each parser below ``parser``, by the words that choose it."""
-    for action in parser._actions:
-        for word, below in action.choices.items() if isinstance(action.choices, dict) else ():
-            yield f"{name} {word}".strip(), below
-            yield from parsers(below, f"{name} {word}".strip())
-
+from subspan.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
-PARSER = make_parser()
-PARSERS = dict(parsers(PARSER))
 
 
 def help_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
