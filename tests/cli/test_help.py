@@ -2,27 +2,15 @@
 
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.parsers import PARSER, PARSERS
 
 from subspan.cli import main
-from subspan.cli.main import COMMANDS, make_parser
-from subspan.cli.parser import Parser, spelled
-
-
-def parsers(parser: Parser, name: str = "") -> Iterator[tuple[str, Parser]]:
-    """Each parser below ``parser``, by the words that choose it."""
-    for action in parser._actions:
-        for word, below in action.choices.items() if isinstance(action.choices, dict) else ():
-            yield f"{name} {word}".strip(), below
-            yield from parsers(below, f"{name} {word}".strip())
-
+from subspan.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
-PARSER = make_parser()
-PARSERS = dict(parsers(PARSER))
 
 
 def help_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -73,7 +61,7 @@ def test_examples(name: str) -> None:
     for example in PARSERS[name].examples:
         words = shlex.split(example)
         assert " ".join(words).startswith(f"subspan {name}")
-        PARSER.parse_args(spelled(words[1:]))
+        PARSER.parse_args(words[1:])
 
 
 def test_what_must_be_given_is_in_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,5 +102,5 @@ def test_the_page_of_the_command_line() -> None:
     assert len(trained) == 2
     for words in trained:
         PARSER.parse_args(
-            spelled([word.replace("configs", str(ROOT / "configs")) for word in words if word != "--print_config"])
+            [word.replace("configs", str(ROOT / "configs")) for word in words if word != "--print_config"]
         )

@@ -89,21 +89,18 @@ def run(settings: Namespace) -> int:
         "scale": (scale.compute, scale.tables),
     }
     measure, write = measures[what]
-    try:
-        setting: Any = _WHAT[what][0](**vars(chosen))
-        if drawing:
-            plot.check()
-        made_by = stamp()  # before: the code may be changed meanwhile
-        found = measure(together.quickened(setting) if quick else setting)
-        found |= {"command": _command(what, setting, quick, pairs), "made_by": made_by}
-        # Before any file: writing may fail, and to measure again takes minutes.
-        print(json.dumps(found) if as_json else write(found))
-        if out:
-            write_text(out, json.dumps(found, indent=1) + "\n")
-        if drawing:
-            write_text(drawing, plot.growth(found["grow"] if what == "all" else found))
-    except ValueError as error:
-        fail(str(error))
+    setting: Any = _WHAT[what][0](**vars(chosen))
+    if drawing:
+        plot.check()
+    made_by = stamp()  # first, since the code may be changed meanwhile
+    found = measure(together.quickened(setting) if quick else setting)
+    found |= {"command": _command(what, setting, quick, pairs), "made_by": made_by}
+    # Printed before any file is written: writing may fail, and to measure again takes minutes.
+    print(json.dumps(found) if as_json else write(found))
+    if out:
+        write_text(out, json.dumps(found, indent=1) + "\n")
+    if drawing:
+        write_text(drawing, plot.growth(found["grow"] if what == "all" else found))
     return 0
 
 

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from subspan.cli.parser import Namespace, Parser, fail, path_of
+from subspan.cli.parser import Namespace, Parser, path_of
 
 
 def add_to(commands: Any, name: str, about: str) -> None:
@@ -23,9 +23,6 @@ def add_to(commands: Any, name: str, about: str) -> None:
 def run(settings: Namespace) -> int:
     from subspan.study.inspect import as_text, inspect
 
-    try:
-        found = inspect(path_of("run", settings.run), settings.begin, settings.end)
-    except ValueError as error:
-        fail(str(error))
+    found = inspect(path_of("run", settings.run), settings.begin, settings.end)
     print(json.dumps(found) if settings.json else as_text(found))
     return 0

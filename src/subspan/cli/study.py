@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from subspan.cli.parser import Namespace, Parser, fail, path_of
+from subspan.cli.parser import Namespace, Parser, path_of
 
 _METRICS = ["val_loss", "val_ppl", "accuracy", "f1", "matthews", "pearson", "spearman"]
 _ABOUT = {"run": "Run what is missing of a study.", "table": "Compare the rows of a study over its seeds."}
@@ -39,18 +39,15 @@ def run(settings: Namespace) -> int:
 
     what = settings.what
     chosen = settings[what]
-    try:
-        study = load_study(path_of("file", chosen.file))
-        if chosen.results is not None:
-            study = replace(study, results=path_of("results", chosen.results))
-        if what == "run":
-            from subspan.study.runner import Runner
+    study = load_study(path_of("file", chosen.file))
+    if chosen.results is not None:
+        study = replace(study, results=path_of("results", chosen.results))
+    if what == "run":
+        from subspan.study.runner import Runner
 
-            return Runner(study, path_of("runs", chosen.runs), chosen.jobs).run()
-        from subspan.study.table import as_json, as_latex, as_text, compare
+        return Runner(study, path_of("runs", chosen.runs), chosen.jobs).run()
+    from subspan.study.table import as_json, as_latex, as_text, compare
 
-        found = compare(study, chosen.metric)
-    except ValueError as error:
-        fail(str(error))
+    found = compare(study, chosen.metric)
     print(as_json(found) if chosen.json else as_latex(found) if chosen.latex else as_text(found))
     return 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from subspan.cli.parser import Namespace, Parser, fail, say, trace
 from subspan.training.config.settings import FinetuneConfig, PretrainConfig
 from subspan.training.signals import RunInterruptedError, interrupt_ends_process
-from subspan.utils.errors import InputError
+from subspan.utils.errors import UserError
 
 if TYPE_CHECKING:
     from subspan.training.loop import Training
@@ -44,18 +44,12 @@ def run_training(
     for field in fields(kind):
         if is_dataclass(field.default) and not isinstance(settings[field.name], Namespace):
             fail(f"{field.name}={settings[field.name]!r}: expected settings of its own; see subspan {command} --help")
-    try:
-        config = kind(**vars(run_parser(kind, about).instantiate(settings)))
-    except (TypeError, ValueError) as error:  # a config file that is no text
-        fail(f"the settings cannot be read: {error}")
+    config = kind(**vars(run_parser(kind, about).instantiate(settings)))
     logging.getLogger("subspan").setLevel(logging.WARNING)  # the run shows the table itself
     with interrupt_ends_process():
         from subspan.training import processes as parallel
 
-        try:
-            ranks = parallel.join(config.parallel, config.device)
-        except InputError as error:
-            fail(str(error))
+        ranks = parallel.join(config.parallel, config.device)
     return parallel.run_joined(ranks, lambda: _train(config, as_json, ranks, load))
 
 
@@ -78,11 +72,11 @@ def _train(
 
         try:
             run = kind(config, ranks)
-        except (ValueError, OSError) as error:
+        except UserError as error:
             raise SystemExit(end(2, f"error: {' '.join(str(error).split())}")) from None
     try:
         summary = run.run()
-    except InputError as error:  # found late: data that breaks off, a directory taken meanwhile
+    except UserError as error:  # found late: data that breaks off, a directory taken meanwhile
         raise SystemExit(end(2, f"error: {' '.join(str(error).split())}")) from None
     except KeyboardInterrupt:  # twice, or before the first step
         return end(130, "stopped at once; what was saved before stands")

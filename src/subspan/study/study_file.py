@@ -32,14 +32,13 @@ import jsonargparse
 
 from subspan.study.yaml_lines import Document
 from subspan.training.config.kinds import CONFIGS, resolve_run
-from subspan.training.config.settings import FinetuneConfig, PretrainConfig, without_defaults
+from subspan.training.config.settings import FinetuneConfig, PretrainConfig, names_without_effect, without_defaults
 from subspan.utils.errors import InputError, UserError
 from subspan.utils.suggestions import near_names
 
 _KEYS = ("about", "command", "base", "seeds", "sweep", "reference", "rows")
-_NOT_COMPUTED = ("out", "resume", "device", "threads", "micro_batch_size", "gradient_checkpointing", "checkpoint", "log_every",
-                 "tensorboard", "parallel", "probes")  # fmt: skip
-"""Settings that do not change what a run computes, but for rounding."""
+_NOT_COMPUTED = names_without_effect()
+"""Settings that are no part of a cell's key, since they do not change what a run computes, except for rounding."""
 _AS_GIVEN = ("model", "data", "validation_data", "tokenizer", "precision")
 """Settings whose resolved value depends on the machine."""
 

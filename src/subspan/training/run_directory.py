@@ -16,15 +16,12 @@ except ImportError:  # no POSIX
 
 from subspan.checkpoints.checksums import RECORD, damage, is_sealed
 from subspan.checkpoints.directory import list_checkpoints, load_part
-from subspan.training.config.settings import FinetuneConfig, PretrainConfig, without_defaults
+from subspan.training.config.settings import FinetuneConfig, PretrainConfig, names_without_effect, without_defaults
 from subspan.utils.errors import InputError, first_line
 from subspan.utils.messages import say
 
-_FREE = ("out", "resume", "device", "threads", "micro_batch_size", "gradient_checkpointing", "checkpoint", "evaluation",
-         "log_every", "tensorboard", "parallel", "probes")  # fmt: skip
-"""Settings that may differ between a run and its continuation: they do not change what is computed, but for
-rounding.
-"""
+_FREE = names_without_effect(with_measurements=True)
+"""Settings that may differ between a run and its continuation."""
 
 
 RunSettings = PretrainConfig | FinetuneConfig

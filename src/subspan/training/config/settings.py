@@ -1,9 +1,14 @@
 """The settings of a run. Each field is a YAML key and a command-line flag."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
+
+_INCIDENTAL = {"computes": "nothing"}
+"""Metadata of a setting that changes nothing that is computed, except for rounding."""
+_MEASUREMENT = {"computes": "measurements"}
+"""Metadata of a setting that changes what is measured of the weights and when, and not how they are trained."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ class RunConfig:
     """Optimizer steps; null is the preset's in pretraining, and what the epochs come to in fine-tuning."""
     batch_size: int | None = None
     """Sequences in a step, of all processes together; null is the preset's in pretraining, 16 in fine-tuning."""
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = field(default=None, metadata=_INCIDENTAL)
     """Sequences in a forward pass of a process, fewer than its part of the batch to accumulate gradients; null is
     all.
     """
@@ -143,17 +148,17 @@ class RunConfig:
     """Of the weights, the order of stored data and every subspace."""
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    probes: ProbeConfig = ProbeConfig()
-    out: str | None = None
+    checkpoint: CheckpointConfig = field(default=CheckpointConfig(), metadata=_INCIDENTAL)
+    probes: ProbeConfig = field(default=ProbeConfig(), metadata=_INCIDENTAL)
+    out: str | None = field(default=None, metadata=_INCIDENTAL)
     """Directory of the run; null is one under runs/ named after the settings, numbered if taken."""
-    resume: str | None = None
+    resume: str | None = field(default=None, metadata=_INCIDENTAL)
     """auto continues the newest checkpoint of `out` if there is one; a path continues that checkpoint or run. Settings
     must be
     those of the run: give its config.yaml as --config."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=_INCIDENTAL)
     """Where to train; auto is cuda if there is one."""
-    parallel: Literal["none", "ddp", "fsdp"] | None = None
+    parallel: Literal["none", "ddp", "fsdp"] | None = field(default=None, metadata=_INCIDENTAL)
     """Under torchrun: ddp, each process holds the model; fsdp, each holds a part of it. Both compute what one process
     computes,
     and a run may go on with another number of processes. Without torchrun there is one; null is none."""
@@ -161,13 +166,13 @@ class RunConfig:
     """bf16-mixed computes in bf16 and keeps fp32 weights; bf16 keeps bf16 weights; auto is bf16-mixed on cuda, else
     fp32.
     """
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = field(default=False, metadata=_INCIDENTAL)
     """Recompute activations in the backward pass."""
-    threads: int | None = None
+    threads: int | None = field(default=None, metadata=_INCIDENTAL)
     """CPU threads; null is torch's choice."""
-    log_every: int = 10
+    log_every: int = field(default=10, metadata=_INCIDENTAL)
     """Steps between lines of metrics."""
-    tensorboard: bool = False
+    tensorboard: bool = field(default=False, metadata=_INCIDENTAL)
     """Write TensorBoard files too, beside metrics.jsonl."""
 
 
@@ -191,7 +196,7 @@ class PretrainConfig(RunConfig):
     """Streamed data: join documents end to end; false is one document a sequence, cut or padded, as in GaLore's
     code.
     """
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: EvaluationConfig = field(default=EvaluationConfig(), metadata=_MEASUREMENT)
 
     def run_name(self) -> str:
         return f"{Path(self.model).name}-{self.optimizer}-seed{self.seed}"
@@ -238,12 +243,23 @@ class FinetuneConfig(RunConfig):
     epochs: int | None = None
     """Times that each example is seen, unless `steps` says how long the run is; null is the task's: of GLUE 30."""
     schedule: ScheduleConfig = ScheduleConfig(shape="linear", min_lr_ratio=0.0)
-    evaluation: SelectionConfig = SelectionConfig()
+    evaluation: SelectionConfig = field(default=SelectionConfig(), metadata=_MEASUREMENT)
     lora: LoraConfig = LoraConfig()
 
     def run_name(self) -> str:
         adapted = f"-lora{self.lora.rank}" if self.lora.rank else ""
         return f"{self.task}-{Path(self.model).name}-{self.optimizer}{adapted}-seed{self.seed}"
+
+
+def names_without_effect(*, with_measurements: bool = False) -> frozenset[str]:
+    """Names of the settings of any run that change nothing that is computed, except for rounding.
+
+    Args:
+        with_measurements: add the settings that change only what is measured.
+    """
+    computes = ("nothing", "measurements") if with_measurements else ("nothing",)
+    settings = (*fields(PretrainConfig), *fields(FinetuneConfig))
+    return frozenset(setting.name for setting in settings if setting.metadata.get("computes") in computes)
 
 
 def without_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
