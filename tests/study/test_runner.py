@@ -1,36 +1,47 @@
 """The runner with real runs, in processes of their own."""
 
+import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.processes import environment
 from support.studies import SMALL, make, record, write
+from support.waiting import Gate, started
 
+from subspan.cli import main
 from subspan.study.missing_runs import cells_of
 from subspan.study.records import append_records, read_records
 from subspan.study.runner import Runner, _Running
 from subspan.study.study_file import Study
 from subspan.training.monitor.metrics import read_metrics
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+ENVIRONMENT = environment()
 
 
-def command(path: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "subspan", "study", "run", str(path), *more]
+def command(path: Path) -> list[str]:
+    return [sys.executable, "-m", "subspan", "study", "run", str(path)]
 
 
 def run(path: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    folder = path.parents[1]
-    return subprocess.run(
-        command(path, *more), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
+    """Calls the command in this process, which spares its start. Its runs are processes all the same."""
+    said, before = io.StringIO(), Path.cwd()
+    os.chdir(path.parents[1])
+    try:
+        with contextlib.redirect_stderr(said):
+            status = main(["study", "run", str(path), *more])
+    finally:
+        os.chdir(before)
+    return subprocess.CompletedProcess([], status, stderr=said.getvalue())
 
 
 def folder_of(study: Study, row: str, seed: int) -> Path:
@@ -40,21 +51,16 @@ def folder_of(study: Study, row: str, seed: int) -> Path:
     return study.results.parents[1] / f"runs/studies/small/{row}/lr-{found.lr:.4g}-seed-{seed}-{cell.key[:8]}"
 
 
-def begun(path: Path, study: Study, **options: Any) -> subprocess.Popen[str]:
-    """The command, once the run of ``galore`` has saved a checkpoint."""
-    process = subprocess.Popen(
-        command(path), cwd=path.parents[1], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, **options
-    )
-    deadline = time.monotonic() + 200
-    while not list((folder_of(study, "galore", 0) / "run/checkpoints").glob("step-*")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return process
+@contextlib.contextmanager
+def begun(path: Path, gate: Gate) -> Iterator[subprocess.Popen[str]]:
+    """The command in a process group of its own, once a run of it has come to the gate."""
+    with started(command(path), cwd=path.parents[1], env=gate.environment, start_new_session=True) as process:
+        gate.wait_until_reached(process)
+        yield process
 
 
-LONG: dict[str, Any] = {
-    "base": SMALL["base"] | {"steps": 400, "checkpoint": {"every": 5}},
+ONE: dict[str, Any] = {
+    "base": SMALL["base"] | {"steps": 12, "checkpoint": {"every": 5}},
     "seeds": [0],
     "rows": {"galore": SMALL["rows"]["galore"]},
 }
@@ -105,7 +111,9 @@ def test_what_another_study_has_is_written_down_as_soon_as_it_is_asked_for(tmp_p
     assert [entry["val_loss"] for entry in found.values() if entry["seed"] == 0] == [1.5]  # not run
 
 
-def test_anew_is_to_run_all_of_it_again(tmp_path: Path) -> None:
+def test_anew_is_to_run_all_of_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With a record and directories of its own a study takes nothing over, and what was there stays."""
     path = write(tmp_path, seeds=[0], rows={"full": SMALL["rows"]["full"]})
     assert run(path).returncode == 0
@@ -117,12 +125,12 @@ def test_anew_is_to_run_all_of_it_again(tmp_path: Path) -> None:
     (found,) = read_records(tmp_path / "again/small.jsonl").values()
     assert found["val_loss"] == json.loads(before)["val_loss"]
     assert study.results.read_bytes() == before
-    table = subprocess.run([sys.executable, "-m", "subspan", "study", "table", str(path), *apart, "--json"], cwd=tmp_path,
-                           env=ENVIRONMENT, capture_output=True, text=True, check=True)  # fmt: skip
-    assert json.loads(table.stdout)["rows"][0]["n"] == 1
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", "table", str(path), *apart, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["n"] == 1
 
 
-# Half a minute each: what a scheduler and what a terminal sends are tried always, the other two among the slow tests.
+# What a scheduler and what a terminal sends are tried always, the other two among the slow tests.
 @pytest.mark.parametrize(
     ("signum", "to_all"),
     [
@@ -136,22 +144,22 @@ def test_a_study_that_is_stopped_goes_on_and_loses_nothing(signum: int, to_all: 
     """A terminal sends Ctrl-C to the runs too, some schedulers SIGTERM: they must not take the command's for a second
     one.
     """
-    path, study = write(tmp_path, **LONG), make(tmp_path, **LONG)
-    process = begun(path, study, start_new_session=True)
-    (os.killpg if to_all else os.kill)(process.pid, signum)
-    status = process.wait(timeout=100)
+    path, study = write(tmp_path, **ONE), make(tmp_path, **ONE)
     log = folder_of(study, "galore", 0) / "log.txt"
-    assert "saved at step" in log.read_text()  # by now, for who waits for the command may end all that is left
-    _, err = process.communicate()
+    with begun(path, Gate(tmp_path / "gate", step=6)) as process:
+        (os.killpg if to_all else os.kill)(process.pid, signum)
+        status = process.wait()
+        assert "saved at step 7" in log.read_text()  # by now, for who waits for the command may end all that is left
+        _, err = process.communicate()
     assert status == 128 + signum, err
     assert "the same command goes on" in err
     assert "Traceback" not in err
     assert read_records(study.results) == {}
     again = run(path)
     assert again.returncode == 0, again.stderr
-    assert "continues at step" in log.read_text()
+    assert "continues at step 7" in log.read_text()
     (found,) = read_records(study.results).values()
-    assert found["steps"] == 400
+    assert found["steps"] == 12
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
@@ -209,17 +217,15 @@ def test_a_fault_of_the_program_is_not_the_users(error: str, status: int, told: 
 
 def test_a_run_that_outlives_its_command_keeps_its_directory(tmp_path: Path) -> None:
     """After kill -9 of the command its runs go on, and a second process must not train in the same place meanwhile."""
-    path, study = write(tmp_path, **LONG), make(tmp_path, **LONG)
-    process = begun(path, study, start_new_session=True)
-    process.kill()
-    process.wait()
-    os.killpg(process.pid, signal.SIGSTOP)  # or the run might have ended when the second begins
+    path, study, gate = write(tmp_path, **ONE), make(tmp_path, **ONE), Gate(tmp_path / "gate", step=6)
     folder = folder_of(study, "galore", 0)
+    with begun(path, gate) as process:
+        process.kill()
     again = run(path)
-    os.killpg(process.pid, signal.SIGCONT)
+    gate.open()
     assert again.returncode == 1, again.stderr
     assert "another process trains there" in (folder / "log.txt").read_text()
     while not (folder / "run/summary.json").exists():
-        time.sleep(0.1)
+        time.sleep(0.01)
     rows = [row["step"] for row in read_metrics(folder / "run") if "val_loss" in row]
     assert len(rows) == len(set(rows))

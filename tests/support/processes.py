@@ -11,6 +11,7 @@ import faulthandler
 import gc
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -142,6 +143,8 @@ def _be_a_rank(
 ) -> None:
     os.environ.clear()
     os.environ.update(variables)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a study's server, which may be there already, ignores both
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{kind}", os.O_WRONLY | os.O_APPEND), number)
     faulthandler.dump_traceback_later(seconds, exit=True)
