@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from subspan.step.carriers import layer_of
 from subspan.step.settings import check_settings
 from subspan.utils.errors import SettingError
-from subspan.utils.names import canonical_name
+from subspan.utils.names import canonical_name, canonical_names
 
 EXCLUDED = (
     r"embed|(\b|_)emb",
@@ -72,7 +72,9 @@ def param_groups(
     given = {"rank": rank, "lr": lr_full, "weight_decay": weight_decay}
     check_settings({key: value for key, value in given.items() if value is not None}, {"lr": "lr_full"})
     named = list(model.named_parameters() if isinstance(model, nn.Module) else model)
-    named = _unwrapped([(name, p) for name, p in named if p.requires_grad])
+    named = [(name, p) for name, p in named if p.requires_grad]
+    canonical = canonical_names(name for name, _ in named)
+    named = [(canonical[name], p) for name, p in named]
     if flat := next((name for name, _ in named if "_flat_param" in name), None):
         raise SettingError(f"model: {flat!r} is many weights in one. {FLATTENED}")
     if not named:
@@ -139,7 +141,8 @@ def select_linear(model: nn.Module, targets: str | Sequence[str], exclude: Seque
         ValueError: a target that matches nothing, or a parameter that is not the weight of an ``nn.Linear``.
     """
     raw = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    named = _unwrapped(raw)
+    canonical = canonical_names(name for name, _ in raw)
+    named: list[tuple[str, Tensor]] = [(canonical[name], p) for name, p in raw]
     found: dict[str, nn.Linear] = {}
     chosen = _projected_names(model, named, targets, exclude)
     for (name, _), (raw_name, _) in zip(named, raw, strict=True):
@@ -158,12 +161,6 @@ def select_linear(model: nn.Module, targets: str | Sequence[str], exclude: Seque
     if not found:
         raise SettingError(f"targets={targets!r}: no nn.Linear among them; {_names_like('', named)}")
     return found
-
-
-def _unwrapped(named: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """Return canonical names; the given ones where two parameters would get the same."""
-    canonical = [(canonical_name(name), p) for name, p in named]
-    return canonical if len({name for name, _ in canonical}) == len(named) else list(named)
 
 
 def _convolutions(model: object) -> set[int]:
