@@ -106,18 +106,18 @@ class Checkpointer:
         best = state.best.step if state.best else None
         own = {"optimizer": self._optimizer.state_dict(), "training": training}
         needed = checkpoints.tensor_bytes([self._model.state_dict(), own])
-        with new_checkpoint(folder, step=state.step, keep=keep, best=best, needed=needed) as place:
+        with new_checkpoint(folder, step=state.step, keep=keep, best=best, needed=needed) as scratch:
             if processes.sharded:
                 from subspan.checkpoints.sharded import save_sharded
 
-                save_sharded(place, self._model, self._optimizer)
+                save_sharded(scratch, self._model, self._optimizer)
                 if processes.first:
-                    checkpoints.save_config(place, self._model, self._tokenizer)
-                    checkpoints.save_part(place, "training", training)
+                    checkpoints.save_config(scratch, self._model, self._tokenizer)
+                    checkpoints.save_part(scratch, "training", training)
             elif processes.first:
-                checkpoints.save_model(place, self._model, self._tokenizer)
+                checkpoints.save_model(scratch, self._model, self._tokenizer)
                 for name, part in own.items():
-                    checkpoints.save_part(place, name, part)
+                    checkpoints.save_part(scratch, name, part)
 
     def read(self, checkpoint: Path) -> TrainState:
         """Load ``checkpoint`` into the model, the optimizer, the data, the schedule and the random generators.
