@@ -18,7 +18,7 @@ from subspan.training.data.tokenizer import load_tokenizer
 from subspan.training.models.build import build_model
 from subspan.training.pretraining import Pretraining
 from subspan.training.run_directory import hold
-from subspan.utils.errors import InputError
+from subspan.utils.errors import InputError, UserError
 
 Make = Callable[..., PretrainConfig]
 
@@ -68,7 +68,7 @@ def files(folder: Path) -> dict[Path, bytes]:
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(overrides: dict, message: str, small: Make, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         Pretraining(small(**overrides))
     assert not (tmp_path / "run").exists()
 
