@@ -26,7 +26,7 @@ class OptimConfig:
     """Side of a matrix that is compressed: std (the shorter side; with parallel fsdp the right side), reverse_std (the
     longer side), left, or right."""
     transfer: Literal["keep", "rotate", "moments", "reset"] | None = None
-    """What becomes of the moments when the subspace changes. keep leaves them as they are, rotate moves the first one
+    """What happens to the moments when the subspace changes. keep leaves them as they are, rotate moves the first one
     into the new subspace, moments moves both, and reset sets them to zero. By default as the optimizer defines it."""
     selector: dict[str, Any] | None = None
     """Settings of the optimizer's selector, which chooses the subspaces, such as {power: 2.0, floor: 0.1}. With a name,
