@@ -12,7 +12,7 @@ from subspan.cli.parser import Parser
 from subspan.theory import EXPERIMENTS
 from subspan.utils.errors import SettingError, user_error
 
-STUDY = str(Path(__file__).parents[2] / "studies" / "table1_nano.yaml")
+STUDY = str(Path(__file__).parents[2] / "studies" / "longer_nano.yaml")
 WORK = {
     "pretrain": "subspan.training.pretraining.Pretraining.__init__",
     "finetune": "subspan.training.finetuning.Finetuning.__init__",
@@ -114,7 +114,7 @@ def test_settings_that_check_themselves(name: str) -> None:
 )
 @pytest.mark.parametrize("flag", ["--config", "--optim"])
 def test_a_file_of_settings_that_is_none(flag: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """What PyYAML makes of it is an error of the user, whatever its class."""
+    """A failure of PyYAML is an error of the user, whatever its class."""
     Path("settings.yaml").write_text(text)
     with pytest.raises(SystemExit) as exit:
         main(["pretrain", f"{flag}=settings.yaml"])

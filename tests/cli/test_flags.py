@@ -15,7 +15,7 @@ def settings(parser: Parser) -> Iterator[Any]:
 
 
 def parsed(command: str, *words: str) -> Any:
-    """What ``command`` is told by ``words``."""
+    """The settings of ``command`` that ``words`` give."""
     required = ["--model=llama-nano"] if command == "plan" else []
     found = PARSER.parse_args([*command.split(), *required, *words])
     for word in command.split():

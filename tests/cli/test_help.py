@@ -1,4 +1,4 @@
-"""Help: what a command does first, examples last, and the examples are ones that the command takes."""
+"""Help: it says what a command does first and shows examples last, which the command understands."""
 
 import re
 import shlex
@@ -26,7 +26,7 @@ def test_every_command_has_a_parser() -> None:
 
 
 def test_the_list_of_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In groups, a line each, within 80 columns; then what the exit status says."""
+    """They are in groups, a line each, within 80 columns. Then follows what an exit status means."""
     monkeypatch.setenv("COLUMNS", "80")
     shown = help_of([], capsys)
     assert shown.startswith("Train large language models")
@@ -34,14 +34,17 @@ def test_the_list_of_commands(capsys: pytest.CaptureFixture[str], monkeypatch: p
     for name, entry in COMMANDS.items():
         group = shown.partition(f"{entry.group}:\n")[2].partition("\n\n")[0]
         assert re.search(rf"^  {name} +{re.escape(entry.about)}$", group, re.MULTILINE), name
-    for word in ("--debug", "--version", "--print-completion", "Exit status: 0 done;"):
+    for word in ("--debug", "--version", "--print-completion"):
         assert word in shown
+    statuses = shown.partition("exit status:\n")[2].partition("\n\n")[0]
+    assert [line.split("  ")[1] for line in statuses.splitlines()] == ["0", "1", "2", "130, 143", "141"]
+    assert re.search(r"^  0 +done$", statuses, re.MULTILINE)
     assert max(len(line) for line in shown.partition("examples:")[0].splitlines()) <= 80
 
 
 @pytest.mark.parametrize("name", PARSERS)
 def test_help(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It begins with what the command does, goes on with how it is called, in a line, and ends with examples."""
+    """It begins with what the command does, goes on with one line on how it is called, and ends with examples."""
     monkeypatch.setenv("COLUMNS", "80")
     shown = PARSERS[name].format_help()
     about, usage, *_ = shown.split("\n\n")
@@ -57,7 +60,7 @@ def test_help(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", PARSERS)
 def test_examples(name: str) -> None:
-    """Each is of this command, and is understood."""
+    """Each of them calls this command, and is understood."""
     for example in PARSERS[name].examples:
         words = shlex.split(example)
         assert " ".join(words).startswith(f"subspan {name}")
@@ -67,6 +70,14 @@ def test_examples(name: str) -> None:
 def test_what_must_be_given_is_in_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: subspan plan --model MODEL [options]\n" in help_of(["plan"], capsys)
     assert "usage: subspan report [options] sources [sources ...]\n" in help_of(["report"], capsys)
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_types_and_defaults_are_in_plain_words(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No class of Python is shown, and booleans are spelled as in YAML."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    shown = PARSERS[name].format_help()
+    assert not re.search(r"Optional|Literal|default: (True|False)", shown)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Completion scripts for shells, made by the package shtab from the parser itself."""
+"""Completion scripts for shells, which the package shtab makes from the parser."""
 
 import argparse
 from collections.abc import Iterator

@@ -17,7 +17,7 @@ from subspan.utils.errors import UserError, unexpected
 
 
 class Entry(NamedTuple):
-    """A command, and what the list of commands says of it."""
+    """A command, and what the list of commands says about it."""
 
     module: Any
     group: str
@@ -25,12 +25,12 @@ class Entry(NamedTuple):
 
 
 COMMANDS = {
-    "plan": Entry(plan, "before training", "tell whether a model fits in memory"),
-    "list": Entry(listing, "before training", "list optimizers or models"),
+    "plan": Entry(plan, "before training", "compute whether a model fits in memory"),
+    "list": Entry(listing, "before training", "list the optimizers or the models"),
     "pretrain": Entry(pretrain, "train", "pretrain a language model"),
     "finetune": Entry(finetune, "train", "fine-tune a model on a task"),
     "inspect": Entry(inspect, "look and compare", "look at the subspaces of a run"),
-    "study": Entry(study, "look and compare", "run many runs, and compare them with paired tests"),
+    "study": Entry(study, "look and compare", "run many runs and compare them with paired tests"),
     "report": Entry(report, "look and compare", "write a page of studies, runs and measurements"),
     "bench": Entry(bench, "measure and test", "measure memory, time and traffic of training steps"),
     "theory": Entry(theory, "measure and test", "put a theoretical claim to the test"),
@@ -62,8 +62,8 @@ class Top(Parser):
 def make_parser() -> Parser:
     """The parser of every command."""
     parser = Top(prog="subspan", description=_ABOUT, version=__version__, allow_abbrev=False)
-    parser.add_argument("--print_completion", choices=SHELLS, help="print a completion script")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--print_completion", choices=SHELLS, help="Print a completion script.")
+    parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
     commands = parser.add_subcommands(required=True, dest="command")
     for name, entry in COMMANDS.items():
         entry.module.add_to(commands, name, entry.about)
@@ -100,7 +100,7 @@ def _run(words: list[str]) -> int:
 
 
 def _ended(run: Callable[[], int]) -> int:
-    """The status of ``run``, however it ends."""
+    """The exit status of ``run``, however it ends."""
     try:
         status = run()
         sys.stdout.flush()

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, get_args
+from typing import Any, Literal, NoReturn, Protocol, get_args, get_origin
 
 try:
     import jsonargparse
@@ -68,6 +68,10 @@ class Parser(ArgumentParser):
             kind = getattr(action, "_typehint", None)
             if kind is bool or bool in get_args(kind):
                 action.nargs, action.const = "?", "true"
+            elif any(get_origin(option) is Literal for option in get_args(kind)):  # shown as if it could not be null
+                action.metavar = "{" + ",".join([*_choices(kind), "null"]) + "}"
+            elif action.help == "Path to a configuration file.":
+                action.help = "A YAML file with the settings of this group."
         return added
 
     def instantiate(self, *args: Any, **settings: Any) -> Any:
@@ -133,6 +137,11 @@ class Parser(ArgumentParser):
             below = action.choices.values() if isinstance(action.choices, dict) else ()
             found += [name for parser in below if isinstance(parser, Parser) for name in parser._names()]
         return found
+
+
+def _choices(kind: Any) -> list[str]:
+    """The values of the literals in a union."""
+    return [str(value) for option in get_args(kind) if get_origin(option) is Literal for value in get_args(option)]
 
 
 def fail(message: str) -> NoReturn:

@@ -11,16 +11,19 @@ from subspan.planning.setting import PlanSetting
 
 def add_to(commands: Any, name: str, about: str) -> None:
     parser = Parser(
-        description="The memory of a training step, computed on shapes alone: no weights, no device.",
+        description="Compute the memory of a training step from the shapes of a model, without its weights and without a GPU.",
         examples=[
             "subspan plan --model llama-7b --optimizer sara_adamw --rank 1024 --backward_side --gpu 24GiB",
             "subspan plan --model llama-7b --rank 1024 --compare",
         ],
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--compare", action="store_true", help="a table over methods, beside what papers report")
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+    parser.add_argument("--compare", action="store_true", help="Print a table of all methods, with what papers report.")
     parser.add_argument(
-        "--out", type=str, default=None, help="with --compare: draw the bars into this file, such as memory.svg"
+        "--out",
+        type=str,
+        default=None,
+        help="With --compare: file to draw the memory of each method into, such as memory.svg.",
     )
     parser.add_class_arguments(PlanSetting)
     commands.add_subcommand(name, parser, help=about)
@@ -56,7 +59,7 @@ def run(settings: Namespace) -> int:
 def _check_picture(out: str, comparing: bool) -> None:
     """End unless the picture ``out`` can be drawn, before anything is computed."""
     if not comparing:
-        fail(f"out={out!r}: the bars are those of a comparison; add --compare")
+        fail(f"out={out!r}: the picture compares methods; add --compare")
     if not Path(out).absolute().parent.is_dir():
         fail(f"out={out!r}: {Path(out).parent} is no directory; make it, or give another --out")
     require("study", "matplotlib")

@@ -1,4 +1,4 @@
-"""``subspan report``: one page of studies, runs and measurements."""
+"""``subspan report``: one HTML page of studies, runs and measurements."""
 
 from typing import Any
 
@@ -14,10 +14,10 @@ def add_to(commands: Any, name: str, about: str) -> None:
         "sources",
         type=str,
         nargs="+",
-        help="study files (.yaml), directories of them or of runs, results of bench memory (.json)",
+        help="Study files (.yaml), directories of them or of runs, or results of bench memory (.json).",
     )
-    parser.add_argument("--out", type=str, default="report.html", help="the page to write")
-    parser.add_argument("--title", type=str, default="subspan report", help="its title")
+    parser.add_argument("--out", type=str, default="report.html", help="Page to write.")
+    parser.add_argument("--title", type=str, default="subspan report", help="Title of the page.")
     commands.add_subcommand(name, parser, help=about)
 
 

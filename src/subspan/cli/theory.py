@@ -1,4 +1,4 @@
-"""``subspan theory``: the papers' claims as experiments."""
+"""``subspan theory``: claims of the papers as experiments."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ def add_to(commands: Any, name: str, about: str) -> None:
     for what, experiment in EXPERIMENTS.items():
         claim = " ".join((experiment.__doc__ or "").split())
         parser = Parser(description=claim, examples=[f"subspan theory {what} --json"])
-        parser.add_argument("--json", action="store_true", help="print JSON")
+        parser.add_argument("--json", action="store_true", help="Print JSON.")
         parser.add_class_arguments(experiment)
         experiments.add_subcommand(what, parser, help=claim)
 
@@ -31,7 +31,7 @@ def run(settings: Namespace) -> int:
     chosen = settings[settings.what]
     as_json = chosen.pop("json")
     logging.getLogger("subspan").setLevel(logging.WARNING)
-    torch.set_num_threads(1)  # for matrices as small as these a second thread only costs
+    torch.set_num_threads(1)  # with matrices this small, a second thread only costs time
     found = EXPERIMENTS[settings.what](**vars(chosen)).run()
     print(json.dumps(found) if as_json else _text(found))
     return 0
