@@ -34,7 +34,7 @@ def run(path: Path, *more: str) -> subprocess.CompletedProcess[str]:
 
 
 def folder_of(study: Study, row: str, seed: int) -> Path:
-    """Where the run of a row's own learning rate goes."""
+    """Return the directory of the run that has the row's own learning rate."""
     (found,) = [found for found in study.rows if found.name == row]
     cell = found.cell(found.lr, seed)
     return study.results.parents[1] / f"runs/studies/small/{row}/lr-{found.lr:.4g}-seed-{seed}-{cell.key[:8]}"
@@ -106,7 +106,7 @@ def test_what_another_study_has_is_written_down_as_soon_as_it_is_asked_for(tmp_p
 
 
 def test_anew_is_to_run_all_of_it_again(tmp_path: Path) -> None:
-    """With a record and directories of its own a study takes nothing over, and what was there stays."""
+    """A study with a record and directories of its own takes nothing over, and what was there stays."""
     path = write(tmp_path, seeds=[0], rows={"full": SMALL["rows"]["full"]})
     assert run(path).returncode == 0
     study = make(tmp_path, seeds=[0], rows={"full": SMALL["rows"]["full"]})
@@ -133,9 +133,7 @@ def test_anew_is_to_run_all_of_it_again(tmp_path: Path) -> None:
     ],
 )
 def test_a_study_that_is_stopped_goes_on_and_loses_nothing(signum: int, to_all: bool, tmp_path: Path) -> None:
-    """A terminal sends Ctrl-C to the runs too, some schedulers SIGTERM: they must not take the command's for a second
-    one.
-    """
+    """A terminal sends Ctrl-C to the runs too, some schedulers SIGTERM. What the command sends must not count twice."""
     path, study = write(tmp_path, **LONG), make(tmp_path, **LONG)
     process = begun(path, study, start_new_session=True)
     (os.killpg if to_all else os.kill)(process.pid, signum)
