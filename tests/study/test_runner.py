@@ -45,7 +45,7 @@ def run(path: Path, *more: str) -> subprocess.CompletedProcess[str]:
 
 
 def folder_of(study: Study, row: str, seed: int) -> Path:
-    """Where the run of a row's own learning rate goes."""
+    """Return the directory of the run that has the row's own learning rate."""
     (found,) = [found for found in study.rows if found.name == row]
     cell = found.cell(found.lr, seed)
     return study.results.parents[1] / f"runs/studies/small/{row}/lr-{found.lr:.4g}-seed-{seed}-{cell.key[:8]}"
@@ -114,7 +114,7 @@ def test_what_another_study_has_is_written_down_as_soon_as_it_is_asked_for(tmp_p
 def test_anew_is_to_run_all_of_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a record and directories of its own a study takes nothing over, and what was there stays."""
+    """A study with a record and directories of its own takes nothing over, and what was there stays."""
     path = write(tmp_path, seeds=[0], rows={"full": SMALL["rows"]["full"]})
     assert run(path).returncode == 0
     study = make(tmp_path, seeds=[0], rows={"full": SMALL["rows"]["full"]})
@@ -141,9 +141,7 @@ def test_anew_is_to_run_all_of_it_again(
     ],
 )
 def test_a_study_that_is_stopped_goes_on_and_loses_nothing(signum: int, to_all: bool, tmp_path: Path) -> None:
-    """A terminal sends Ctrl-C to the runs too, some schedulers SIGTERM: they must not take the command's for a second
-    one.
-    """
+    """A terminal sends Ctrl-C to the runs too, some schedulers SIGTERM. What the command sends must not count twice."""
     path, study = write(tmp_path, **ONE), make(tmp_path, **ONE)
     log = folder_of(study, "galore", 0) / "log.txt"
     with begun(path, Gate(tmp_path / "gate", step=6)) as process:

@@ -26,7 +26,7 @@ def run(capsys, *words):
 
 
 def test_nonconvergence(capsys):
-    """In a smaller problem only GaLore stays above the optimum; where the noise is averaged it does not."""
+    """Only GaLore stays above the optimum of a smaller problem; where the noise is averaged it does not."""
     found = run(capsys, "nonconvergence", "--n", "6", "--r", "2", "--seed", "1", "--steps", "6000")
     assert found["holds"]
     assert all(claim["holds"] for claim in found["claims"])
@@ -117,7 +117,7 @@ def test_momentum_of_a_basis_that_stays():
 
 @pytest.mark.parametrize("transfer", ["rotate", "reset"])
 def test_momentum_against_a_loop(transfer):
-    """Neither depends on the signs of singular vectors, so a loop with another SVD says the same."""
+    """Rotate and reset do not depend on the signs of singular vectors, so a loop with another SVD says the same."""
     setting, period = Momentum(n=6, r=2, m=8, turn=40, steps=30), 7
     generator = linalg.keyed_generator("momentum", 0)
     A, B = setting._unit(generator), setting._unit(generator)
