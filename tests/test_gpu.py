@@ -14,8 +14,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_same_steps(name: str, compiled: bool) -> None:
-    """Twelve steps with three refreshes: same draws, same bases, weights equal to rounding; state stays on its
-    device.
+    """Twelve steps with three refreshes: same draws, same bases, weights equal to rounding; state
+    stays on its device.
     """
     cpu = net()
     gpu = copy.deepcopy(cpu).cuda()

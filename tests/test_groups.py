@@ -66,14 +66,14 @@ class Block(nn.Module):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "right", "left"])
 def test_projection_side(shape, proj_type):
-    """galore_torch's words: std compresses the shorter side, reverse_std the longer, a square counts as tall."""
+    """In galore_torch's words std compresses the shorter side, reverse_std the longer, a square counts as tall."""
     assert layout_of(shape, RANK, proj_type).side == oriented_side(shape, proj_type)
 
 
 @pytest.mark.parametrize(("word", "same"), [("short", "std"), ("long", "reverse_std")])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_plain_words(shape, word, same):
-    """short and long are other names of std and reverse_std."""
+    """The words short and long are other names of std and reverse_std."""
     assert layout_of(shape, RANK, word) == layout_of(shape, RANK, same)
 
 
@@ -99,7 +99,7 @@ def test_full_rank(shape, rank, proj_type):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize(("proj_type", "kept"), [("std", max), ("reverse_std", min)])
 def test_the_moments_keep_the_other_side(shape, proj_type, kept):
-    """std keeps moments of max(m, n) x r, reverse_std of min(m, n) x r, with a basis for the side that is
+    """With std moments are max(m, n) x r, with reverse_std min(m, n) x r, and the basis is for the side that is
     compressed.
     """
     p = nn.Parameter(torch.zeros(shape))
@@ -112,7 +112,7 @@ def test_the_moments_keep_the_other_side(shape, proj_type, kept):
 
 
 def test_llama(llama):
-    """Of a Llama exactly the seven linear weights of each layer are projected."""
+    """Exactly the seven linear weights of each layer of a Llama are projected."""
     projected, full = by_rank(param_groups(llama, rank=RANK))
     assert sorted(projected) == sorted(layers(*LINEAR))
     assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= set(full)
@@ -261,8 +261,8 @@ def test_the_names_an_error_shows_can_be_used(llama):
 
 
 def test_nothing_to_project():
-    """all-linear without a matrix names fully_shard; with matrices of other layers alone, targets; frozen, it says
-    so.
+    """Without a matrix all-linear names fully_shard, with matrices of other layers only it names targets, and it says
+    so where all is frozen.
     """
     with pytest.raises(ValueError, match="fully_shard"):
         param_groups([("flat_param", nn.Parameter(torch.zeros(100)))], rank=RANK)
@@ -274,7 +274,7 @@ def test_nothing_to_project():
 
 
 def test_without_a_rank(llama):
-    """rank=None projects nothing and needs no target."""
+    """With ``rank=None`` nothing is projected, and no target is needed."""
     assert by_rank(param_groups(llama, rank=None))[0] == []
 
 
@@ -306,9 +306,9 @@ def test_one_expression_to_exclude():
 
 
 def test_names_under_wrappers():
-    """torch.compile's wrapper leaves no trace in names; a head called output stays full rank in any module, and a
-    block's
-    output.dense does not."""
+    """The wrapper of ``torch.compile`` leaves no trace in names. A head called output stays full rank in any module,
+    and a block's output.dense does not.
+    """
 
     class Inner(torch.nn.Module):
         def __init__(self):

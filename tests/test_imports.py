@@ -53,7 +53,7 @@ def test_public_names():
 
 
 def test_distributed_is_asked_in_one_file():
-    """Of the library only ``distributed.py`` imports torch.distributed; the harness, checkpoints and counters may."""
+    """Only ``distributed.py`` of the library imports torch.distributed; the harness, checkpoints and counters may."""
     root = Path(subspan.__file__).parent
     users = [
         path.relative_to(root).as_posix() for path in root.rglob("*.py") if "torch.distributed" in path.read_text()

@@ -188,8 +188,8 @@ def set_probabilities(w: list[float], r: int) -> dict[tuple[int, ...], float]:
     ("power", "floor"), [(1.0, 0.0), (0.0, 0.0), (2.0, 0.0), (0.5, 0.0), (1.0, 0.3), (3.0, 0.5), (1.0, 1.0)]
 )
 def test_sampling_frequencies(power, floor):
-    """20,000 draws of 2 of 5 follow the exact law of successive draws: chi-square over the ten sets, at the 1e-4
-    level.
+    """Draws of 2 of 5, 20,000 of them, follow the exact law of successive draws: chi-square over the ten sets, at the
+    1e-4 level.
     """
     sigma, draws, r = [4.0, 2.5, 1.0, 0.6, 0.3], 20_000, 2
     total = sum(s**power for s in sigma)

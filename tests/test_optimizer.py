@@ -175,7 +175,7 @@ def test_closure():
 
 @methods
 def test_gradients_are_never_written(method):
-    """step leaves every .grad as it was, object and value (contract R9)."""
+    """A step leaves every .grad as it was, object and value (contract R9)."""
     model = net()
     optimizer = build(method, model)
     for step in range(7):

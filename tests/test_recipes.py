@@ -243,7 +243,7 @@ def test_state_bytes(name, shape, dtype):
 @pytest.mark.parametrize("rule", SIX[1:])
 @pytest.mark.parametrize("shape", [(48, 20), (20, 48), (80, 70)], ids=str)
 def test_state_bytes_at_full_rank(rule, shape):
-    """Likewise for the full-rank names."""
+    """A full-rank name costs what its formula says."""
     formula = describe(rule)["state_formula"]
     expected = value(formula["matrix"], a=shape[0], b=shape[1]) + value(formula["vector"], k=shape[0])
     assert state_bytes(create(rule, nn.Linear(shape[1], shape[0]))) == expected
@@ -268,7 +268,7 @@ def test_formulas(name, formula):
 
 
 def test_state_bytes_of_torch():
-    """The same count serves torch's optimizers: two fp64 moments and a step."""
+    """One count serves torch's optimizers too: two fp64 moments and a step."""
     p = parameter((48, 20))
     optimizer = torch.optim.AdamW([p])
     assert state_bytes(optimizer) == 0
@@ -293,7 +293,7 @@ def test_summary_counts():
 
 
 def test_a_selector_by_name():
-    """create takes the names that SubspaceAdamW takes."""
+    """``create`` takes the names that SubspaceAdamW takes."""
     assert create("sara_adamw", net(), rank=4, selector="dominant").selector == Dominant()
     with pytest.raises(ValueError, match="selector='dominnt': did you mean dominant"):
         create("sara_adamw", net(), rank=4, selector="dominnt")

@@ -74,8 +74,8 @@ def test_state_keys_and_types(method):
 @pytest.mark.parametrize("saved_at", [3, 5, 7, 10])
 def test_resume_is_exact(method, dtype, saved_at, tmp_path):
     """Stopped at any step, before a refresh or between two, and resumed from a file, a run gives the same bits as one
-    that was
-    not stopped."""
+    that was not stopped.
+    """
     model = net(dtype)
     optimizer = build(method, model)
     walk(model, optimizer, range(saved_at))
@@ -133,8 +133,8 @@ def test_a_state_dict_loads_into_its_own_optimizer():
 @methods
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
 def test_distributed_checkpoint(method, flat, tmp_path):
-    """torch.distributed.checkpoint, which keys the state by name, restores a run exactly and asks for no step (R2,
-    R3).
+    """With ``torch.distributed.checkpoint``, which keys the state by name, a run is restored exactly, and no step is
+    asked for (R2, R3).
     """
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     model = net(torch.bfloat16)
@@ -215,8 +215,8 @@ FOREIGN = {
 @pytest.mark.parametrize("method", ["sara_adamw", "fira_adamw"])
 @pytest.mark.parametrize(("foreign", "words"), FOREIGN.values(), ids=FOREIGN)
 def test_a_foreign_checkpoint_changes_nothing(method, foreign, words):
-    """A checkpoint of another model, method, side or rank is refused, and not one bit of state or settings has
-    changed.
+    """A checkpoint of another model, method, side or rank is refused, and not one bit of state or
+    settings has changed.
     """
     model = net()
     optimizer = build(method, model)

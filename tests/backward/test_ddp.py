@@ -33,9 +33,9 @@ CASES = [("golore_adamw", "owner"), ("rso_adamw", "owner"), ("sara_adamw", "mean
 
 @pytest.mark.parametrize(("name", "select_from"), CASES)
 def test_two_ranks(tmp_path: Path, name: str, select_from: str, dense: dict[str, Any]) -> None:
-    """The same weights on both ranks, bit for bit. With random bases, or those of the mean gradient, they are the
-    weights of
-    one process; a single rank's gradient chooses other bases."""
+    """Both ranks have the same weights, bit for bit. With random bases, or those of the mean gradient, they are the
+    weights of one process; a single rank's gradient chooses other bases.
+    """
     report, (first, second) = run(tmp_path, name, "backward", select_from)
     assert all(torch.equal(first[key], second[key]) for key in first)
     model = build()

@@ -84,7 +84,7 @@ def test_both_executions_agree(llama: Any, name: str, transfer: Any, merge: str)
 
 
 def test_shared_selection_is_that_of_the_stacked_gradient(llama: Any) -> None:
-    """q, k and v have the leading subspace of their gradients on top of each other."""
+    """The leading subspace of the gradients of q, k and v, on top of each other, is that of all three."""
     model = llama().double()
     plain = copy.deepcopy(model)
     optimizer, _ = backward_side(model, "galore_adamw")

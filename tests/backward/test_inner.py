@@ -20,8 +20,8 @@ def problem() -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("selector", [Random(scaled=True), Random(), Gaussian(), Coordinates("uniform")], ids=repr)
 def test_lbfgs_solves_the_subproblem(selector: Random) -> None:
     """L-BFGS on the carrier ends at the least-squares solution within the subspace, subspace after subspace; the weight
-    is that
-    of the whole after merging, and the loss falls to that of full least squares."""
+    is that of the whole after merging, and the loss falls to that of full least squares.
+    """
     model, x, y = problem()
     handle = subspan.project_backward(model, rank=4, share="none")
     losses = []

@@ -62,9 +62,9 @@ def test_other_families(family: str) -> None:
 
 
 def test_saved_models_are_plain(llama: Any, tmp_path: Path) -> None:
-    """save_pretrained, mid-period and with a displacement in the carriers, loads in stock transformers with the same
-    logits;
-    merge and remove give the plain model back."""
+    """What ``save_pretrained`` writes, mid-period and with a displacement in the carriers, loads in stock transformers
+    with the same logits. Merge and remove give the plain model back.
+    """
     (batch,) = batches(1, seed=9)
     for merge in ("step", "refresh"):
         model = llama()
@@ -97,7 +97,8 @@ def test_saved_models_are_plain(llama: Any, tmp_path: Path) -> None:
 def test_resume_is_exact(llama: Any, name: str, merge: str, saved_at: int) -> None:
     """From state dicts through files, with weights_only, a run has the bits of the one that went on after saving.
 
-    What is saved is merged, so with ``merge="refresh"`` the resumed run adds up its steps in another order."""
+    What is saved is merged, so with ``merge="refresh"`` the resumed run adds up its steps in another order.
+    """
     settings = {"name": name, "merge": merge, "eta": 10.0, "stagger": None}
     model = llama().double()
     optimizer, _ = backward_side(model, **settings)
@@ -205,7 +206,7 @@ def test_small_bf16_steps_are_kept_by_merge_refresh() -> None:
 
 
 def test_compiled(llama: Any) -> None:
-    """torch.compile runs the layers as they are, between compiled parts: the same losses."""
+    """``torch.compile`` runs the layers as they are, between compiled parts, and losses are the same."""
     eager, compiled = llama(), llama()
     first, _ = backward_side(eager, "sara_adamw")
     second, _ = backward_side(compiled, "sara_adamw")
@@ -215,7 +216,7 @@ def test_compiled(llama: Any) -> None:
 
 
 def test_clipping_sees_the_carriers(llama: Any) -> None:
-    """clip_grad_norm_ over the model's parameters scales what the optimizer steps on."""
+    """``clip_grad_norm_`` over the model's parameters scales what the optimizer steps on."""
     model = llama()
     optimizer, _ = backward_side(model, "golore_sgd", rule={"momentum": 0.0}, lr=1.0)
     (batch,) = batches(1)
@@ -356,7 +357,7 @@ def test_inputs_that_need_no_gradient() -> None:
 
 
 def test_sharing_from_inputs_of_the_model() -> None:
-    """Of a model of one's own: watched on given inputs."""
+    """A model of one's own is watched on given inputs."""
 
     class Block(nn.Module):
         def __init__(self) -> None:

@@ -41,8 +41,8 @@ def saved_by_layers(model: Any, batch: Any) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("name", ["sara_adamw", "golore_adamw", "gosare_adamw", "flora_adamw"])
 def test_no_input_is_saved_between_refreshes(llama: Any, name: str) -> None:
     """A block saves four tensors of r columns (q, k, v; o; gate, up; down) and none of the width of an input: 4r per
-    token
-    instead of 3d + f."""
+    token instead of 3d + f.
+    """
     model = llama()
     optimizer, _ = backward_side(model, name)
     train(model, optimizer, batches(1))
@@ -99,8 +99,8 @@ def test_an_ordinary_step_makes_nothing_of_the_size_of_a_weight(llama: Any, name
 
 def test_staggered_refreshes_form_few_gradients(llama: Any) -> None:
     """By default the first bases are drawn from noise and each group has its first gradient at a step of its own; over
-    a period
-    every one has had it."""
+    a period every one has had it.
+    """
     model = llama()
     optimizer, handle = backward_side(model, "sara_adamw", stagger=None, update_proj_gap=20)
     assert optimizer.stagger
@@ -120,8 +120,8 @@ def test_staggered_refreshes_form_few_gradients(llama: Any) -> None:
 
 def test_the_bench_agrees_with_closed_forms() -> None:
     """Measured bytes of weights, carriers, gradients, states, bases and inputs of linear layers equal the formulas, row
-    by row;
-    and a backward-side step peaks below an optimizer-side one."""
+    by row; and a backward-side step peaks below an optimizer-side one.
+    """
     rows = {
         row["name"]: row
         for row in memory.measure(Setting("llama-nano", tokens=512, rank=16, sequence_length=64))["rows"]

@@ -1,5 +1,5 @@
-"""An ordinary training step with backward-side layers waits for no device (contract R10): forward, backward and
-step.
+"""An ordinary training step with backward-side layers waits for no device (contract R10):
+forward, backward and step.
 """
 
 from typing import Any

@@ -1,6 +1,5 @@
 """One rank of a fully_shard run: trains the small model by each of the methods named, writes what came of it; the first
-also
-what it sent.
+also what it sent.
 
 Its argument: a JSON object with "names" {label: [recipe, settings]}, "mesh" (sizes), "out" (path), and "backward" and
 "in_backward" (settings of project_backward and of enable_step_in_backward, or null).

@@ -125,8 +125,8 @@ BACKWARD: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("mesh", [[2], [3], [2, 2]], ids=str)
 def test_backward_side_equals_one_process(tmp_path: Path, mesh: list[int]) -> None:
-    """Weight and carrier sharded, the basis on every rank; an ordinary step sends nothing beyond what fully_shard
-    does.
+    """Weight and carrier sharded, the basis on every rank; an ordinary step sends nothing beyond
+    what fully_shard does.
     """
     settings = {"select_from": "mean", "share": "none"}
     names = BACKWARD if mesh == [2] else {"sara": BACKWARD["sara"]}
@@ -140,8 +140,8 @@ def test_backward_side_equals_one_process(tmp_path: Path, mesh: list[int]) -> No
 
 
 def test_step_in_backward_equals_one_process(tmp_path: Path) -> None:
-    """Two micro-batches, each gradient stepped on and freed in the backward pass: the weights of stepping
-    afterwards.
+    """Two micro-batches, each gradient stepped on and freed in the backward pass: the weights of
+    stepping afterwards.
     """
     names = {name: METHODS[name] for name in ("sara", "golore", "fira", "full")}
     for name, ranks in run(tmp_path, [2], names, in_backward={"accumulate": 2}).items():

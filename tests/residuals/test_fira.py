@@ -89,8 +89,8 @@ def test_slow_version(shape, mode, limiter, proj_type):
 @pytest.mark.parametrize("share", [0.3, 0.03, 0.003])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_small_residual_of_low_precision(dtype, share):
-    """The limiter's norm is that of the residual, which is formed here, where nearly all of the gradient lies
-    inside.
+    """The limiter's norm is that of the residual, which is formed here, where nearly all of the
+    gradient lies inside.
     """
     generator = torch.Generator().manual_seed(0)
     Q = torch.linalg.qr(torch.randn(64, RANK, generator=generator))[0]

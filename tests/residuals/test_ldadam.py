@@ -26,8 +26,8 @@ def build(p, rule, selector, **settings):
 @pytest.mark.parametrize("selector", [Random(), Coordinates("top"), PowerIteration(), OnlinePCA()], ids=repr)
 def test_nothing_is_lost_with_momentum(shape, rule, selector):
     """A momentum M <- d M + g R gives a gradient g / (1 - d) of its size in the end. What has been applied, what the
-    momentum
-    will still apply and the error, so weighed, are all gradients so far, whatever the changes of basis."""
+    momentum will still apply and the error, so weighed, are all gradients so far, whatever the changes of basis.
+    """
     d, g = rule.decay, rule.gain
     grads, p = gradients(shape, 12), parameter(shape)
     optimizer = build(p, rule, selector, transfer="rotate")
@@ -66,8 +66,8 @@ def test_the_error_against_its_equations(shape, rule):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_bad_gradient_leaves_the_error(rule, selector, value):
     """A gradient with one entry that is not finite keeps error and basis, at a refresh and between two. (To rounding:
-    where
-    the basis follows, the change that carries the momentum is QᵀQ.)"""
+    where the basis follows, the change that carries the momentum is QᵀQ.)
+    """
     p = parameter((48, 20))
     optimizer = build(p, rule, selector, transfer="rotate")
     for count in (3, 4):
@@ -105,8 +105,8 @@ def test_power_iteration(shape, rho):
 
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
 def test_power_iteration_without_a_direction(value):
-    """A good gradient outside the subspace with a momentum of zero, or a momentum that is no number, leaves the
-    basis.
+    """A good gradient outside the subspace with a momentum of zero, or a momentum that is no
+    number, leaves the basis.
     """
     (G,) = gradients((48, 20), 1)
     selector, M = PowerIteration(), torch.full((48, RANK), value, dtype=torch.float64)

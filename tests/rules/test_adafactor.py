@@ -42,7 +42,9 @@ def test_full_rank_against_the_paper(shape, beta1):
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), (17,)], ids=str)
 def test_torch_adafactor(shape):
-    """torch.optim.Adafactor, whose learning rate is min(lr, 1/sqrt(t)) times the root mean square of the weight."""
+    """The step is that of ``torch.optim.Adafactor``, whose learning rate is min(lr, 1/sqrt(t)) times the root mean
+    square of the weight.
+    """
     a, b = parameter(shape), parameter(shape)
     ours, theirs = build(a, Adafactor(beta1=0.0)), torch.optim.Adafactor([b], lr=0.2)
     for t, G in enumerate(gradients(shape, 40), start=1):
@@ -53,7 +55,7 @@ def test_torch_adafactor(shape):
 @shapes
 @pytest.mark.parametrize("how", ["keep", "rotate", "moments", "reset"])
 def test_across_refreshes(shape, how):
-    """The same inside a moving subspace and under a schedule: momentum averages updates, so lr acts at once."""
+    """The step agrees inside a moving subspace and under a schedule: momentum averages updates, so lr acts at once."""
     p, left = parameter(shape), oriented_side(shape, "std") == "left"
     selector, rule = Random(), Adafactor(beta1=0.8, decay=0.6, eps=0.05, clip=0.7)
     parts = {"selector": selector, "rule": rule, "residual": Discard(), "transfer": how}
@@ -90,7 +92,7 @@ def test_momentum_that_was_not_kept():
 
 
 def test_vectors_keep_a_whole_second_moment():
-    """The same without factors: V <- b V + (1 - b) (g² + eps)."""
+    """Without factors the second moment is V <- b V + (1 - b) (g² + eps)."""
     grads, p = gradients((17,), 6), parameter((17,))
     W, V = p.detach().clone(), torch.zeros(17, dtype=torch.float64)
     for t, g in enumerate(grads, start=1):

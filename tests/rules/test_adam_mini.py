@@ -36,8 +36,8 @@ def reference(R_of, steps, blocks, beta1=0.9, beta2=0.95, eps=1e-8):
 @shapes
 @pytest.mark.parametrize("proj_type", ["std", "left", "right"])
 def test_blocks_inside_the_subspace(shape, proj_type):
-    """A right basis keeps the rows of the weight, so each is a block; a left one leaves the coordinates of the
-    basis.
+    """A right basis keeps the rows of the weight, so each is a block; a left one leaves the
+    coordinates of the basis.
     """
     grads, p = gradients(shape, 6), parameter(shape)
     side = oriented_side(shape, proj_type)

@@ -29,7 +29,7 @@ def test_full_rank_adamw_is_torch_adamw(shape, dtype, betas, eps):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("extra", [0, 5])
 def test_rank_of_the_shorter_side_is_torch_adamw(shape, extra):
-    """rank >= min(m, n) compresses nothing: the step is AdamW's, without scale."""
+    """A rank >= min(m, n) compresses nothing: the step is AdamW's, without scale."""
     grads, a, b = gradients(shape, 60), parameter(shape), parameter(shape)
     ours = feed(SubspaceAdamW([a], lr=1e-2, rank=min(shape) + extra, scale=0.25, weight_decay=0.1), a, grads)
     theirs = feed(torch.optim.AdamW([b], lr=1e-2, weight_decay=0.1), b, grads)
@@ -124,9 +124,9 @@ WITH_MEAN = [AdamW(), *(rule for rule in EVERY_RULE if not isinstance(rule, Adaf
 
 @pytest.mark.parametrize("rule", WITH_MEAN, ids=repr)
 def test_the_mean_of_the_first_moment(rule):
-    """Of one gradient again and again the mean is that gradient at every step, and before the first it is zero; the
-    rule is
-    linear in what it has seen."""
+    """Where one gradient comes again and again, the mean is that gradient at every step, and before the first it is
+    zero. The rule is linear in what it has seen.
+    """
     state = rule.init(torch.zeros(1, dtype=torch.float64), (9, RANK), -2)
     R, S = gradients((9, RANK), 2)
     assert not rule.first_moment(state).mean.any()

@@ -77,8 +77,8 @@ def test_protocol(shape, selector):
 
 @pytest.mark.parametrize("selector", EVERY_SELECTOR, ids=repr)
 def test_the_result_depends_on_gradient_state_and_key_alone(selector):
-    """The same keys give the same state, bit for bit, whatever the process's generator has done; and it is left
-    alone.
+    """Equal keys give the same state, bit for bit, whatever the process's generator has done, and leave that generator
+    as it is.
     """
     grads, states = gradients((32, 32), 3), []
     for seed in (1, 2):
@@ -98,7 +98,7 @@ DRAWN = [Importance(), Random(), Gaussian(), Coordinates(), Coordinates("norm"),
 
 @pytest.mark.parametrize("selector", DRAWN, ids=repr)
 def test_matrices_of_a_stack_draw_apart(selector):
-    """The same gradient twice in a stack leads to two bases (contract R12)."""
+    """A gradient that stands twice in a stack leads to two bases (contract R12)."""
     (G,) = gradients((32, 32), 1)
     state = selector.init(torch.stack([G, G]), RANK)
     selector.refresh_(torch.stack([G, G]), state, KEY)
@@ -201,9 +201,9 @@ def test_after_a_switch_the_second_follows():
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("selector", EVERY_SELECTOR, ids=repr)
 def test_following_a_bad_gradient_changes_nothing(selector, value, momentum):
-    """track_ on a gradient that is zero or not finite leaves every entry of the state, and waits for nothing; in a
-    stack the
-    other matrices move on as they would alone."""
+    """``track_`` on a gradient that is zero or not finite leaves every entry of the state, and waits for nothing. In a
+    stack the other matrices move on as they would by themselves.
+    """
     good, bad = gradients((48, 20), 4), torch.zeros(48, 20, dtype=torch.float64)
     bad[3, 5] = value
     M = Momentum(good[3][:, :RANK], good[3][:, :RANK], 1.0) if momentum else None
@@ -299,13 +299,13 @@ def frequencies(selector, sigma, rank, draws):
 
 
 def test_power_zero_is_uniform():
-    """power=0 includes every direction with probability r/n, also those of singular value zero."""
+    """With ``power=0`` every direction is included with probability r/n, also those of singular value zero."""
     observed = frequencies(Importance(power=0.0), [9.0, 3.0, 1.0, 0.0, 0.0], 2, 2000)
     assert (observed - 2 / 5).abs().max() < 5 * (2 / 5 * 3 / 5 / 2000) ** 0.5
 
 
 def test_large_power_is_dominant():
-    """power -> infinity selects the leading subspace, without underflow."""
+    """As power goes to infinity, the leading subspace is selected, without underflow."""
     for seed in range(5):
         (G,) = gradients((48, 20), 1, seed)
         torch.testing.assert_close(
@@ -323,7 +323,7 @@ def test_floor_bounds_the_probability_from_below():
 
 @pytest.mark.parametrize("rank", [4, 6, 20])
 def test_stratified_takes_one_of_each_part_of_the_spectrum(rank):
-    """Of 20 directions; every direction of a part equally often, within five standard errors."""
+    """Every direction of a part is taken equally often, within five standard errors; there are 20 directions."""
     (G,) = gradients(SHAPES["tall"], 1)
     V, draws = right_vectors(G), 400
     parts = [range(-(-j * 20 // rank), -(-(j + 1) * 20 // rank)) for j in range(rank)]
@@ -343,9 +343,9 @@ def test_stratified_takes_one_of_each_part_of_the_spectrum(rank):
 
 @pytest.mark.parametrize("rank", [4, 6, 20])
 def test_cyclic_visits_every_direction_once_in_a_cycle(rank):
-    """Of 20 directions, five cycles on a gradient that stays: once each, but for the few that fill up the last refresh;
-    in
-    another order in the next cycle; whatever the steps between refreshes."""
+    """On a gradient that stays each of 20 directions is taken once a cycle, except for the few that fill up the last
+    refresh. The next cycle has another order, and the steps between refreshes do not matter.
+    """
     (G,) = gradients(SHAPES["tall"], 1)
     V, turns, orders = right_vectors(G), -(-20 // rank), []
     state = Cyclic().init(G, rank)
@@ -376,7 +376,7 @@ def test_random_ignores_the_gradient():
     ("at", "total_steps", "step"), [(7, None, 7), (0, None, 0), (0.25, 40, 10), (1.0, 40, 40), (0.0, 40, 0)]
 )
 def test_switch_switches_at_a_step_or_a_share(at, total_steps, step):
-    """first before the switch, second from it on; a float is a share of the run."""
+    """``first`` chooses before the switch and ``second`` from it on; a float is a share of the run."""
     (G,) = gradients((32, 32), 1)
     switch = Switch(Dominant(), Random(), at=at, total_steps=total_steps)
     for now in {max(step - 1, 0), step, step + 1}:
@@ -386,7 +386,7 @@ def test_switch_switches_at_a_step_or_a_share(at, total_steps, step):
 
 
 def test_a_share_that_is_no_whole_number_in_floats():
-    """0.55 * 100 is 55.00000000000001, and a refresh at step 55 is at the switch."""
+    """A refresh at step 55 is at the switch, although 0.55 * 100 is 55.00000000000001."""
     assert Switch(Dominant(), Random(), at=0.55, total_steps=100)._step() == 55
 
 
@@ -404,7 +404,7 @@ def test_a_share_needs_the_length_of_the_run():
 
 
 def test_switch_needs_the_gradient_if_one_of_its_parts_does():
-    """needs_gradient of a switch is that of its parts."""
+    """``needs_gradient`` of a switch is that of its parts."""
     assert Switch(Dominant(), Random()).needs_gradient
     assert not Switch(Random(), Random()).needs_gradient
 

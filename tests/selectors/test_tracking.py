@@ -119,8 +119,8 @@ def test_ldadam(shape):
 @shapes
 @pytest.mark.parametrize("selector", [Dominant(), Random(), PowerIteration()], ids=repr)
 def test_error_feedback_loses_nothing(shape, selector):
-    """Of SGD without momentum: what has been applied and the error together are all gradients so far; .grad is
-    untouched.
+    """With SGD without momentum, what has been applied and the error together are all gradients so far, and ``.grad``
+    is not written to.
     """
     grads, p = gradients(shape, 12), parameter(shape)
     settings = {"selector": selector, "rule": SGD(0.0), "residual": ErrorFeedback(), "scale": 1.0, "update_proj_gap": 5}

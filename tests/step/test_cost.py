@@ -55,8 +55,8 @@ def test_an_ordinary_step_never_waits_for_the_device(method, lr):
 
 
 def test_the_meter_counts():
-    """Two full-size temporaries at once are two; one after another they are one; views and in-place results are
-    none.
+    """Two full-size temporaries at once are two; one after another they are one; views and
+    in-place results are none.
     """
     x = torch.ones(64, 64)
     with FullSizeMeter(4 * 64 * 64) as meter:
@@ -78,8 +78,8 @@ def test_the_meter_counts():
 @pytest.mark.parametrize("selector", [Dominant(), Random()], ids=repr)
 def test_one_full_size_temporary_at_a_time(dtype, shape, residual, selector):
     """An ordinary step of a projected matrix never holds two temporaries of the size of the weight, and none where the
-    weight
-    is as precise as the step, Fira's residual included."""
+    weight is as precise as the step, Fira's residual included.
+    """
     p = parameter(shape, dtype=dtype)
     optimizer = SubspaceAdamW([p], rank=RANK, selector=selector, residual=residual, weight_decay=0.1)
     first, second = gradients(shape, 2, dtype=dtype)
@@ -91,7 +91,7 @@ def test_one_full_size_temporary_at_a_time(dtype, shape, residual, selector):
 
 
 def test_momentum_sgd_needs_none_either():
-    """The same for the SGD rule."""
+    """The SGD rule holds no full-size temporary either."""
     p = parameter((600, 64))
     optimizer = SubspaceOptimizer([p], 1e-2, RANK, selector=Dominant(), rule=SGD(), residual=Discard())
     first, second = gradients((600, 64), 2)

@@ -53,8 +53,8 @@ def weights(model: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_same_weights(recipe: str) -> None:
-    """Bit for bit those of stepping afterwards, over refreshes, with a scheduler and a state that is saved and
-    loaded.
+    """Bit for bit those of stepping afterwards, over refreshes, with a scheduler and a state that
+    is saved and loaded.
     """
     runs = []
     for in_backward in (False, True):

@@ -73,7 +73,7 @@ def test_an_idle_expert_keeps_its_basis(selector):
     ("shape", "flatten"), [((24, 6, 3, 3), False), ((24, 6, 2, 3, 3), False), ((24, 8, 5), True)], ids=str
 )
 def test_a_convolution_is_its_flattened_matrix(shape, flatten):
-    """(out, in, ...) steps as (out, in * ...) does."""
+    """A weight of (out, in, ...) steps as one of (out, in * ...) does."""
     grads, p = gradients(shape, 8), parameter(shape)
     q = torch.nn.Parameter(p.detach().reshape(shape[0], -1).clone())
     group = {"params": [p], "rank": RANK, "flatten": flatten}
@@ -85,8 +85,8 @@ def test_a_convolution_is_its_flattened_matrix(shape, flatten):
 
 def test_weights_of_every_kind_in_one_model():
     """Tied, frozen and unused parameters, a convolution, experts, a wide and a rank-1 matrix, a scalar: one step, no
-    more state
-    than trained."""
+    more state than trained.
+    """
 
     class Model(torch.nn.Module):
         def __init__(self):

@@ -57,8 +57,8 @@ def test_every_step_is_galores(shape, proj_type):
 @proj_types
 def test_weight_decay(shape, proj_type):
     """GaLore decays after the step and we before it, as torch does. With d = 1 - lr * wd and the same gradients its
-    weights are
-    d times ours at every step, if they are so at the start: W' <- d (W' - u) against W <- d W - u."""
+    weights are d times ours at every step, if they are so at the start: W' <- d (W' - u) against W <- d W - u.
+    """
     weight_decay = 0.5
     d = 1 - LR * weight_decay
     a, b = parameter(shape), parameter(shape)
@@ -98,8 +98,8 @@ def test_galores_parameter_groups_are_understood():
 @proj_types
 @pytest.mark.parametrize("beta1", [None, 0.9])
 def test_adafactor(shape, proj_type, beta1):
-    """GaLoreAdafactor without relative step and parameter scaling, weight decay included, at a constant learning
-    rate.
+    """GaLoreAdafactor without relative step and parameter scaling, weight decay included, at a
+    constant learning rate.
     """
     a, b = parameter(shape), parameter(shape)
     group = {"params": [b], "rank": RANK, "update_proj_gap": 1000, "scale": SCALE, "proj_type": proj_type}

@@ -17,8 +17,8 @@ def generator(seed=0):
 
 @pytest.mark.parametrize("keep", [1.0, 0.999])
 def test_unbiased(keep):
-    """Over 4,000 draws the mean is keep * p + D within five standard errors, for updates far below the spacing of
-    bf16.
+    """Over 4,000 draws the mean is keep * p + D within five standard errors, for updates far
+    below the spacing of bf16.
     """
     start = torch.tensor([1.0, -1.0, 3.0, 0.01, -250.0, 1e-20, 0.0], dtype=torch.bfloat16)
     D = torch.tensor([1e-4, 2e-3, -3e-3, 1e-6, 0.1, 3e-23, 1e-9])

@@ -22,8 +22,8 @@ def module_of(name: str) -> ModuleType:
 
 
 def python_blocks(page: str) -> list[str]:
-    """Those that are to be run; one that cannot be, on one process and without a network, is marked ``python
-    notest``.
+    """Those that are to be run; one that cannot be, on one process and without a network, is
+    marked ``python notest``.
     """
     return re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
 

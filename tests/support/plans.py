@@ -31,10 +31,9 @@ def tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 def real_step(setting: PlanSetting) -> dict[str, int]:
     """The second step of a real model of ``setting``, and so an ordinary one: bytes by kind, and the most beside what
-    was there
-    before: of its passes (``peak``; backward-side, of the worst step in which one basis is chosen), of the optimizer's
-        step
-    (``step``), and of its first, in which all bases are chosen (``first_step``)."""
+    was there before: of its passes (``peak``; backward-side, of the worst step in which one basis is chosen), of the
+    optimizer's step (``step``), and of its first, in which all bases are chosen (``first_step``).
+    """
     from transformers import AutoModelForCausalLM
 
     chosen = choose(setting)

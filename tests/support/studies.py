@@ -35,7 +35,7 @@ def make(folder: Path, **changes: Any) -> Study:
 
 
 def record(cell: Cell, loss: float | None) -> Record:
-    """Of a run with this loss; ``None``: it diverged."""
+    """The record of a run with this loss; with ``None`` it diverged."""
     return {
         "key": cell.key,
         "status": "finished" if loss is not None else "diverged",
