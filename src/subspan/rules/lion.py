@@ -22,7 +22,7 @@ class Lion(Rule):
     """Lion's update.
 
     Args:
-        betas: weight of the momentum in the update, and its decay; each in [0, 1).
+        betas: weight of the momentum in the update, and decay of the momentum, each in [0, 1).
     """
 
     betas: tuple[float, float] = (0.9, 0.99)
