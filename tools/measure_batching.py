@@ -1,13 +1,15 @@
 """Measure whether it would pay to batch layers of one shape.
 
-Run ``python tools/measure_batching.py``; it takes two minutes on a quiet machine. For each shape of a LLaMA's linear
-layers it times the products of an ordinary step (``G Q`` and ``W -= U Qᵀ``) in three ways, side by side:
+    python tools/measure_batching.py
 
-- one by one: layer by layer, as the optimizer makes them;
-- stacked: all batched, over stacks that are there already, which is the most that batching could give;
-- gathered: the gradients, which autograd leaves apart, are gathered into a stack for the first product only.
+It takes two minutes on a quiet machine. For each shape of a LLaMA's linear layers it compares three ways to make the
+products of an ordinary step (``G Q`` and ``W -= U Qᵀ``):
 
-It also times ``eigh`` of matrices, one by one and batched. It prints medians of the ratios to one by one, with 95 %
+- layer by layer, as the optimizer makes them;
+- batched, over stacks that exist already, which is the most that batching could give;
+- with the gradients, which autograd leaves apart, gathered into a stack for the first product only.
+
+It also compares ``eigh`` of matrices one by one and batched. It prints medians of the ratios to one by one, with 95 %
 intervals.
 """
 
@@ -23,7 +25,7 @@ from subspan.training.models.presets import PRESETS
 
 
 def products(m: int, n: int, r: int, count: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Time the products of ``count`` weights ``(m, n)`` with their bases ``(n, r)``."""
+    """Ratios for ``count`` weights ``(m, n)`` and bases ``(n, r)``."""
     weights, gradients = [torch.randn(m, n) for _ in range(count)], [torch.randn(m, n) for _ in range(count)]
     bases = [torch.linalg.qr(torch.randn(n, r))[0] for _ in range(count)]
     W, G, Q = torch.stack(weights), torch.stack(gradients), torch.stack(bases)
@@ -45,7 +47,7 @@ def products(m: int, n: int, r: int, count: int, rounds: int) -> dict[str, dict[
 
 
 def factorisations(n: int, count: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Time ``eigh`` of ``count`` matrices ``(n, n)``."""
+    """Ratios for ``eigh`` of ``count`` matrices ``(n, n)``."""
     A = torch.randn(count, 2 * n, n, dtype=spectral_dtype(torch.device("cpu"), n))
     S: Tensor = A.mT @ A
 

@@ -1,9 +1,10 @@
-"""Measure the time of a training step of each row of a fine-tuning study over that of its reference.
+"""Measure the time of a training step of each row of a fine-tuning study, relative to the study's reference.
 
-Every row's run is built. Then all of them take one step in turn, so that whatever else the machine does falls on all
-alike. Evaluations and saving are left out. For each row it prints the time of its step over the reference's in the same
-round, as the median over rounds with the quartiles. It also prints the ratio of the sums, in which the refreshes count
-too.
+All runs are built first. Then each takes one step in turn, so that whatever else the machine does affects all of them
+alike. Evaluations and saving are left out.
+
+For each row the ratio of its time to the reference's time in the same round is taken. Printed are the median and the
+quartiles over the rounds, and the ratio of the sums, in which the refreshes count too.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""Show where the time of a pretraining step goes, by kind of operation.
+"""Profile a pretraining step: where its time goes.
 
-Run ``python tools/profile_pretrain.py --model llama-nano --steps 20``. After some steps to warm up, torch.profiler
-records the harness's own training step, its data, clipping and schedule included. The CPU time that each operation
-spends itself is added up by kind. Whatever is called in the optimizer's step counts as the optimizer's. Nothing is
-saved, and nothing is evaluated.
+    python tools/profile_pretrain.py --model llama-nano --steps 20
+
+After some steps to warm up, torch.profiler records the harness's own training step, with its data, clipping and
+schedule. The CPU time that each operation spends itself is added up by kind. Everything called in the optimizer's step
+counts as the optimizer's, whatever the operation. Nothing is saved or evaluated.
 """
 
 import argparse
@@ -25,10 +26,7 @@ KINDS = {
 
 
 def kind_of(event: Any) -> str:
-    """Name the kind of an event: the optimizer's if its step calls it, or else by its name.
-
-    An event that is no operation of torch's counts as autograd and the profiler.
-    """
+    """The kind of an operation: the optimizer's if its step calls it, else by name. What is not torch's is Python's."""
     above = event
     while above is not None:
         if above.name.startswith("Optimizer.step"):
@@ -40,7 +38,7 @@ def kind_of(event: Any) -> str:
 
 
 def shares(recorder: profile) -> dict[str, float]:
-    """Compute the share of the CPU time of each kind, largest first."""
+    """Shares of the CPU time, largest first."""
     times: collections.Counter[str] = collections.Counter()
     for event in recorder.events() or ():
         times[kind_of(event)] += event.self_cpu_time_total

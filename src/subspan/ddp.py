@@ -1,16 +1,18 @@
-"""Data parallel training that sends ``R`` and not ``G``: a communication hook for DistributedDataParallel.
+"""Data-parallel training that sends ``R`` and not ``G``: a communication hook for DistributedDataParallel.
 
-Between refreshes a method that drops its residual uses ``R = G Q`` alone, and ``Q`` is the same on every rank, so
+Between refreshes a method without a residual uses only ``R = G Q``, and ``Q`` is the same on every rank. So the hook
 
-    send   mean over ranks of R (m, r), in place of that of G (m, n)
-    hand   G <- R Qᵀ to the optimizer, whose projection gives R again, since QᵀQ = I
+    sends      the mean over ranks of R (m, r), in place of that of G (m, n)
+    hands on   G <- R Qᵀ to the optimizer, whose projection gives R again, since QᵀQ = I
 
-At a refresh, and of parameters that are not projected, the whole gradient is sent. There is no error to feed back:
-nothing is lost that the step would have used. The basis and the schedule are the optimizer's, and saved with it; the
-hook has no state.
+At a refresh, and for parameters that are not projected, the whole gradient is sent. There is no error to feed back,
+because nothing is lost that the step would have used. The basis and the schedule belong to the optimizer, and are saved
+with it. The hook has no state.
 
-Source: PowerSGD (Vogels et al. 2019, arXiv 1905.13727) sends products with a small factor too; here the factor is the
-optimizer's own. Deviations: none to name. Norms of gradients, as for clipping, are those of the projected gradients.
+Norms of gradients, which clipping uses, are those of the projected gradients.
+
+Source: PowerSGD (Vogels et al. 2019, arXiv 1905.13727) sends products with a small factor too. Here the factor is the
+optimizer's own basis. Deviations: none.
 """
 
 from typing import Any
@@ -26,14 +28,15 @@ from subspan.utils.errors import SettingError
 
 
 class LowRankAllReduce:
-    """What the hook knows, and what it has sent.
+    """What the hook knows, and how much it has sent.
 
     Args:
-        group: the ranks that the model averages over; ``None`` is all.
+        optimizer: the optimizer whose low-rank gradients are sent.
+        group: the ranks that the model averages over; ``None`` means all.
 
     Attributes:
-        bytes: sent by this rank since ``reset``, those of gradients before any algorithm of the all-reduce.
-        dense_bytes: what the gradients would have been.
+        bytes: size of the gradients that this rank has sent since ``reset``, whatever the all-reduce makes of them.
+        dense_bytes: size that whole gradients would have had.
     """
 
     def __init__(self, optimizer: SubspaceOptimizer, group: Any = None) -> None:
@@ -42,12 +45,13 @@ class LowRankAllReduce:
         self.reset()
 
     def reset(self) -> None:
-        """Count from zero."""
+        """Set both counts to zero."""
         self.bytes = self.dense_bytes = 0
 
     def low_rank(self, bucket: Any) -> dict[Tensor, Slot]:
-        """Return the parameters whose ``R`` is all that the coming step needs; found once for all buckets of a backward
-        pass.
+        """Return the parameters whose ``R`` is all that the coming step needs.
+
+        They are found once for all buckets of a backward pass.
         """
         if self._low_rank is None or bucket.index() == 0:
             method, states = self.optimizer.method, self.optimizer.state
@@ -61,8 +65,12 @@ class LowRankAllReduce:
 
 
 def register(model: Any, optimizer: SubspaceOptimizer) -> LowRankAllReduce:
-    """Let ``model``, a DistributedDataParallel, send the low-rank gradients of ``optimizer``. Call it once, before
-    training.
+    """Let ``model``, a DistributedDataParallel, send the low-rank gradients of ``optimizer``.
+
+    Call it once, before training.
+
+    Returns:
+        The state of the hook, which counts bytes.
 
     Raises:
         ValueError: the model is no DistributedDataParallel, or the method needs more of the gradient than ``R``.
@@ -75,7 +83,7 @@ def register(model: Any, optimizer: SubspaceOptimizer) -> LowRankAllReduce:
         raise SettingError(f"optimizer: a {type(optimizer).__name__} has no subspace; build one with subspan.create")
     if optimizer.residual.needs_gradient:
         raise SettingError(
-            f"residual={optimizer.residual!r}: needs every gradient whole; use residuals.Discard(), or no hook"
+            f"residual={optimizer.residual!r}: needs every gradient in full; use residuals.Discard(), or no hook"
         )
     if optimizer.selector.tracks:
         raise SettingError(
@@ -87,12 +95,14 @@ def register(model: Any, optimizer: SubspaceOptimizer) -> LowRankAllReduce:
             "selectors.Random() or another that is, or no hook"
         )
     state = LowRankAllReduce(optimizer, getattr(model, "process_group", None))
-    model.register_comm_hook(state, lambda state, bucket: hook(state, bucket))  # whose annotations torch would check
+    model.register_comm_hook(
+        state, lambda state, bucket: hook(state, bucket)
+    )  # torch would check the annotations of ``hook``
     return state
 
 
 def hook(state: LowRankAllReduce, bucket: Any) -> Any:
-    """Send a bucket: the hook, as ``register_comm_hook`` takes it."""
+    """Send one bucket of gradients. This is the hook that ``register_comm_hook`` is given."""
     low_rank, selector, states = state.low_rank(bucket), state.optimizer.selector, state.optimizer.state
     parts = []
     for p, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):

@@ -1,4 +1,4 @@
-"""Which parameter is projected: parameters sorted into groups by name."""
+"""Which parameters are projected: they are sorted into groups by their names."""
 
 import difflib
 import re
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from subspan.step.carriers import layer_of
 from subspan.step.settings import check_settings
 from subspan.utils.errors import SettingError
-from subspan.utils.names import canonical_name
+from subspan.utils.names import canonical_name, canonical_names
 
 EXCLUDED = (
     r"embed|(\b|_)emb",
@@ -22,7 +22,7 @@ EXCLUDED = (
     r"(^|\.)output\.weight$",
     r"lora_",
 )
-"""Regular expressions, searched in a parameter's name: embeddings, norms and heads stay full rank."""
+"""Regular expressions for names that stay full rank: embeddings, norms, heads and adapters."""
 
 FLATTENED = "Parameters flattened by FSDP1 or DeepSpeed have lost their shape: shard with fully_shard (FSDP2) instead"
 
@@ -38,32 +38,33 @@ def param_groups(
     weight_decay: float | None = None,
     decayed: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Sort named parameters into groups: projected matrices, full-rank matrices, vectors. Each lands in exactly one.
+    """Sort named parameters into groups: projected matrices, full-rank matrices, and vectors.
+
+    Every parameter is in exactly one group. Wrappers around the model or a part of it (DistributedDataParallel,
+    torch.compile, activation checkpointing) change no name.
 
     Args:
         model: a module, or pairs as ``module.named_parameters()`` gives them. Frozen parameters are left out. Carriers
             of backward-side layers (``subspan.project_backward``) are projected, at their own rank.
         rank: rank of the projected group; the others get ``None``.
-        targets: ``"all-linear"`` (every matrix that ``exclude`` does not name; of a module, every ``nn.Linear`` weight
-            and every stack of matrices, such as experts), a list of strings (a name that contains one of them), or a
-            regular expression for the whole name of a parameter or its module. A list or an expression that names a
-            parameter wins over ``exclude``.
+        targets: which matrices are projected. ``"all-linear"`` means every matrix that ``exclude`` does not name; in a
+            module, these are the weights of ``nn.Linear`` and stacks of matrices, such as experts. A list of strings
+            means every matrix with a name that contains one of them. Any other string is a regular expression for the
+            whole name of a parameter or its module. A list or an expression wins over ``exclude``.
         exclude: regular expressions; a name in which one is found stays full rank.
         overrides: group settings by regular expression, such as ``{r"k_proj": {"rank": 64}}``; the first match wins.
-        lr_full: learning rate of what has no rank (embeddings, heads, norms, biases); ``None`` is the optimizer's.
+        lr_full: learning rate of parameters without a rank (embeddings, heads, norms, biases). ``None`` means that of
+            the optimizer.
         weight_decay: weight decay of matrices; parameters of one dimension (biases, norms) get 0. ``None`` leaves it to
             the optimizer.
-        decayed: names of the parameters that ``weight_decay`` is for, if it is not the matrices.
-
-    What wraps the model or a part of it (DistributedDataParallel, torch.compile, activation checkpointing) changes no
-    name.
+        decayed: names of the parameters that get ``weight_decay``, if these are not the matrices.
 
     Returns:
-        Parameter groups with names, in the order above; empty ones are left out. The optimizer built from them prints
-        one table of them.
+        Parameter groups with names, in the order above, without empty ones. An optimizer that is built from them prints
+        a table of them.
 
     Raises:
-        ValueError: a target or override that matches nothing, a setting out of range.
+        ValueError: a target or an override matches nothing, or a setting is out of range.
     """
     if isinstance(exclude, str):
         exclude = (exclude,)
@@ -72,7 +73,9 @@ def param_groups(
     given = {"rank": rank, "lr": lr_full, "weight_decay": weight_decay}
     check_settings({key: value for key, value in given.items() if value is not None}, {"lr": "lr_full"})
     named = list(model.named_parameters() if isinstance(model, nn.Module) else model)
-    named = _unwrapped([(name, p) for name, p in named if p.requires_grad])
+    named = [(name, p) for name, p in named if p.requires_grad]
+    canonical = canonical_names(name for name, _ in named)
+    named = [(canonical[name], p) for name, p in named]
     if flat := next((name for name, _ in named if "_flat_param" in name), None):
         raise SettingError(f"model: {flat!r} is many weights in one. {FLATTENED}")
     if not named:
@@ -81,7 +84,7 @@ def param_groups(
         )
     carriers = {name: p.shape[1] for name, p in named if layer_of(p) is not None}
     others = [(name, p) for name, p in named if name not in carriers]
-    # A target may name layers whose gradient is made in the backward pass; there is nothing left to do about those.
+    # A target may name backward-side layers; these are projected already.
     made = {layer.weight_name for _, p in named if (layer := layer_of(p)) is not None}
     projected = _projected_names(model, others, targets, exclude, made) if rank is not None else set()
     filters = _convolutions(model)
@@ -97,13 +100,13 @@ def param_groups(
         kind = 0 if name in projected or name in carriers else 1 if p.ndim > 1 else 2
         own_rank = carriers.get(name, rank) if kind == 0 else None
         pattern, settings = next(((row.pattern, s) for row, s in rows if row.search(name)), ("", {}))
-        # Three dimensions look like a stack of matrices; of a convolution they are none.
+        # Three dimensions look like a stack of matrices, but those of a convolution are none.
         has_rank = kind == 0 or settings.get("rank") is not None
         flatten = has_rank and p.ndim == 3 and id(p) in filters
         used.add(pattern)
         if name in carriers and settings.get("rank", carriers[name]) != carriers[name]:
             raise SettingError(
-                f"overrides[{pattern!r}]: rank={settings['rank']!r}, and the backward-side layer of {name!r} was made with "
+                f"overrides[{pattern!r}]: rank={settings['rank']!r}, but the backward-side layer of {name!r} was made with "
                 f"rank={carriers[name]}; leave the rank out, or give it to project_backward"
             )
         layer = layer_of(p)
@@ -117,7 +120,7 @@ def param_groups(
                 group["lr"] = lr_full
             if weight_decay is not None:
                 group["weight_decay"] = weight_decay if decay else 0.0
-            # A pattern for a matrix often names its bias too, which has no rank.
+            # A pattern for a matrix often matches its bias too, which has no rank.
             group |= {key: value for key, value in settings.items() if key != "rank" or kind < 2}
             groups[place] = group
         groups[place]["params"].append((name, p))
@@ -126,20 +129,21 @@ def param_groups(
             if hidden := next((name for name, _ in named if row.search(name)), None):
                 first = next(other.pattern for other, _ in rows if other.search(hidden))
                 raise SettingError(
-                    f"overrides: {row.pattern!r} comes after {first!r}, which {hidden!r} matches first; put it before"
+                    f"overrides: {row.pattern!r} comes after {first!r}, which matches {hidden!r} first; put it before"
                 )
             raise SettingError(f"overrides: {row.pattern!r} matches no parameter; {_names_like(row.pattern, named)}")
     return [groups[key] for key in sorted(groups)]
 
 
 def select_linear(model: nn.Module, targets: str | Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Linear]:
-    """Return the layers of ``model`` that ``targets`` names, see ``param_groups``, by their canonical names.
+    """Return the layers of ``model`` that ``targets`` names, by their canonical names; see ``param_groups``.
 
     Raises:
-        ValueError: a target that matches nothing, or a parameter that is not the weight of an ``nn.Linear``.
+        ValueError: a target matches nothing, or a parameter that is not the weight of an ``nn.Linear``.
     """
     raw = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    named = _unwrapped(raw)
+    canonical = canonical_names(name for name, _ in raw)
+    named: list[tuple[str, Tensor]] = [(canonical[name], p) for name, p in raw]
     found: dict[str, nn.Linear] = {}
     chosen = _projected_names(model, named, targets, exclude)
     for (name, _), (raw_name, _) in zip(named, raw, strict=True):
@@ -160,12 +164,6 @@ def select_linear(model: nn.Module, targets: str | Sequence[str], exclude: Seque
     return found
 
 
-def _unwrapped(named: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """Return canonical names; the given ones where two parameters would get the same."""
-    canonical = [(canonical_name(name), p) for name, p in named]
-    return canonical if len({name for name, _ in canonical}) == len(named) else list(named)
-
-
 def _convolutions(model: object) -> set[int]:
     modules = model.modules() if isinstance(model, nn.Module) else []
     return {id(m.weight) for m in modules if isinstance(m, nn.modules.conv._ConvNd)}
@@ -182,10 +180,10 @@ def _projected_names(
     if targets == "all-linear":
         if isinstance(parameters, nn.Module):
             modules = list(parameters.modules())
-            # By identity: a head tied to the embedding is one parameter under two names.
+            # By identity, because a head tied to the embedding is one parameter with two names.
             linear = {id(m.weight) for m in modules if isinstance(m, nn.Linear)}
             linear -= {id(m.weight) for m in modules if isinstance(m, nn.Embedding)}
-            # Experts: weights that are stacked in one parameter.
+            # Experts, whose weights are stacked in one parameter.
             linear |= {id(p) for p in parameters.parameters() if p.ndim == 3} - _convolutions(parameters)
             matrices = [name for name, p in named if id(p) in linear]
         kept = [_compiled(pattern, "exclude") for pattern in exclude]
@@ -224,4 +222,4 @@ def _compiled(pattern: str, argument: str) -> re.Pattern[str]:
 def _names_like(pattern: str, named: list[tuple[str, Tensor]]) -> str:
     names = [name for name, p in named if p.ndim > 1] or [name for name, _ in named]
     near = difflib.get_close_matches(pattern, names, n=4, cutoff=0.2) or names[:4]
-    return "names here look like " + ", ".join(repr(name) for name in near)
+    return "the names look like " + ", ".join(repr(name) for name in near)

@@ -1,11 +1,15 @@
-"""Looking at the subspaces of an optimizer, without changing them.
+"""A look at the subspaces of an optimizer, without changing them.
 
-    overlap(U, V)   (1/r) sum_i ||Uᵀ V_i||² = tr(U Uᵀ V Vᵀ) / r, in [0, 1]; r/n on average for two random ones
-                    (SARA, arXiv 2502.05790, section 3; the measure of its figures 1 to 3)
-    angles(U, V)    arccos of the singular values of UᵀV, rising, in degrees (Björck and Golub 1973)
-    captured(G, Q)  ||G Q||² / ||G||² for orthonormal Q: how much of a gradient the subspace holds
+    overlap(U, V)   (1/r) sum_i ||Uᵀ V_i||² = tr(U Uᵀ V Vᵀ) / r, in [0, 1]; r/n on average for two random subspaces
+    angles(U, V)    arccos of the singular values of UᵀV, rising, in degrees
+    captured(G, Q)  ||G Q||² / ||G||² for orthonormal Q: the share of a gradient that the subspace holds
 
-Shapes: U, V, Q ``(..., n, r)`` with orthonormal columns, G ``(..., m, n)``. Deviations: of a stack each is a mean.
+Shapes: ``U``, ``V`` and ``Q`` are ``(..., n, r)`` with orthonormal columns, ``G`` is ``(..., m, n)``.
+
+Sources: the overlap is that of SARA (arXiv 2502.05790), section 3, which its figures 1 to 3 show. Angles: Björck and
+Golub 1973.
+
+Deviations: for a stack of matrices each measure is a mean.
 """
 
 from collections.abc import Iterator
@@ -24,31 +28,35 @@ from subspan.storage.allocation import State
 
 @dataclass(frozen=True)
 class Subspace:
-    """The subspace of one weight, or of the layers that share one."""
+    """The subspace of one weight, or of several layers that share one."""
 
     name: str
-    """Of the weight; of the first where several share it."""
+    """Name of the weight, or of the first weight where several share the subspace."""
     selector: Selector
+    """The selector that chose the subspace."""
     state: State
+    """The optimizer's state of the parameter, which holds the basis."""
     parameter: Tensor
+    """The weight, or the carrier of a backward-side layer."""
     layout: Layout | None
-    """``None`` of a backward-side layer, which forms no gradient."""
+    """How the weight is seen as oriented matrices; ``None`` for a backward-side layer, which forms no gradient."""
     width: int
-    """n, the side that is compressed."""
+    """Size ``n`` of the side that is compressed."""
 
     @property
     def refreshed_at(self) -> int:
-        """Steps before the one that chose it; -1 before the first."""
+        """Number of steps before the step that chose the subspace; -1 if none has been chosen yet."""
         return int(self.state["refresh_step"])
 
     @property
     def skipped(self) -> int:
-        """Refreshes that a zero or non-finite gradient has cost."""
+        """Number of refreshes that were skipped because of a zero or non-finite gradient."""
         return int(self.state["skipped_refreshes"])
 
     def basis(self) -> Tensor:
-        """An orthonormal basis ``(..., n, r)`` in fp64: that of the columns, where the selector's own is not
-        orthonormal.
+        """Return an orthonormal basis ``(..., n, r)`` in fp64.
+
+        If the selector's own basis is not orthonormal, this is one of the space that its columns span.
         """
         like = self.parameter
         stack = self.layout.shape[:-2] if self.layout else ()
@@ -57,14 +65,17 @@ class Subspace:
         return Q if self.selector.orthonormal else linalg.orthonormalise(Q)
 
     def gradient(self) -> Tensor | None:
-        """The gradient as it is now, ``(..., m, n)``: ``None`` where there is none."""
+        """Return the present gradient, ``(..., m, n)``, or ``None`` if there is none."""
         if self.layout is None or self.parameter.grad is None:
             return None
         return self.layout.enter(self.parameter.grad)
 
 
 def subspaces(optimizer: SubspaceOptimizer) -> Iterator[Subspace]:
-    """Every subspace of ``optimizer``, in the order of its parameters. Not of weights that are spread over ranks."""
+    """Yield every subspace of ``optimizer``, in the order of its parameters.
+
+    The weights must not be sharded over ranks.
+    """
     for slot in optimizer.slots():
         state, layer = optimizer.state[slot.p], layer_of(slot.p)
         if "refresh_step" not in state:
@@ -78,12 +89,12 @@ def subspaces(optimizer: SubspaceOptimizer) -> Iterator[Subspace]:
 
 
 def overlap(U: Tensor, V: Tensor) -> float:
-    """1 for the same subspace, 0 for orthogonal ones."""
+    """Return the overlap of two subspaces: 1 if they are the same, 0 if they are orthogonal."""
     return float((U.mT @ V).square().sum((-2, -1)).mean()) / U.shape[-1]
 
 
 def angles(U: Tensor, V: Tensor) -> Tensor:
-    """Principal angles in degrees, ``(r,)``, rising."""
+    """Return the principal angles of two subspaces in degrees, ``(r,)``, rising."""
     cosines = torch.linalg.svdvals(U.double().mT @ V.double())
     # The arccosine of a number near 1 has half of its digits; the sine does not.
     rest = V.double() - U.double() @ (U.double().mT @ V.double())
@@ -92,6 +103,6 @@ def angles(U: Tensor, V: Tensor) -> Tensor:
 
 
 def captured(G: Tensor, Q: Tensor) -> float:
-    """In [0, 1]; not a number for a zero gradient."""
+    """Return the share of ``G`` that the subspace of ``Q`` holds, in [0, 1], or NaN if the gradient is zero."""
     whole = torch.linalg.vector_norm(G, dim=(-2, -1), dtype=torch.float64).square()
     return float(((G.to(Q.dtype) @ Q).square().sum((-2, -1)) / whole).mean())

@@ -1,7 +1,7 @@
-"""The papers' names for a choice of parts: a method, a rule, and how the moments are stored.
+"""The names that ``create`` knows, such as ``sara_adamw_8bit``: a family, a rule, and how moments are stored.
 
-A paper that recombines known parts is one more row of ``_METHODS``; a rule to train it with, one more word of
-``_RULES_OF``.
+A paper that recombines known parts is one more row of ``_FAMILIES``. The rules that can train it are a field of that
+row.
 """
 
 import fnmatch
@@ -29,20 +29,27 @@ from subspan.utils.suggestions import near_names
 
 
 @dataclass(frozen=True)
-class Method:
-    """How the subspace is chosen and left, whatever the rule inside it."""
+class Family:
+    """How a method chooses its subspace and what it does with the rest of the gradient, for any rule inside."""
 
     summary: str
+    """One line about the method."""
     source: str
+    """The paper."""
     selector: Selector | None
-    """``None`` for full rank."""
+    """What chooses the subspace; ``None`` for full rank."""
     transfer: Transfer = "keep"
+    """What becomes of the moments when the basis changes."""
     residual: Residual = Discard()
+    """What becomes of the gradient outside the subspace."""
     scale: float = 0.25
-    rule: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of the rule that the paper sets otherwise than the rule's own."""
+    """Default factor on updates of projected matrices."""
+    rules: str = "adamw"
+    """The rules that it is trained with, which are the second part of the names; ``_8bit`` keeps moments in 8 bits."""
+    rule_settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the rule for which the paper has other values than the rule's own defaults."""
     backward_side: bool = False
-    """Whether ``subspan pretrain`` lets the backward pass make the low-rank gradient unless told otherwise."""
+    """Whether ``subspan pretrain`` uses backward-side layers unless told otherwise."""
 
 
 _GALORE = "Zhao et al. 2024, arXiv 2403.03507"
@@ -50,60 +57,53 @@ _SARA = "Zhang et al. 2025, arXiv 2502.05790"
 _FIRA = "Chen et al. 2024, arXiv 2410.01623"
 _GOLORE = "He et al. 2024, arXiv 2410.11289"
 
-_METHODS: dict[str, Method] = {
-    "": Method("full rank", "", None, scale=1.0),
-    "galore": Method("GaLore: the dominant subspace", _GALORE, Dominant()),
-    "galore_lazy": Method(
+_SIX = "adamw adafactor adam_mini sgd lion adamw_8bit"
+_FAMILIES: dict[str, Family] = {
+    "": Family("full rank", "", None, scale=1.0, rules=_SIX),
+    "galore": Family("GaLore: the dominant subspace", _GALORE, Dominant(), rules=_SIX),
+    "sara": Family("SARA: an importance-sampled subspace", _SARA, Importance(), rules=_SIX),
+    "golore": Family(
+        "GoLore: a random subspace", _GOLORE, Random(), "rotate", scale=1.0, rules="adamw sgd adamw_8bit"
+    ),
+    "golore_hybrid": Family(
+        "GoLore@20%: dominant, then random for the last fifth", _GOLORE, Switch(Dominant(), Random(), at=0.8), "rotate",
+        scale=1.0, rules="adamw sgd adamw_8bit",
+    ),
+    "fira": Family(
+        "Fira: GaLore and the scaled residual", _FIRA, Dominant(), residual=Fira(), rules="adamw adamw_8bit"
+    ),
+    "fira_sara": Family(
+        "Fira with SARA's subspace", f"{_FIRA}; {_SARA}", Importance(), residual=Fira(), rules="adamw adamw_8bit"
+    ),
+    "galore_lazy": Family(
         "GaLore, refreshed less often where the subspace stands still", f"{_GALORE}; Zhang et al. 2024, arXiv 2407.08296",
         Lazy(Dominant()),
     ),
-    "sara": Method("SARA: an importance-sampled subspace", _SARA, Importance()),
-    "golore": Method("GoLore: a random subspace", _GOLORE, Random(), "rotate", scale=1.0),
-    "golore_hybrid": Method(
-        "GoLore@20%: dominant, then random for the last fifth", _GOLORE, Switch(Dominant(), Random(), at=0.8), "rotate",
-        scale=1.0,
-    ),
-    "fira": Method("Fira: GaLore and the scaled residual", _FIRA, Dominant(), residual=Fira()),
-    "fira_sara": Method("Fira with SARA's subspace", f"{_FIRA}; {_SARA}", Importance(), residual=Fira()),
-    "online_pca": Method(
+    "online_pca": Family(
         "Online Subspace Descent: the basis follows every gradient", "Liang et al. 2024, arXiv 2408.12857", OnlinePCA()
     ),
-    "flora": Method(
-        "FLora: a Gaussian subspace, its seed stored", "Hao et al. 2024, arXiv 2402.03293", Gaussian(), "rotate", scale=1.0
+    "flora": Family(
+        "FLora: a Gaussian subspace, stored as a seed", "Hao et al. 2024, arXiv 2402.03293", Gaussian(), "rotate",
+        scale=1.0, rules="adamw adafactor sgd",
     ),
-    "rso": Method(
-        "RSO: a random subspace, entered anew each time, in the backward pass", "Chen et al. 2025, arXiv 2502.07222",
-        Random(scaled=True), "reset", scale=1.0, backward_side=True,
+    "rso": Family(
+        "RSO: a new random subspace at each refresh, in the backward pass", "Chen et al. 2025, arXiv 2502.07222",
+        Random(scaled=True), "reset", scale=1.0, rules="adamw sgd adamw_8bit", backward_side=True,
     ),
-    "grass": Method(
+    "grass": Family(
         "GRASS: the columns of largest norm", "Muhamed et al. 2024, arXiv 2406.17660", Coordinates("top"), "reset", scale=1.0
     ),
-    "gasare": Method("GaSare: the columns of largest norm", _GOLORE, Coordinates("top"), "rotate", scale=1.0),
-    "gosare": Method("GoSare: random columns", _GOLORE, Coordinates("uniform"), "rotate", scale=1.0),
-    "ldadam": Method(
+    "gasare": Family(
+        "GaSare: the columns of largest norm", _GOLORE, Coordinates("top"), "rotate", scale=1.0, rules="adamw sgd"
+    ),
+    "gosare": Family("GoSare: random columns", _GOLORE, Coordinates("uniform"), "rotate", scale=1.0, rules="adamw sgd"),
+    "ldadam": Family(
         "LDAdam: one power iteration a step, both moments transported, the error fed back",
         "Robert et al. 2024, arXiv 2410.16103", PowerIteration(), "moments", ErrorFeedback(), scale=1.0,
-        rule={"betas": (0.908, 0.99)},
+        rule_settings={"betas": (0.908, 0.99)},
     ),
 }  # fmt: skip
-
-_RULES_OF = {
-    "": "adamw adafactor adam_mini sgd lion adamw_8bit",
-    "galore": "adamw adafactor adam_mini sgd lion adamw_8bit",
-    "sara": "adamw adafactor adam_mini sgd lion adamw_8bit",
-    "golore": "adamw sgd adamw_8bit",
-    "golore_hybrid": "adamw sgd adamw_8bit",
-    "fira": "adamw adamw_8bit",
-    "fira_sara": "adamw adamw_8bit",
-    "galore_lazy": "adamw",
-    "online_pca": "adamw",
-    "flora": "adamw adafactor sgd",
-    "rso": "adamw sgd adamw_8bit",
-    "grass": "adamw",
-    "gasare": "adamw sgd",
-    "gosare": "adamw sgd",
-    "ldadam": "adamw",
-}
+"""Families by the first part of their names. The order is that of ``list_optimizers``."""
 
 _RULES = {
     # title, source, lr * scale
@@ -113,58 +113,75 @@ _RULES = {
     "sgd": ("SGD with momentum", "", 0.5),
     "lion": ("Lion", "Chen et al. 2023, arXiv 2302.06675", 1e-3),
 }
-"""``lr * scale`` by default: GaLore's 0.01 * 0.25 for the relatives of Adam. GoLore's scripts train at scale 1; at the
-same ``lr * scale`` the methods with orthonormal bases take steps of one size, and FLora, with ``E[Q Qᵀ] = I``, that of
-full rank."""
+"""Default ``lr * scale`` of each rule.
+
+For the relatives of Adam it is GaLore's 0.01 * 0.25. GoLore's scripts train at scale 1. At one ``lr * scale``, methods
+with orthonormal bases take steps of one size; FLora, with ``E[Q Qᵀ] = I``, takes steps of full rank's size.
+"""
 _EIGHT_BIT = "Dettmers et al. 2022, arXiv 2110.02861"
 
 
 class Recipe(NamedTuple):
-    """A name that ``create`` knows: its parts and default settings."""
+    """A name that ``create`` knows, with its parts and default settings."""
 
     name: str
+    """The name, such as ``sara_adamw``."""
     summary: str
+    """One line about it, as ``subspan list`` prints it."""
     source: str
+    """The papers of its parts; empty if there is none to name."""
     selector: Selector | None
+    """What chooses the subspace; ``None`` for full rank."""
     transfer: Transfer
+    """What becomes of the moments when the basis changes."""
     rule: Rule
+    """What takes the step inside the subspace."""
     residual: Residual
+    """What becomes of the gradient outside the subspace."""
     lr: float
+    """Default learning rate."""
     scale: float
+    """Default factor on updates of projected matrices."""
     state_dtype: StateDtype
+    """How moments are kept."""
     backward_side: bool
+    """Whether ``subspan pretrain`` uses backward-side layers unless told otherwise."""
 
 
-def _recipe(method: str, rule: str) -> Recipe:
-    parts, kind = _METHODS[method], rule.removesuffix("_8bit")
+def _recipe(prefix: str, rule: str) -> Recipe:
+    family, kind = _FAMILIES[prefix], rule.removesuffix("_8bit")
     title, rule_source, step = _RULES[kind]
     eight_bit = kind != rule
-    sources = (parts.source, rule_source if kind != "adamw" or not method else "", _EIGHT_BIT if eight_bit else "")
+    sources = (family.source, rule_source if kind != "adamw" or not prefix else "", _EIGHT_BIT if eight_bit else "")
     return Recipe(
-        name=f"{method}_{rule}".removeprefix("_"),
-        summary=f"{parts.summary}; {title}" + (" in 8 bits" if eight_bit else ""),
+        name=f"{prefix}_{rule}".removeprefix("_"),
+        summary=f"{family.summary}; {title}" + (" in 8 bits" if eight_bit else ""),
         source="; ".join(source for source in sources if source),
-        selector=parts.selector,
-        transfer=parts.transfer,
-        rule=replace(RULES[kind](), **parts.rule),
-        residual=parts.residual,
-        lr=step / parts.scale,
-        scale=parts.scale,
+        selector=family.selector,
+        transfer=family.transfer,
+        rule=replace(RULES[kind](), **family.rule_settings),
+        residual=family.residual,
+        lr=step / family.scale,
+        scale=family.scale,
         state_dtype="int8" if eight_bit else "float32",
-        backward_side=parts.backward_side,
+        backward_side=family.backward_side,
     )
 
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
-    for method, rules in _RULES_OF.items()
-    for recipe in (_recipe(method, rule) for rule in rules.split())
+    for prefix, family in _FAMILIES.items()
+    for recipe in (_recipe(prefix, rule) for rule in family.rules.split())
 }
-"""By name. Full-rank ``adamw`` is torch's own, the baseline."""
+"""Recipes by name. ``adamw``, at full rank, is torch's own: the baseline."""
 
 
 def list_optimizers(pattern: str = "*") -> dict[str, str]:
-    """Names that ``create`` knows and a line on each; ``pattern`` is a part of a name, or holds wildcards."""
+    """Return the names that ``create`` knows, with one line about each.
+
+    Args:
+        pattern: part of a name, or an expression with the wildcards ``*``, ``?`` and ``[...]`` for a whole name.
+    """
     wanted = pattern.casefold() if set(pattern) & set("*?[") else f"*{pattern.casefold()}*"
     return {
         name: recipe.summary + (f" ({recipe.source})" if recipe.source else "")
@@ -174,7 +191,7 @@ def list_optimizers(pattern: str = "*") -> dict[str, str]:
 
 
 def find(name: str) -> Recipe:
-    """The recipe of this name; an unknown one is a ``ValueError`` that lists near ones."""
+    """Return the recipe of this name. For an unknown name, raise a ``ValueError`` that lists similar names."""
     if name not in RECIPES:
         raise SettingError(
             f"optimizer {name!r} is unknown; {near_names(name, RECIPES)} (subspan list optimizers shows all)"

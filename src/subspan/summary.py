@@ -1,4 +1,4 @@
-"""The table that says what is projected, and the bytes held: one line for each group and kind of parameter."""
+"""The table of what is projected and of the bytes held, with one line for each group and kind of parameter."""
 
 import logging
 import sys
@@ -15,7 +15,10 @@ from subspan.utils.tables import aligned
 
 
 def table(groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, State]) -> str:
-    """Group, count, size, rank, bytes of state held here, and the bytes torch's AdamW would hold here."""
+    """Return the table of groups, ranks, counts, sizes and bytes of state.
+
+    Bytes are those that this rank holds, and those that it would hold with torch's AdamW.
+    """
     rows: dict[tuple[str, str], list[int]] = {}
     for number, group in enumerate(groups):
         for p in group["params"]:
@@ -48,9 +51,9 @@ def table(groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, State]) ->
 
 
 def announce(text: str) -> None:
-    """Log ``text``; where no program has set up logging, which would drop it, write it to stderr.
+    """Log ``text``, or write it to stderr if no program has set up logging, which would then drop it.
 
-    ``logging.getLogger("subspan").setLevel("WARNING")`` quiets it.
+    ``logging.getLogger("subspan").setLevel("WARNING")`` silences it.
     """
     logger = logging.getLogger("subspan")
     if logging.getLogger().handlers or logger.handlers or logger.level != logging.NOTSET:

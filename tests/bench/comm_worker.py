@@ -1,4 +1,4 @@
-"""One rank of a real world that counts what its steps send. Arguments: output path."""
+"""A rank of a real world, which counts what its steps send and writes it beside the path that it is given."""
 
 import gc
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 from support.processes import joined
 
-from subspan.bench.comm import CommSetting, _row, count
+from subspan.bench.comm import CommSetting, count, row_of
 from subspan.costs.traffic import WAYS
 
 
@@ -15,6 +15,6 @@ def main(path):
     with joined():
         setting, rows = CommSetting(dist.get_world_size(), "llama-nano", 16), {}
         for name, way in WAYS.items():
-            rows[name] = _row(setting, way, *count(setting, way))
-            gc.collect()  # what DDP holds of one is not to be there in the next
+            rows[name] = row_of(setting, way, *count(setting, way))
+            gc.collect()  # what DDP holds of one way must not be there in the next
         Path(f"{path}.{dist.get_rank()}.json").write_text(json.dumps(rows))

@@ -1,4 +1,4 @@
-"""What a step sends, counted in a fake world: equal to closed forms, to hand-written sums and to real ranks."""
+"""What a step sends in a fake world equals closed forms, sums by hand, and what real ranks send."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import subspan
 from subspan.bench import report
-from subspan.bench.comm import CommSetting, _row, count, measure
+from subspan.bench.comm import CommSetting, count, measure, row_of
 from subspan.bench.setting import Setting, build_model
 from subspan.cli import main
 from subspan.costs.collectives import CountCollectives, fake_world, wire_share
@@ -30,7 +30,7 @@ def eight() -> dict[str, Any]:
 
 
 def check(found: dict[str, Any]) -> None:
-    """Every payload counted is that of its closed form."""
+    """Every payload that was counted is that of its closed form."""
     assert [row["name"] for row in found["rows"]] == list(WAYS)
     for row in found["rows"]:
         for kind in ("step", "refresh"):
@@ -43,9 +43,7 @@ def test_counted_bytes_equal_closed_forms(eight: dict[str, Any]) -> None:
 
 
 def test_bytes_by_hand(eight: dict[str, Any]) -> None:
-    """The bytes of llama-nano (d 64, MLP 172, 4 layers, 32,000 words) at rank 16, in fp32, on 8 ranks, and who sends
-    more than who.
-    """
+    """The bytes of llama-nano (32,000 words) at rank 16 in fp32 on 8 ranks, as sums over its shapes."""
     rows = {row["name"]: row for row in eight["rows"]}
     d, f, v, r, layers = 64, 172, 32_000, 16, 4
     others = 2 * v * d + d + layers * 2 * d
@@ -79,7 +77,7 @@ def test_shapes_are_those_of_the_model() -> None:
 
 @pytest.mark.parametrize("backward_side", [False, True])
 def test_mixed_precision_gathers_half_as_much(backward_side: bool) -> None:
-    """Weights in fp32 are gathered in bf16, and gradients are reduced in fp32, as ``bench scale`` assumes."""
+    """Weights in fp32 are gathered in bf16 and gradients reduced in fp32, as ``bench scale`` assumes."""
     policy, setting = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
         Setting("llama-nano", 32, 16, 16),
@@ -104,12 +102,12 @@ def test_mixed_precision_gathers_half_as_much(backward_side: bool) -> None:
 
 @pytest.mark.distributed
 def test_real_ranks_send_as_much(tmp_path: Path) -> None:
-    """Two processes of gloo, whose collectives do what they say, count what the fake world of two counts."""
+    """Two processes of gloo, whose collectives are real, count what the fake world of two counts."""
     launch(comm_worker.main, 2, str(tmp_path / "run"))
     setting = CommSetting(2, "llama-nano", 16)
     for name, way in WAYS.items():
         with fake_world(2):
-            fake = _row(setting, way, *count(setting, way))
+            fake = row_of(setting, way, *count(setting, way))
         for rank in (0, 1):
             real = json.loads(Path(f"{tmp_path}/run.{rank}.json").read_text())[name]
             assert real["step"] == fake["step"], name
@@ -145,7 +143,7 @@ def test_refusals() -> None:
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
-    """Seven ranks, which divide no number of rows; and a gradient of all ranks chooses the bases."""
+    """The command with seven ranks, which divide no number of rows, and bases chosen from all ranks' gradients."""
     flags = ["bench", "comm", "--world", "7", "--model", "llama-nano", "--rank", "16"]
     assert main([*flags, "--select-from", "mean", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

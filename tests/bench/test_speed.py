@@ -1,6 +1,8 @@
-"""The measurements of speed do what they say: what is timed is the real thing, accuracy agrees with numpy and scipy,
-and
-intervals, floors and sums with hand calculation. No time is asserted."""
+"""The measurements of speed do what they say. No time is asserted.
+
+What is timed is the real thing. Accuracy agrees with numpy and scipy, and intervals, floors and sums agree with
+calculation by hand.
+"""
 
 import json
 import math
@@ -36,8 +38,9 @@ STEP = StepSetting(**TINY[StepSetting])
 
 
 def test_contenders_take_turns():
-    """Each is called once a round, the order turns around, warm-up is not counted, and a spent budget leaves three
-    rounds.
+    """Each contender is called once a round, and the order turns around.
+
+    Rounds that warm up are not counted. Three rounds are left when the budget is spent.
     """
     calls = []
     contenders = {name: lambda name=name: calls.append(name) for name in "abc"}
@@ -49,7 +52,7 @@ def test_contenders_take_turns():
 
 
 def test_interval_is_scipys():
-    """The bootstrap interval of the median of nine ratios, and the geometric mean over samples."""
+    """The bootstrap interval of the median of nine ratios is scipy's, and the mean over samples is geometric."""
     ours = np.array([3.0, 1.0, 4.0, 1.5, 9.0, 2.6, 5.3, 5.8, 9.7])
     theirs = np.array([2.0, 7.0, 1.8, 2.8, 1.8, 2.8, 4.5, 9.0, 4.5])
     found = timing.interval(timing.median_ratio, zip(ours, theirs, strict=True))
@@ -61,7 +64,7 @@ def test_interval_is_scipys():
 
 
 def test_amortised_ratio_by_hand():
-    """The ratio is (2 + (42 - 2) / 200) / (1 + (401 - 1) / 200)."""
+    """The ratio is ``(2 + (42 - 2) / 200) / (1 + (401 - 1) / 200)``."""
     ordinary, refreshes = [(2.0, 1.0)] * 3, [(42.0, 401.0)] * 3
     assert timing.interval(step._amortised_ratio, ordinary, refreshes)["median"] == pytest.approx(2.2 / 3)
 
@@ -71,7 +74,7 @@ def test_amortised_ratio_by_hand():
 
 @pytest.mark.parametrize("angle", [0.0, 1e-9, 0.3, math.pi / 2])
 def test_accuracy_of_a_basis_that_is_off_by_a_known_angle(angle):
-    """The last leading vector is turned towards the first of the others; two singular values are changed."""
+    """The last leading vector is turned towards the first of the other vectors; two singular values are changed."""
     G, r = refresh.matrix(30, 12, 1e3, seed=1).double(), 4
     _, sigma, Vh = (torch.from_numpy(part) for part in np.linalg.svd(G.numpy(), full_matrices=False))
     turned, changed = Vh.mT.clone(), sigma.clone()
@@ -95,7 +98,7 @@ def test_gradients_have_the_spectrum_that_is_said():
 
 @pytest.mark.parametrize("shape", ["24x24", "16x40", "40x16"])
 def test_refresh_columns_agree_with_numpy_and_scipy(shape):
-    """The accuracy of the row is that of what the library returns, worked out anew by numpy and scipy."""
+    """The accuracy of the row is what numpy and scipy find for what the library returns."""
     found = refresh.measure(RefreshSetting(shapes=(shape,), condition=100.0, pairs=3, training_steps=0))
     (row,) = found["rows"]
     m, n = refresh.size(shape)
@@ -119,8 +122,9 @@ def test_refresh_columns_agree_with_numpy_and_scipy(shape):
 
 
 def test_share_of_training_by_hand():
-    """LLaMA-60M: eight blocks of four square layers and three of the MLP; nothing is said where a shape or a time
-    lacks.
+    """LLaMA-60M has eight blocks of four square layers and three of the MLP.
+
+    Without a shape or a time there is no share.
     """
     rows = [
         {"shape": shape, "seconds": {"refresh": s}} for shape, s in (("512x512", 0.25), ("512x1376", 0.5), ("64x64", 9))
@@ -136,13 +140,13 @@ def test_share_of_training_by_hand():
 
 
 def _bases(optimizer):
-    """Copies of the bases, ours or galore_torch's."""
+    """Copy the bases, ours or those of galore_torch."""
     states = optimizer.state.values()
     return [(state["basis"] if "basis" in state else state["projector"].ortho_matrix).clone() for state in states]
 
 
 def test_ordinary_steps_keep_the_bases_and_refreshes_change_them():
-    """What is timed as the one is not the other, ours and theirs."""
+    """What is timed as one kind of step is not the other kind, for our optimizers and for theirs."""
     model = step._layers_of(STEP)
     for gap, same in ((step._NEVER, True), (1, False)):
         for name, optimizer in step._optimizers(STEP, model, gap).items():
@@ -159,7 +163,7 @@ def test_ordinary_steps_keep_the_bases_and_refreshes_change_them():
 
 
 def test_step_row_by_row():
-    """Every optimizer has a row; FLOPs are those that torch counts; fused AdamW holds nothing besides."""
+    """Every optimizer has a row. FLOPs are those that torch counts. Fused AdamW holds nothing in addition."""
     found = step.measure(STEP)
     rows = {row["name"]: row for row in found["rows"]}
     assert list(rows) == [
@@ -184,7 +188,7 @@ def test_step_row_by_row():
     assert found["largest_weight_bytes"] == 4 * 64 * 172
     assert rows["adamw_fused"]["extra_weights"] == 0
     assert rows["adamw_fused"]["refresh_seconds"] is None
-    # R and U (m, r) of the largest weight, which takes U Qᵀ in place; what a refresh holds besides is in fp64.
+    # R and U (m, r) of the largest weight, which takes U Qᵀ in place; what a refresh holds in addition is in fp64.
     assert rows["sara_adamw"]["extra_weights"] == pytest.approx(2 * STEP.rank / 64, abs=0.01)
     assert rows["sara_adamw"]["refresh_extra_weights"] > 1
     sara = rows["sara_adamw"]
@@ -193,7 +197,7 @@ def test_step_row_by_row():
 
 
 def test_backward_side_steps_move_weights_by_low_rank():
-    """What is timed as the backward-side step is one: carriers have gradients, and the step changes the weights."""
+    """The backward-side step that is timed is a real one: carriers have gradients, and the step changes the weights."""
     model, optimizer = step._backward_side(STEP)
     before = [layer.weight.detach().clone() for layer in model.values()]
     assert all(
@@ -207,7 +211,7 @@ def test_backward_side_steps_move_weights_by_low_rank():
 
 @pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if peer.installed])
 def test_every_installed_peer_steps(name):
-    """From its package's own interface, on all shapes; its state is a subspace's where it says so."""
+    """A peer is built by its package's own interface and steps on all shapes. Where it says so, it has a subspace."""
     model = step._layers_of(STEP)
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = PEERS[name].make([*model.parameters()], 8, 200)
@@ -234,7 +238,7 @@ def test_floors_and_slopes_by_hand():
 
 
 def test_grow_and_its_figure():
-    """A row for each width and rank; the figure names both and is in greys that stand on light and dark."""
+    """Each width and rank has a row. The figure names both, in greys that can be read on light and dark."""
     setting = GrowSetting(**TINY[GrowSetting])
     found = grow.measure(setting)
     assert [(row["width"], row["rank"]) for row in found["rows"]] == [(16, 2), (16, 8), (32, 4), (32, 16)]
@@ -253,7 +257,7 @@ def test_grow_and_its_figure():
 
 
 def test_all_quick(monkeypatch, capsys, tmp_path):
-    """The promised keys, in what is printed and in the file; where it was measured; and as text."""
+    """The promised keys are in what is printed and in the file, with the machine; and there is a text."""
     monkeypatch.setattr(together, "QUICK", TINY)
     monkeypatch.setattr(together, "QUICK_PAIRS", 3)
     assert main(["bench", "all", "--quick", "--json", "--out", str(tmp_path / "all.json")]) == 0
@@ -278,7 +282,7 @@ def test_all_quick(monkeypatch, capsys, tmp_path):
 
 
 def test_all_sets_refreshes_against_the_steps_that_it_timed(monkeypatch):
-    """In full ``refresh`` gets the time of a training step, and growth is measured; defaults are left as they are."""
+    """Without ``--quick``, ``refresh`` gets the time of a training step, growth is measured, and defaults stay."""
     seen = {}
 
     def stub(name, **found):
@@ -311,7 +315,7 @@ def test_quick_leaves_what_the_user_sets():
 
 @pytest.mark.parametrize("what", ["refresh", "step", "grow"])
 def test_commands(what, monkeypatch, capsys, tmp_path):
-    """Each as text and as JSON in a file, with the figure where there is one."""
+    """Each command prints text and writes JSON into a file, and the figure where there is one."""
     monkeypatch.setattr(together, "QUICK", TINY)
     drawing = ["--plot", str(tmp_path / "grow.svg")] if what == "grow" else []
     assert main(["bench", what, "--quick", "--out", str(tmp_path / "found.json"), *drawing]) == 0
@@ -353,7 +357,7 @@ def test_refusals(words, error, capsys):
 
 
 def test_a_peer_that_is_not_there(monkeypatch):
-    """It is left out and named; asked for by name it is refused, with how to get it."""
+    """A peer that is not installed is left out and named. If it is asked for, the error says how to get it."""
     monkeypatch.setattr("subspan.bench.peers.find_spec", lambda module: None if module == "apollo_torch" else object())
     assert "apollo_torch" not in StepSetting().compared
     with pytest.raises(ValueError, match="peers='apollo_torch': is not installed; pip install apollo-torch"):

@@ -1,15 +1,19 @@
-"""One rank of a ``fully_shard`` run that saves or loads sharded checkpoints. It asserts; the others end if it fails.
+"""One rank of a ``fully_shard`` run that saves or loads sharded checkpoints; if its assertions fail, the others end.
 
 Arguments: the scenario, a directory.
 """
 
+import contextlib
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from support.processes import joined
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,7 +21,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import subspan
+from subspan.checkpoints import checksums, writer
 from subspan.checkpoints import shard_files as shards
+from subspan.checkpoints.collective import gather
+from subspan.checkpoints.directory import list_checkpoints
 from subspan.checkpoints.sharded import damage, load_sharded, save_sharded, save_sharded_async
 from subspan.utils.errors import InputError
 
@@ -28,9 +35,7 @@ BEFORE, AFTER = 3, 2  # steps trained before a checkpoint and after it
 
 
 class Block(nn.Module):
-    """Seven rows, which two, three and four ranks share unevenly; and a vector of three, of which the fourth gets
-    nothing.
-    """
+    """A block of seven rows, which ranks share unevenly, and a vector of three, of which a fourth rank has none."""
 
     def __init__(self):
         super().__init__()
@@ -88,7 +93,7 @@ def whole(value):
 
 
 def snapshot(model, optimizer):
-    """Everything, by name, unsharded. It goes another way than the code under test."""
+    """Return everything by name, unsharded. It goes another way than the code under test."""
     every = {f"model {name}": whole(value) for name, value in model.state_dict().items()}
     for name, p in model.named_parameters():
         every |= {f"state {name} {key}": whole(value) for key, value in optimizer.state.get(p, {}).items()}
@@ -108,8 +113,8 @@ def assert_same(got, expected):
             assert got[key] == value, key
 
 
-def tensors(spread):
-    """Every dtype, as few rows as none; ``spread`` says how a tensor is placed."""
+def tensors(sharded):
+    """Return a module with every dtype and as few rows as none; ``sharded`` says how a tensor is placed."""
     G = torch.arange(-10, 11).reshape(7, 3)
     dtypes = ("bfloat16", "float16", "float64", "uint8", "int8", "int64", "bool", "float8_e4m3fn")
     plain = {f"as_{dtype}": G.to(getattr(torch, dtype)) for dtype in dtypes}
@@ -121,15 +126,15 @@ def tensors(spread):
     }
     module = nn.Module()
     for name, value in plain.items():
-        module.register_buffer(name, spread(value, 0))
-    module.register_buffer("columns", spread(G.float(), 1))
+        module.register_buffer(name, sharded(value, 0))
+    module.register_buffer("columns", sharded(G.float(), 1))
     module.register_buffer("number", torch.tensor(3.5))
-    module.register_buffer("copied", spread(torch.arange(4.0), None))
+    module.register_buffer("copied", sharded(torch.arange(4.0), None))
     return module
 
 
-def spread_over(mesh):
-    def spread(value, dim):
+def sharded_over(mesh):
+    def sharded(value, dim):
         # distribute_tensor communicates, which gloo does not do for every dtype.
         carried = value.view(torch.uint8) if value.dtype in (torch.bool, torch.float8_e4m3fn) else value
         placed = distribute_tensor(carried, mesh, [Replicate() if dim is None else Shard(dim)], src_data_rank=None)
@@ -138,7 +143,7 @@ def spread_over(mesh):
             local, mesh, placed.placements, run_check=False, shape=value.shape, stride=value.stride()
         )
 
-    return spread
+    return sharded
 
 
 def no_optimizer():
@@ -150,7 +155,7 @@ def no_optimizer():
 
 
 def save(folder):
-    """For each optimizer: a checkpoint, one saved while training goes on, and what they must be equal to."""
+    """Save each optimizer, at once and while training goes on, with what the checkpoints must be equal to."""
     rank = dist.get_rank()
     for name in OPTIMIZERS:
         model, optimizer = build(name)
@@ -173,11 +178,11 @@ def save(folder):
         assert_same(snapshot(model, optimizer), later)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     torch.manual_seed(0)
-    save_sharded(folder / "tensors", tensors(spread_over(mesh)), no_optimizer())
+    save_sharded(folder / "tensors", tensors(sharded_over(mesh)), no_optimizer())
 
 
 def load(folder):
-    """On another number of ranks: the same state, in the shards of this number; saved again, the same again."""
+    """Load on another number of ranks: the state is the same, in other shards, and so is what is saved again."""
     count = dist.get_world_size()
     meshes = [None] if count != 4 else [None, init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))]
     for name in OPTIMIZERS:
@@ -190,7 +195,7 @@ def load(folder):
             save_sharded(folder / f"{name}-from-{count}-{number}", model, optimizer)
             train(model, optimizer, 1, first=BEFORE)
     mesh = init_device_mesh("cpu", (count,))
-    module = tensors(spread_over(mesh))
+    module = tensors(sharded_over(mesh))
     for value in module.state_dict().values():
         shards.piece_of(value).local.zero_()
     load_sharded(folder / "tensors", module, no_optimizer())
@@ -203,7 +208,7 @@ def load(folder):
 
 
 def refuse(folder):
-    """What is wrong on one rank is an error on all, at once, with the same words; and nothing has changed."""
+    """An error on one rank is an error on all, at once, with the same words; and nothing has changed."""
     rank, name = dist.get_rank(), OPTIMIZERS[0]
     model, optimizer = build(name, seed=1)
     train(model, optimizer, 1, first=50)
@@ -250,24 +255,137 @@ def refuse(folder):
 
 
 def publishing(folder):
-    """Ranks write into one scratch directory; the first renames it when all have."""
-    from subspan.checkpoints.directory import list_checkpoints
-    from subspan.checkpoints.publish import open_scratch, publish
-
+    """The ranks write into one scratch directory, and the first renames it when all have."""
     model, optimizer = build(OPTIMIZERS[0])
     home = folder / "checkpoints"
     for step in (1, 2, 3):
         train(model, optimizer, 1, first=step)
-        scratch = open_scratch(home)
-        assert list(scratch.iterdir()) == []
-        save_sharded(scratch, model, optimizer)
-        path = publish(scratch, step=step, keep=2)
-        assert path.name == f"step-{step:06d}"
+        with writer.new_checkpoint(home, step=step, keep=2) as scratch:
+            assert list(scratch.iterdir()) == []
+            dist.barrier()
+            save_sharded(scratch, model, optimizer)
+        path = home / f"step-{step:06d}"
         assert not scratch.exists()
         assert damage(path) is None
-        (scratch.with_name(f"seen-{dist.get_rank()}-{step}")).touch()
+        (home / f"seen-{dist.get_rank()}-{step}").touch()
         dist.barrier()
     assert [path.name for path in list_checkpoints(home)] == ["step-000002", "step-000003"]
+
+
+@contextlib.contextmanager
+def failing(rank, owner, name, error):
+    """Let a call fail on one rank."""
+    real = getattr(owner, name)
+
+    def fail(*arguments, **keywords):
+        raise error
+
+    if dist.get_rank() == rank:
+        setattr(owner, name, fail)
+    try:
+        yield
+    finally:
+        setattr(owner, name, real)
+
+
+NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+FULL = {
+    "shards of the first": (0, shards, "save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
+    "shards of the second": (1, shards, "save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
+    "reaching the disk": (1, os, "fsync", NO_SPACE),
+    "index": (0, shards, "write_text", NO_SPACE),
+    "more of the first": (0, torch, "save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")),
+    "before the shards": (0, Path, "touch", NO_SPACE),
+    "record": (0, writer, "seal", NO_SPACE),
+    "rename": (0, Path, "rename", NO_SPACE),
+    "scratch": (0, writer, "make_empty", NO_SPACE),
+}  # fmt: skip
+FAULTS = {
+    "a mistake in the shards": (1, shards, "save_file", KeyError("layer")),
+    "a mistake elsewhere": (0, torch, "save", ValueError("zip() argument 2 is shorter than argument 1")),
+    "before the shards": (0, Path, "touch", RuntimeError("CUDA error: out of memory")),
+}
+
+
+def full_disk(folder):
+    """What the disk refuses to one rank is the same error on all. Nothing is left of it, and the next save succeeds."""
+    rank, home = dist.get_rank(), folder / "checkpoints"
+    model, optimizer = build("sara_adamw")
+    train(model, optimizer, BEFORE, first=0)
+
+    def save(step):
+        with writer.new_checkpoint(home, step=step, keep=99) as scratch:
+            if rank == 0:
+                (scratch / "note").touch()
+            save_sharded(scratch, model, optimizer)
+            if rank == 0:
+                torch.save({"step": step}, scratch / "training.pt")
+
+    def intact(last):
+        found = list_checkpoints(home)
+        assert [path.name for path in found] == [f"step-{step:06d}" for step in range(1, last + 1)]
+        assert len(list(home.iterdir())) == last
+        for path in found:
+            assert damage(path) is None
+            assert checksums.damage(path) is None
+            assert not any("unfinished" in file.name for file in path.iterdir())
+        dist.barrier()
+
+    save(1)
+    for step, (label, (who, owner, name, error)) in enumerate([*FULL.items(), *FAULTS.items()], 2):
+        with failing(who, owner, name, error), pytest.raises(Exception) as caught:  # noqa: PT011
+            save(step)
+        intact(step - 1)
+        said = gather((type(caught.value).__name__, str(caught.value)))
+        if step < 2 + len(FULL):
+            words = f"checkpoint {home}/step-{step:06d} cannot be written: "
+            assert said[0] == said[1], label
+            assert said[0][0] == "NotWrittenError", (label, said)
+            assert said[0][1].startswith(words), (label, said)
+            assert "needs about" in said[0][1]
+            assert " kB, " in said[0][1], (label, said)
+        else:
+            assert said[who] == (type(error).__name__, str(error)), label
+            assert said[1 - who] == ("RuntimeError", f"rank {who}: {error}"), (label, said)
+        save(step)
+        intact(step)
+    assert os.path.getsize(home / "step-000002" / "index.json")
+
+
+def small_disk(folder):
+    """Two ranks save on a disk that is full at one place after another."""
+    rank, home = dist.get_rank(), folder / "checkpoints"
+    model, optimizer = build("sara_adamw")
+    train(model, optimizer, BEFORE, first=0)
+    needed = 0
+    for step, leave in enumerate([None, 0, 8_192, 16_384, 24_576, 40_960, 57_344, 65_536, None], 1):
+        if rank == 0:
+            ballast = folder / "ballast"
+            ballast.unlink(missing_ok=True)
+            if leave is not None:
+                ballast.write_bytes(bytes(shutil.disk_usage(folder).free - leave))
+        dist.barrier()
+
+        def save(step=step):
+            with writer.new_checkpoint(home, step=step, keep=2) as scratch:
+                save_sharded(scratch, model, optimizer)
+                if rank == 0:
+                    torch.save({"step": step}, scratch / "training.pt")
+
+        if leave is None:
+            save()
+            continue
+        needed = needed or sum(file.stat().st_size for file in (home / "step-000001").iterdir())
+        assert leave < needed
+        with pytest.raises(InputError) as caught:
+            save()
+        said = gather(str(caught.value))
+        assert said[0] == said[1]
+        assert said[0].startswith(f"checkpoint {home}/step-{step:06d} cannot be written: no space is left; it needs")
+        assert [path.name for path in home.iterdir()] == ["step-000001"]
+        assert damage(home / "step-000001") is None
+        dist.barrier()
+    assert sorted(path.name for path in home.iterdir()) == ["step-000001", "step-000009"]
 
 
 def main(scenario, folder):

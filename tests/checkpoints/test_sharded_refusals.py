@@ -1,4 +1,4 @@
-"""Sharded checkpoints that are damaged, or of something else: refused in one line, and nothing has changed."""
+"""Sharded checkpoints that are damaged or of something else are refused in one line, and nothing has changed."""
 
 import json
 import shutil
@@ -12,7 +12,6 @@ from checkpoints.sharded_worker import assert_same, snapshot
 from torch import nn
 
 import subspan
-from subspan.checkpoints import publish
 from subspan.checkpoints import shard_files as shards
 from subspan.checkpoints.sharded import damage, load_sharded, save_sharded
 from subspan.utils.errors import InputError
@@ -51,7 +50,7 @@ def small_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def refused(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, words: str, kind: type = InputError
 ) -> None:
-    """The words are those of one line, and nothing has changed."""
+    """Check that loading fails with these words in one line, and that nothing has changed."""
     before = snapshot(model, optimizer)
     with pytest.raises(kind, match=words) as caught:
         load_sharded(folder, model, optimizer)
@@ -63,7 +62,7 @@ def refused(
     "file", ["index.json", "model-00000-of-00001.safetensors", "optimizer-00000-of-00001.safetensors"]
 )
 def test_a_damaged_file(sound: tuple[Path, nn.Module, torch.optim.Optimizer], file: str) -> None:
-    """One bit at any of many offsets, an end cut off or added to, nothing left, no file."""
+    """A file has another bit, has lost or gained bytes at its end, is empty, or is missing."""
     folder, model, optimizer = sound
     path = folder / file
     data = path.read_bytes()
@@ -84,7 +83,7 @@ def test_a_damaged_file(sound: tuple[Path, nn.Module, torch.optim.Optimizer], fi
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """An index that says something else, and has its hash."""
+    """Make the index say something else, with the hash that belongs to it."""
     content = json.loads((folder / "index.json").read_text())
     del content["blake2b"]
     change(content)
@@ -118,7 +117,7 @@ def test_a_part_that_no_file_holds(sound: tuple[Path, nn.Module, torch.optim.Opt
     folder, model, optimizer = sound
     edit(folder, lambda content: content["files"].pop("optimizer-00000-of-00001.safetensors"))
     (folder / "optimizer-00000-of-00001.safetensors").unlink()
-    refused(folder, model, optimizer, "index.json names 'first.weight.step', of which the files hold a part only")
+    refused(folder, model, optimizer, "index.json names 'first.weight.step', of which the files hold only a part")
 
 
 def test_another_model(sound: tuple[Path, nn.Module, torch.optim.Optimizer]) -> None:
@@ -137,7 +136,7 @@ def test_another_model(sound: tuple[Path, nn.Module, torch.optim.Optimizer]) -> 
 
 
 def test_another_optimizer(sound: tuple[Path, nn.Module, torch.optim.Optimizer]) -> None:
-    """Ours says what differs in its own words; of torch's, which see nothing, the class and the names are compared."""
+    """Our optimizers say what differs in their own words; for those of torch, class and names are compared."""
     folder, model, _ = sound
     refused(folder, model, small_optimizer(model, "galore_adamw"), "this optimizer is selector Dominant", ValueError)
     refused(folder, model, small_optimizer(model, rank=3), "build the optimizer with the checkpoint's rank", ValueError)
@@ -188,23 +187,3 @@ def test_a_checkpoint_is_not_written_over(sound: tuple[Path, nn.Module, torch.op
     with pytest.raises(InputError, match="holds a checkpoint; save into an empty folder"):
         save_sharded(folder, model, optimizer)
     assert damage(folder) is None
-
-
-def test_publishing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The newest stand, and those of a later step; a failure leaves them, and no half checkpoint."""
-    for step in (1, 2, 30, 3):
-        scratch = publish.open_scratch(tmp_path)
-        (scratch / "file").write_text(str(step))
-        assert publish.publish(scratch, step=step, keep=2) == tmp_path / f"step-{step:06d}"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003", "step-000030"]
-    scratch = publish.open_scratch(tmp_path)
-    (scratch / "left by a kill").touch()
-    assert list(publish.open_scratch(tmp_path).iterdir()) == []
-
-    def full(*arguments: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(publish, "replace_directory", full)
-    with pytest.raises(InputError, match=r"step-000004 cannot be written: .*No space left"):
-        publish.publish(scratch, step=4, keep=2)
-    assert not (tmp_path / "step-000004").exists()

@@ -1,4 +1,4 @@
-"""Settings that are printed are settings: given back as a file they are the same."""
+"""Printed settings can be given back as a file, and are the same then."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""How the command ends: its exit status, one line and no traceback, and how to go on."""
+"""How the command ends: its exit status, one line without a traceback, and how to continue."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("start", [["-m", "subspan"], ["subspan"]], ids=["module", "script"])
 def test_while_torch_is_imported(start: list[str], tmp_path: Path) -> None:
-    """One line and 130. The torch of this test is the person who presses the keys."""
+    """It ends with one line and 130. The torch of this test stands in for the person who presses the keys."""
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text(
         "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
@@ -78,7 +78,7 @@ def test_in_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 def test_a_run_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is saved, and the very words of its last line, in a shell, continue it."""
+    """It is saved, and the words of its last line, given to a shell, continue it."""
     monkeypatch.chdir(tmp_path)
     Path("my text.jsonl").write_text(
         "".join(f'{{"text": "document {i}: {"the brown fox " * 9}"}}\n' for i in range(40))
@@ -129,7 +129,7 @@ def break_down(settings: object) -> int:
 def test_an_error_that_nobody_expected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line and status 1; the traceback is kept where the line says."""
+    """It is one line and status 1, and the traceback is kept where the line says."""
     monkeypatch.setattr(listing, "run", break_down)
     assert main(["list"]) == 1
     said = capsys.readouterr().err
@@ -145,7 +145,7 @@ def test_an_error_that_nobody_expected(
 
 @pytest.mark.parametrize("how", ["flag before", "flag after", "environment"])
 def test_debug(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The traceback is shown, and kept nowhere."""
+    """The traceback is shown, and not kept."""
     monkeypatch.setattr(listing, "run", break_down)
     if how == "environment":
         monkeypatch.setenv("SUBSPAN_DEBUG", "1")
@@ -161,7 +161,7 @@ def test_debug(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 def test_debug_of_wrong_settings(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Status 2 with and without; the line is the same, and where it comes from is shown with it alone."""
+    """The status is 2 and the line is the same with --debug and without. Only --debug shows where it comes from."""
     monkeypatch.chdir(tmp_path)
     for setting in ("0", "1"):
         monkeypatch.setenv("SUBSPAN_DEBUG", setting)

@@ -1,28 +1,16 @@
-"""Help: what a command does first, examples last, and the examples are ones that the command takes."""
+"""Help: it says what a command does first and shows examples last, which the command understands."""
 
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.parsers import PARSER, PARSERS
 
 from subspan.cli import main
-from subspan.cli.main import COMMANDS, make_parser
-from subspan.cli.parser import Parser, spelled
-
-
-def parsers(parser: Parser, name: str = "") -> Iterator[tuple[str, Parser]]:
-    """Each parser below ``parser``, by the words that choose it."""
-    for action in parser._actions:
-        for word, below in action.choices.items() if isinstance(action.choices, dict) else ():
-            yield f"{name} {word}".strip(), below
-            yield from parsers(below, f"{name} {word}".strip())
-
+from subspan.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
-PARSER = make_parser()
-PARSERS = dict(parsers(PARSER))
 
 
 def help_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -38,7 +26,7 @@ def test_every_command_has_a_parser() -> None:
 
 
 def test_the_list_of_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In groups, a line each, within 80 columns; then what the exit status says."""
+    """They are in groups, a line each, within 80 columns. Then follows what an exit status means."""
     monkeypatch.setenv("COLUMNS", "80")
     shown = help_of([], capsys)
     assert shown.startswith("Train large language models")
@@ -46,14 +34,17 @@ def test_the_list_of_commands(capsys: pytest.CaptureFixture[str], monkeypatch: p
     for name, entry in COMMANDS.items():
         group = shown.partition(f"{entry.group}:\n")[2].partition("\n\n")[0]
         assert re.search(rf"^  {name} +{re.escape(entry.about)}$", group, re.MULTILINE), name
-    for word in ("--debug", "--version", "--print-completion", "Exit status: 0 done;"):
+    for word in ("--debug", "--version", "--print-completion"):
         assert word in shown
+    statuses = shown.partition("exit status:\n")[2].partition("\n\n")[0]
+    assert [line.split("  ")[1] for line in statuses.splitlines()] == ["0", "1", "2", "130, 143", "141"]
+    assert re.search(r"^  0 +done$", statuses, re.MULTILINE)
     assert max(len(line) for line in shown.partition("examples:")[0].splitlines()) <= 80
 
 
 @pytest.mark.parametrize("name", PARSERS)
 def test_help(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It begins with what the command does, goes on with how it is called, in a line, and ends with examples."""
+    """It begins with what the command does, goes on with one line on how it is called, and ends with examples."""
     monkeypatch.setenv("COLUMNS", "80")
     shown = PARSERS[name].format_help()
     about, usage, *_ = shown.split("\n\n")
@@ -69,16 +60,24 @@ def test_help(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", PARSERS)
 def test_examples(name: str) -> None:
-    """Each is of this command, and is understood."""
+    """Each of them calls this command, and is understood."""
     for example in PARSERS[name].examples:
         words = shlex.split(example)
         assert " ".join(words).startswith(f"subspan {name}")
-        PARSER.parse_args(spelled(words[1:]))
+        PARSER.parse_args(words[1:])
 
 
 def test_what_must_be_given_is_in_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: subspan plan --model MODEL [options]\n" in help_of(["plan"], capsys)
     assert "usage: subspan report [options] sources [sources ...]\n" in help_of(["report"], capsys)
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_types_and_defaults_are_in_plain_words(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No class of Python is shown, and booleans are spelled as in YAML."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    shown = PARSERS[name].format_help()
+    assert not re.search(r"Optional|Literal|default: (True|False)", shown)
 
 
 @pytest.mark.parametrize(
@@ -114,5 +113,5 @@ def test_the_page_of_the_command_line() -> None:
     assert len(trained) == 2
     for words in trained:
         PARSER.parse_args(
-            spelled([word.replace("configs", str(ROOT / "configs")) for word in words if word != "--print_config"])
+            [word.replace("configs", str(ROOT / "configs")) for word in words if word != "--print_config"]
         )

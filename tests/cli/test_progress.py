@@ -1,6 +1,4 @@
-"""What is shown while a run goes on: lines where nobody watches, a bar on a terminal, colours only where they are
-wanted.
-"""
+"""The progress of a run: a bar on a terminal, lines elsewhere, and colours only where they are wanted."""
 
 import io
 import re
@@ -19,7 +17,7 @@ class Terminal(io.StringIO):
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, **environment: str) -> str:
-    """What a run of four steps writes."""
+    """Return what a run of four steps writes."""
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLORTERM"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"TERM": "xterm-256color", "COLUMNS": "100", **environment}.items():
@@ -52,7 +50,7 @@ def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lines_elsewhere(
     stream: type[io.StringIO], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not a code of any kind; steps, loss, tokens per second and the time left."""
+    """The lines hold steps, loss, tokens per second and the time left, and no code of any kind."""
     text = shown(monkeypatch, stream(), **environment)
     assert "\x1b" not in text
     assert "\r" not in text

@@ -65,7 +65,7 @@ def test_errors() -> None:
         register(model, optimizer)
     model.register_comm_hook = lambda *_: None  # type: ignore[assignment]
     for recipe, words in (
-        ("fira_adamw", "residual=Fira.*needs every gradient whole"),
+        ("fira_adamw", "residual=Fira.*needs every gradient in full"),
         ("online_pca_adamw", "selector=OnlinePCA.*follows every gradient"),
         ("flora_adamw", "selector=Gaussian.*not orthonormal"),
     ):

@@ -1,4 +1,4 @@
-"""A run in a process of its own: prints the megabytes between an early step and the last.
+"""A run in a process of its own, which prints the megabytes between an early step and the last.
 
 memory_worker.py CONFIG EARLY KEPT      a pickled config, the step, tensors of 16 x 16 that each step keeps
 """
@@ -16,7 +16,7 @@ from subspan.training.pretraining import Pretraining
 def resident() -> float:
     """Megabytes of this process that are in memory."""
     gc.collect()
-    # What the process alone holds: pages of shared libraries come and go.
+    # Only what belongs to this process, because pages of shared libraries come and go.
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Dirty", "Swap:"))) / 1024
 

@@ -1,11 +1,8 @@
-"""Generated settings: each run trains a step, or is refused in one line that names a setting. Never a bare
-traceback.
-"""
+"""Generated settings: each run trains a step, or is refused with an error of the user that names a setting."""
 
 import logging
 import shutil
 import signal
-import traceback
 import uuid
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -27,6 +24,7 @@ from subspan.training.config.settings import (
 )
 from subspan.training.pretraining import Pretraining, RunDivergedError
 from subspan.training.signals import RunInterruptedError
+from subspan.utils.errors import UserError
 
 Make = Callable[..., PretrainConfig]
 SECTIONS = {
@@ -131,14 +129,12 @@ NONSENSE: dict[str, list[Any]] = {
     "checkpoint.every": [*WHOLE, 10**30],
     "checkpoint.keep": [*WHOLE, 10**30],
 }
-"""Values of the type that a flag has, since the command line sees to types. What stands inside a part's settings may be
-anything.
-"""
+"""Values of the type that a flag has, since the command line checks types. Inside a part's settings stands anything."""
 
 
 @st.composite
 def configurations(draw: st.DrawFn) -> dict[str, Any]:
-    """Settings by name, ``optim.eps`` for one of a section: sensible ones, and in most cases some nonsense."""
+    """Settings by name, such as ``optim.eps``: sensible ones, and in most cases some nonsense."""
     recipe = RECIPES[draw(st.sampled_from(sorted(RECIPES)))]
     given: dict[str, Any] = {"optimizer": recipe.name}
     for name in draw(st.lists(st.sampled_from(sorted(SENSIBLE)), max_size=8, unique=True)):
@@ -174,7 +170,7 @@ def built(given: dict[str, Any], make: Make, folder: Path) -> PretrainConfig:
 
 
 def words(given: dict[str, Any], config: PretrainConfig) -> set[str]:
-    """The names of the settings, and paths among them: one of them an error must name."""
+    """The names of the settings and the paths among them, one of which an error must name."""
     own = {name.rpartition(".")[2] for name in given} | {
         key for value in given.values() if isinstance(value, dict) for key in value
     }
@@ -206,12 +202,14 @@ def is_tame(given: dict[str, Any]) -> bool:
 
 
 def outcome(config: PretrainConfig, finite: bool = False) -> str:
-    """``trained``, to ``finite`` weights if they must be, or the message of the refusal. Any other error is raised."""
+    """``trained``, or the message of a refusal. Any other error is raised.
+
+    Args:
+        finite: whether the weights must be finite after the step.
+    """
     try:
         run = Pretraining(config)
-    except ValueError as error:
-        if "subspan" not in traceback.extract_tb(error.__traceback__)[-1].filename:
-            raise RuntimeError(f"a library's own error reached the user: {error}") from error
+    except UserError as error:
         return str(error)
     read = run.data.next_batch
 
@@ -225,7 +223,7 @@ def outcome(config: PretrainConfig, finite: bool = False) -> str:
         run.run()
     except RunInterruptedError:
         pass
-    except (ValueError, RunDivergedError) as error:
+    except (UserError, RunDivergedError) as error:
         return str(error)
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -236,7 +234,7 @@ def outcome(config: PretrainConfig, finite: bool = False) -> str:
 
 @pytest.mark.parametrize("cases", [pytest.param(60), pytest.param(1000, marks=[pytest.mark.slow])])
 def test_generated_configurations(cases: int, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The share of cases that train is checked too: a generator of nothing but refusals would prove little."""
+    """The share of cases that train is checked too, since a generator of mere refusals would prove little."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("subspan.utils.atomic_files.sync", lambda path: None)  # the disk is not what is tested here
     folder = tmp_path / "empty"

@@ -1,6 +1,4 @@
-"""Checkpoints whose bytes have changed: refused with a reason, the newest sound one continued, every file left as it
-is.
-"""
+"""Checkpoints whose bytes have changed are refused and left as they are; the newest sound one is continued."""
 
 import random
 import re
@@ -68,7 +66,7 @@ def settings(tiny: Make, run: Path, tmp_path: Path) -> dict[str, object]:
 def test_two_hundred_damaged_checkpoints(
     run: Path, tiny: Make, settings: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever file of the newest is hit, and how: auto takes the one before and says why; its path is refused."""
+    """Whichever file of the newest is hit: auto takes the one before and says why, and its own path is refused."""
     dice = random.Random(0)
     newest, before = list_checkpoints(run / "checkpoints")[:0:-1]
     kept = tmp_path / "kept"
@@ -100,9 +98,7 @@ def test_two_hundred_damaged_checkpoints(
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("name", ["optimizer.pt", "training.pt", "model.safetensors"])
 def test_the_sound_one_is_continued(how: Callable, name: str, run: Path, tiny: Make, tmp_path: Path) -> None:
-    """A run that passed over a damaged checkpoint ends where the unbroken one did, and mends the damage by saving
-    again.
-    """
+    """A run that passed over a damaged checkpoint ends where the unbroken one did; saving again mends the damage."""
     whole = files(run / "checkpoints" / "step-000006")
     how(run / "checkpoints" / "step-000006" / name, random.Random(1))
     again = Pretraining(tiny(resume="auto"))
@@ -120,7 +116,7 @@ def test_a_run_is_named(run: Path, tiny: Make, settings: dict) -> None:
 
 
 def test_none_is_sound(run: Path, tiny: Make, settings: dict) -> None:
-    """The run is not started anew behind its user's back."""
+    """The run is not started again behind its user's back."""
     for path in list_checkpoints(run / "checkpoints"):
         truncate(path / "optimizer.pt", random.Random(0))
     left = files(run)
@@ -136,7 +132,7 @@ def test_none_is_sound(run: Path, tiny: Make, settings: dict) -> None:
 @pytest.mark.parametrize("how_many", [1, 3])
 @pytest.mark.parametrize("name", ["optimizer.pt", "training.pt", RECORD])
 def test_other_settings_are_named_first(how_many: int, name: str, resume: str, run: Path, tiny: Make) -> None:
-    """Who mistyped a setting is not sent to look for a damaged disk."""
+    """A user who mistyped a setting is not sent to look for a damaged disk."""
     checkpoints = list_checkpoints(run / "checkpoints")
     for path in checkpoints[-how_many:]:
         truncate(path / name, random.Random(0))
@@ -147,7 +143,7 @@ def test_other_settings_are_named_first(how_many: int, name: str, resume: str, r
 def test_checkpoints_of_before_there_were_checksums(
     run: Path, tiny: Make, settings: dict, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They are continued, with a note; one that cannot even be read is passed over."""
+    """Checkpoints without checksums are continued with a note; one that cannot even be read is passed over."""
     for path in list_checkpoints(run / "checkpoints"):
         (path / RECORD).unlink()
     capsys.readouterr()
@@ -159,7 +155,7 @@ def test_checkpoints_of_before_there_were_checksums(
 
 
 def test_damaged_newer_ones_do_not_push_out_sound_ones(run: Path, tiny: Make) -> None:
-    """What ``keep`` keeps are the newest of this continuation, not damaged leftovers of a higher step."""
+    """The checkpoints that ``keep`` counts are the newest of this continuation, not damaged ones of a higher step."""
     for name in ("step-000004", "step-000006"):
         truncate(run / "checkpoints" / name / "training.pt", random.Random(0))
     again = Pretraining(tiny(resume="auto", checkpoint=CheckpointConfig(every=1, keep=1)))
@@ -182,7 +178,7 @@ def test_what_stands_beside_the_files_may_change(run: Path, tiny: Make, settings
 
 
 def test_numbered_runs(run: Path, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without ``out``, auto finds the run by its settings also when its newest checkpoint is damaged."""
+    """Without ``out``, auto finds the run by its settings, also if its newest checkpoint is damaged."""
     monkeypatch.chdir(tmp_path)
     Pretraining(tiny(out=None)).run()
     own = Path("runs") / "config.json-sara_adamw-seed0"

@@ -1,5 +1,6 @@
-"""Data that shrinks, vanishes or is broken, before, while and after a run reads it: an error that names it, never a
-crash.
+"""Data that shrinks, vanishes or is broken, before, while and after a run reads it.
+
+An error names it, and nothing crashes.
 """
 
 import gzip
@@ -31,7 +32,7 @@ TOKENIZER = load_tokenizer("bytes")
 
 
 def after(run: Pretraining, batches: int, happens: Callable[[], object]) -> Pretraining:
-    """``run``, in which something happens before the batch of that number is read."""
+    """``run``, in which ``happens`` is called before it reads the batch of that number."""
     read, count = run.data.next_batch, iter(range(10**6))
 
     def next_batch(size: int) -> object:
@@ -45,7 +46,7 @@ def after(run: Pretraining, batches: int, happens: Callable[[], object]) -> Pret
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of tokens of this test's own."""
+    """A cache of tokens that belongs to this test only."""
     path = tmp_path / "tokens"
     monkeypatch.setenv("SUBSPAN_CACHE", str(path))
     return path
@@ -65,7 +66,7 @@ def refused(call: Callable[[], object], *words: str) -> None:
 @pytest.mark.parametrize("left", [0, 1001])
 def test_the_cache_shrinks_while_a_run_reads_it(left: int, tiny: Make, cache: Path) -> None:
     """The run ends with an error that names the file, and goes on from its last checkpoint when the cache is made
-    anew.
+    again.
     """
     run = Pretraining(tiny(evaluation=tiny().evaluation))
     (file,) = cache.glob("*/train.bin")
@@ -76,7 +77,7 @@ def test_the_cache_shrinks_while_a_run_reads_it(left: int, tiny: Make, cache: Pa
 
 
 def test_a_process_survives_a_shrinking_cache(tiny: Make, tmp_path: Path, cache: Path) -> None:
-    """As a process of its own: a memory map would end it by SIGBUS, with neither a word nor a status."""
+    """It is a process of its own, because a memory map would end it by SIGBUS, with neither a word nor a status."""
     (tmp_path / "settings.json").write_text(json.dumps(asdict(tiny())))
     script = textwrap.dedent(
         """
@@ -101,7 +102,7 @@ def test_a_process_survives_a_shrinking_cache(tiny: Make, tmp_path: Path, cache:
 
 
 def test_the_cache_vanishes_while_a_run_reads_it(tiny: Make, cache: Path) -> None:
-    """An open file outlives its name: the run does not notice, and the next one makes the cache anew."""
+    """An open file outlives its name. The run does not notice, and the next one makes the cache again."""
     run = after(Pretraining(tiny()), 3, lambda: shutil.rmtree(cache))
     assert run.run().steps == 6
     assert Pretraining(tiny(resume="auto")).step == 6
@@ -126,12 +127,12 @@ def test_a_damaged_cache_is_made_anew(
     else:
         os.truncate(file, 20)
     Pretraining(tiny())
-    assert f"{file.parent}: the cache of tokens there is damaged; made anew" in capsys.readouterr().err
+    assert f"{file.parent}: the cache of tokens there is damaged and is made again" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == whole
 
 
 def test_documents_change_while_they_are_read(corpus: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was read may be of neither version: nothing is kept of it."""
+    """The tokens may be a mixture of two versions, so nothing of them is kept."""
     documents = find_documents(str(corpus))
 
     def chunks(found: Iterator) -> Iterator[list]:
@@ -147,8 +148,8 @@ def test_documents_change_while_they_are_read(corpus: Path, cache: Path, monkeyp
 
 
 def test_documents_vanish(tiny: Make, corpus: Path, cache: Path, tmp_path: Path) -> None:
-    """After they are found and before they are read; while the run reads its tokens, which matters not; and before a
-    resume.
+    """They vanish after they are found and before they are read, before a resume, and while the run reads its tokens,
+    which does no harm.
     """
     documents = find_documents(str(corpus))
     run = after(Pretraining(tiny(steps=6)), 3, corpus.unlink)
@@ -161,7 +162,7 @@ def test_documents_vanish(tiny: Make, corpus: Path, cache: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("kept", [0.5, 0.999])
 def test_documents_shrink_before_a_resume(kept: float, tiny: Make, corpus: Path) -> None:
-    """At a line's end they are another data set; within a line, broken."""
+    """Cut at a line's end they are another data set; cut within a line they are broken."""
     Pretraining(tiny()).run()
     lines = corpus.read_text().splitlines(keepends=True)
     corpus.write_text("".join(lines[: int(len(lines) * kept)]) + ("" if kept == 0.5 else lines[-1][:20]))
@@ -193,7 +194,7 @@ def test_documents_shrink_before_a_resume(kept: float, tiny: Make, corpus: Path)
     ],
 )
 def test_broken_lines(line: str, tiny: Make, corpus: Path) -> None:
-    """Each is refused with its file and number: a line left out silently would be another data set."""
+    """Each is refused with its file and number, because a line left out silently would make another data set."""
     with open(corpus, "a") as file:
         file.write(line + "\n")
     refused(lambda: Pretraining(tiny()), f"{corpus}, line 41")
@@ -218,7 +219,7 @@ def test_a_compressed_file_cut_short(cut: int, tiny: Make, corpus: Path) -> None
 
 @pytest.fixture
 def c4(tmp_path: Path) -> Path:
-    """Two training files and a validation file, with names and fields of C4."""
+    """Two training files and a validation file, with the names and fields of C4."""
     folder = tmp_path / "c4" / "en"
     folder.mkdir(parents=True)
     for half, number in (("train", 0), ("train", 1), ("validation", 0)):
@@ -237,9 +238,7 @@ def second_of(folder: Path) -> Path:
 
 @pytest.mark.parametrize("how", ["gone", "broken", "null", "truncated"])
 def test_a_stream_breaks_off(how: str, tiny: Make, c4: Path) -> None:
-    """While the first file is read the second one goes bad: an error when its turn comes, with checkpoints before
-    it.
-    """
+    """The second file goes bad while the first is read. An error comes at its turn, with checkpoints before it."""
     second = second_of(c4)
     happens: dict[str, Callable[[], object]] = {
         "gone": second.unlink,
@@ -254,8 +253,8 @@ def test_a_stream_breaks_off(how: str, tiny: Make, c4: Path) -> None:
 
 @pytest.mark.parametrize(("number", "resumed"), [(0, False), (1, False), (0, True)])
 def test_a_stream_is_cut_between_two_lines(number: int, resumed: bool, tiny: Make, c4: Path, tmp_path: Path) -> None:
-    """The reader takes the cut for the end: it is noticed there. With the file put back the run goes on as if
-    unbroken.
+    """The reader takes the cut for the end of the file, where it is noticed. With the file put back the run goes on as
+    if unbroken.
     """
     settings = streamed(c4) | {
         "checkpoint": CheckpointConfig(every=40),
@@ -283,7 +282,7 @@ def test_a_stream_is_cut_between_two_lines(number: int, resumed: bool, tiny: Mak
 
 @pytest.mark.parametrize("how", ["gone", "truncated", "grown"])
 def test_a_stream_changes_before_a_resume(how: str, tiny: Make, c4: Path) -> None:
-    """The cursor is a place in files: in other files it would be any place."""
+    """The cursor is a place in files; in other files it would be any place."""
     Pretraining(tiny(**(streamed(c4) | {"steps": 6}))).run()
     second = second_of(c4)
     if how == "gone":

@@ -1,6 +1,4 @@
-"""A disk that fills up: what was saved before stands, one line says what is needed, and the run goes on when there is
-room.
-"""
+"""A disk that fills up: what was saved before stands, one line says what is needed, and the run can go on later."""
 
 import errno
 import os
@@ -12,9 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import sharded_worker
+from faults import full_disk_worker
+from support.processes import launch
 
+from subspan.checkpoints import sharded
 from subspan.checkpoints.checksums import damage
 from subspan.checkpoints.directory import list_checkpoints
+from subspan.checkpoints.sharded import save_sharded, save_sharded_async
+from subspan.checkpoints.writer import new_checkpoint
 from subspan.cli import main
 from subspan.training.config.settings import CheckpointConfig, EvaluationConfig, PretrainConfig
 from subspan.training.data.documents import find_documents
@@ -30,7 +34,7 @@ Make = Callable[..., PretrainConfig]
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of a megabyte and a half."""
+    """Mount a file system of a megabyte and a half."""
     path = tmp_path / "disk"
     path.mkdir()
     if (
@@ -43,7 +47,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, leave: int) -> Path:
-    """A file that leaves ``leave`` bytes free."""
+    """Write a file that leaves ``leave`` bytes free."""
     ballast = disk / "ballast"
     ballast.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - leave)))
     return ballast
@@ -53,8 +57,15 @@ def same(first: Path, second: Path) -> bool:
     return (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
+def flags(config: PretrainConfig) -> list[str]:
+    """Return the words of a command that trains with these settings."""
+    names = ("model", "tokenizer", "data", "steps", "batch_size", "rank")
+    given = [f"--{name}={getattr(config, name)}" for name in names]
+    return ["pretrain", *given, "--sequence_length=16", "--checkpoint.every=2", "--device=cpu"]
+
+
 def filling(run: Pretraining, before: int, disk: Path, leave: int) -> Pretraining:
-    """``run``, whose disk is filled before the batch of that number is read."""
+    """Return ``run``, whose disk is filled before the batch of that number is read."""
     read, count = run.data.next_batch, iter(range(10**6))
 
     def next_batch(size: int) -> object:
@@ -68,7 +79,7 @@ def filling(run: Pretraining, before: int, disk: Path, leave: int) -> Pretrainin
 
 @pytest.mark.parametrize("leave", [0, 4096, 20_000, 32_000, 48_000, 64_000, 80_000, 96_000])
 def test_a_checkpoint_that_does_not_fit(leave: int, disk: Path, tiny: Make, tmp_path: Path) -> None:
-    """Wherever in the checkpoint the space ends."""
+    """The space ends at one place of the checkpoint after another."""
     every = {"checkpoint": CheckpointConfig(every=2, keep=3)}
     Pretraining(tiny(**every, out=str(tmp_path / "whole"))).run()
     size = sum(path.stat().st_size for path in (tmp_path / "whole" / "checkpoints" / "step-000004").iterdir())
@@ -96,6 +107,66 @@ def test_a_checkpoint_that_does_not_fit(leave: int, disk: Path, tiny: Make, tmp_
     assert same(folder / "step-000006", tmp_path / "whole" / "checkpoints" / "step-000006")
 
 
+def test_a_sharded_checkpoint_that_does_not_fit(disk: Path, tmp_path: Path) -> None:
+    """One process writes it at once and in the background, with ``new_checkpoint`` and without."""
+    model, optimizer = sharded_worker.build("sara_adamw", sharded=False)
+    sharded_worker.train(model, optimizer, 2, first=0)
+    save_sharded(tmp_path / "whole", model, optimizer)
+    size = sum(path.stat().st_size for path in (tmp_path / "whole").iterdir())
+    with new_checkpoint(disk / "run", step=1, keep=2) as scratch:
+        save_sharded(scratch, model, optimizer)
+
+    def published() -> None:
+        with new_checkpoint(disk / "run", step=2, keep=2) as scratch:
+            pending = save_sharded_async(scratch, model, optimizer)
+            pending.wait()
+
+    def alone() -> None:
+        save_sharded(disk / "run" / "step-000002", model, optimizer)
+
+    for save in (published, alone):
+        for leave in range(0, size, 8192):
+            ballast = fill(disk, leave)
+            with pytest.raises(InputError) as error:
+                save()
+            place = disk / "run" / "step-000002"
+            assert str(error.value).startswith(
+                f"checkpoint {place} cannot be written: no space is left; it needs about "
+            )
+            assert not list(place.iterdir()) if place.exists() else True
+            assert not (disk / "run" / "unfinished").exists()
+            assert sharded.damage(disk / "run" / "step-000001") is None
+            ballast.unlink()
+        save()
+        assert sharded.damage(place) is None
+        shutil.rmtree(place)
+
+
+@pytest.mark.distributed
+def test_a_sharded_checkpoint_of_two_ranks_that_does_not_fit(disk: Path) -> None:
+    launch(sharded_worker.main, 2, "small_disk", str(disk))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_run_of_two_ranks(parallel: str, disk: Path, tiny: Make, tmp_path: Path) -> None:
+    """All ranks end with the same error, which is said once; the run goes on when there is room."""
+    said = tmp_path / "said"
+    command = [*flags(tiny()), f"--out={disk / 'run'}", f"--parallel={parallel}", "--optim.proj_type=right"]
+    done = launch(full_disk_worker.main, 2, str(disk), "30000", str(said), *command, check=False)
+    assert done.returncode == 2, done.stderr
+    place = disk / "run" / "checkpoints" / "step-000004"
+    message = f"checkpoint {place} cannot be written: no space is left; it needs about "
+    assert done.stderr.count(f"subspan: error: {message}") == 1
+    first, second = (Path(f"{said}.{rank}").read_text() for rank in (0, 1))
+    assert first == second
+    assert first.startswith(message)
+    assert [path.name for path in place.parent.iterdir()] == ["step-000002"]
+    (disk / "ballast").unlink()
+    launch(full_disk_worker.main, 2, str(disk), "none", str(said), *command, "--resume=auto")
+    assert sorted(path.name for path in place.parent.iterdir()) == ["step-000004", "step-000006"]
+
+
 def test_the_command_says_so_in_one_line(
     disk: Path, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,21 +177,8 @@ def test_the_command_says_so_in_one_line(
         filling(self, 3, disk, 30_000)
 
     monkeypatch.setattr(Pretraining, "__init__", init)
-    config = tiny()
-    flags = [
-        f"--{name}={getattr(config, name)}" for name in ("model", "tokenizer", "data", "steps", "batch_size", "rank")
-    ]
     with pytest.raises(SystemExit) as status:
-        main(
-            [
-                "pretrain",
-                *flags,
-                "--sequence_length=16",
-                "--checkpoint.every=2",
-                f"--out={disk / 'run'}",
-                "--device=cpu",
-            ]
-        )
+        main([*flags(tiny()), f"--out={disk / 'run'}"])
     assert status.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(
@@ -216,7 +274,7 @@ def test_a_write_that_fails(number: int, tiny: Make, tmp_path: Path, monkeypatch
 
 
 def test_a_rename_that_fails(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint that should take the place of another: the other is put back."""
+    """The checkpoint that should have been replaced is put back."""
     Pretraining(tiny()).run()
     again, rename = Pretraining(tiny(resume="auto")), Path.rename
 
@@ -232,7 +290,7 @@ def test_a_rename_that_fails(tiny: Make, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_metrics_with_broken_lines(tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """They are counted and left out; the file as it was stays."""
+    """Broken lines are counted and left out; the file as it was is kept."""
     Pretraining(tiny(log_every=1, steps=4, schedule=tiny().schedule)).run()
     path = tmp_path / "run" / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)

@@ -20,16 +20,14 @@ METHODS = {
     "stream": {"optimizer": "sara_adamw"},
 }
 ALLOWED = 2.0
-"""Megabytes. Measured are 0.0 to 0.4; a leak of one tensor of 16 x 16 in a step is beyond it, as the last test
-shows.
-"""
+"""Megabytes. Runs grow by 0.0 to 0.4. A leak of one tensor of 16 x 16 in a step exceeds it, as the last test shows."""
 
 
 def growth(config: PretrainConfig, tmp_path: Path, early: int, kept: int = 0) -> float:
-    """Megabytes between step ``early`` and the last, in a fresh process: one that has run other tests has room to hide
-    a leak.
+    """Megabytes between step ``early`` and the last, in a fresh process, because a process that has run other tests has
+    room to hide a leak.
 
-    ``kept``: tensors of 16 x 16 that each step keeps.
+    Each step keeps ``kept`` tensors of 16 x 16.
     """
     if not Path("/proc/self/smaps_rollup").exists():
         pytest.skip("resident memory is read from /proc/self/smaps_rollup, which is not here")
@@ -63,12 +61,14 @@ def config(name: str, make: Make, steps: int, tmp_path: Path) -> PretrainConfig:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_memory_is_flat(name: str, tiny: Make, tmp_path: Path) -> None:
-    """Resident memory after 200 and after 2,000 steps, refreshes, evaluations and checkpoints included."""
+    """Resident memory is compared after 200 and 2,000 steps, with refreshes, evaluations and checkpoints."""
     grown = growth(config(name, tiny, 2000, tmp_path), tmp_path, early=200)
     assert grown < ALLOWED, f"{grown:.1f} MB more after 2,000 steps than after 200"
 
 
 @pytest.mark.slow
 def test_a_leak_would_be_seen(tiny: Make, tmp_path: Path) -> None:
-    """The measure itself. As many tensors are kept as one a step would be in the long run."""
+    """The measure finds a leak. In the short run each step keeps as many tensors as one a step would be in the long
+    run.
+    """
     assert growth(config("sara", tiny, 200, tmp_path), tmp_path, early=20, kept=10) > ALLOWED

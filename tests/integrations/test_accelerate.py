@@ -55,7 +55,7 @@ def test_trains(llama: Any, text: Any, name: str) -> None:
 
 
 def test_accumulation(llama: Any, text: Any) -> None:
-    """Steps are taken at the boundaries alone."""
+    """Steps are taken only at the boundaries."""
     run = prepare(llama, text, "sara_adamw", accumulate=4)
     train(*run, steps=8)
     assert {group["clock"] for group in run[2].optimizer.param_groups} == {2}

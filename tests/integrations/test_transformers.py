@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from subspan.integrations.transformers import Subspace
+from subspan.utils.errors import SettingError
 
 
 def arguments(folder: Path, **settings: Any) -> TrainingArguments:
@@ -45,9 +46,7 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     "name", ["sara_adamw", "galore_adafactor", "fira_adamw", "golore_hybrid_adamw", "ldadam_adamw"]
 )
 def test_trains(llama: Any, text: Any, tmp_path: Path, name: str) -> None:
-    """The loss falls, the named matrices move inside subspaces, and the learning rate follows the Trainer's
-    schedule.
-    """
+    """The loss falls, the named matrices move in subspaces, and the learning rate follows the Trainer's schedule."""
     run = trainer(llama(), text, arguments(tmp_path, warmup_steps=2), name=name)
     run.train()
     losses = [row["loss"] for row in run.state.log_history if "loss" in row]
@@ -60,9 +59,7 @@ def test_trains(llama: Any, text: Any, tmp_path: Path, name: str) -> None:
 
 
 def test_resume_is_exact(llama: Any, text: Any, tmp_path: Path) -> None:
-    """Stopped after ten of twelve steps and resumed from its checkpoint, every weight has the bits of the unbroken
-    run.
-    """
+    """A run that is stopped after ten of twelve steps and resumed ends with the bits of the unbroken run."""
 
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -81,9 +78,7 @@ def test_resume_is_exact(llama: Any, text: Any, tmp_path: Path) -> None:
 
 
 def test_settings_of_the_trainer(llama: Any, text: Any, tmp_path: Path) -> None:
-    """Learning rate, betas, eps, weight decay and its split, seed and length of the run are those of
-    TrainingArguments.
-    """
+    """All of them are those of TrainingArguments: rates, betas, eps, weight decay and its split, seed, length."""
     args = arguments(
         tmp_path, learning_rate=3e-3, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, weight_decay=0.1, max_steps=50
     )
@@ -144,7 +139,7 @@ def test_errors(llama: Any, text: Any, tmp_path: Path, chosen: Any, settings: An
 def test_settings_that_a_rule_lacks_are_said(
     llama: Any, text: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Adafactor's eps is another thing than Adam's, and SGD has none: neither is set, and each is named."""
+    """Adafactor means another thing by eps than Adam, and SGD has none: neither is set, and each is named."""
     for name in ("sara_sgd", "sara_adafactor"):
         caplog.clear()
         optimizer = optimizer_of(llama(), text, arguments(tmp_path, adam_beta1=0.8, adam_epsilon=1e-6), name=name)
@@ -159,8 +154,59 @@ def test_a_version_that_hands_over_groups_is_refused() -> None:
 
 
 def test_without_a_trainer(llama: Any, tmp_path: Path) -> None:
-    """Called by hand it needs the arguments, and decays matrices."""
-    with pytest.raises(ValueError, match="args=None: no Trainer is calling"):
+    """Called by hand it needs the arguments, and decays what the Trainer would."""
+    with pytest.raises(SettingError, match=r"args=None: no Trainer is calling; pass its TrainingArguments"):
         Subspace()(llama(), "sara_adamw")
     optimizer = Subspace()(llama(), "sara_adamw", arguments(tmp_path, weight_decay=0.1), rank=4)
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.1}
+
+
+def test_arguments_in_the_tuple_need_no_caller(llama: Any, text: Any, tmp_path: Path) -> None:
+    """The optimizer is the one that the Trainer's own arguments give: the same groups, names and settings."""
+    args = arguments(tmp_path, weight_decay=0.1, adam_beta1=0.8, adam_epsilon=1e-6)
+    found = []
+    for settings in ({}, {"args": args}):
+        model = llama()
+        model.model.layers[0].register_parameter("scale_norm", torch.nn.Parameter(torch.ones(3, 3)))
+        chosen = (Subspace, {"name": "golore_hybrid_adamw", "rank": 4, **settings})
+        run = Trainer(model=model, args=args, train_dataset=text, optimizer_cls_and_kwargs=chosen)
+        optimizer = run.create_optimizer()
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        found.append((groups, optimizer.seed, optimizer.selector))
+    assert found[0] == found[1]
+    decay = {name: group["weight_decay"] for group in found[0][0] for name in group["param_names"]}
+    assert decay["model.layers.0.scale_norm"] == 0.0
+
+
+def test_a_trainer_farther_up_is_not_taken(llama: Any, text: Any, tmp_path: Path) -> None:
+    """Only the direct caller is asked: the arguments of another Trainer would be wrong without a word."""
+    seen = []
+
+    class Outer(Trainer):
+        def create_optimizer(self, model: Any = None) -> Optimizer:
+            with pytest.raises(SettingError, match="no Trainer is calling"):
+                by_hand(self.model)
+            seen.append(super().create_optimizer(model))
+            return seen[0]
+
+    def by_hand(model: torch.nn.Module) -> None:
+        Subspace()(model, "sara_adamw")
+
+    chosen = (Subspace, {"name": "sara_adamw", "rank": 4})
+    run = Outer(model=llama(), args=arguments(tmp_path), train_dataset=text, optimizer_cls_and_kwargs=chosen)
+    assert run.create_optimizer() is seen[0]
+    assert seen[0].param_groups[0]["lr"] == 1e-2
+
+
+def test_a_trainers_own_split_is_asked_for(llama: Any, text: Any, tmp_path: Path) -> None:
+    """A Trainer may say by itself which parameters decay."""
+
+    class Own(Trainer):
+        def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+            return ["model.norm.weight"]
+
+    chosen = (Subspace, {"name": "sara_adamw", "rank": 4})
+    args = arguments(tmp_path, weight_decay=0.1)
+    optimizer = Own(model=llama(), args=args, train_dataset=text, optimizer_cls_and_kwargs=chosen).create_optimizer()
+    decay = {name: group["weight_decay"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert [name for name, value in decay.items() if value] == ["model.norm.weight"]

@@ -1,4 +1,4 @@
-"""The model of a step on many machines: FLOPs against torch's counter, sums by hand, the page against the command."""
+"""The model of a step on many machines, against torch's counter of FLOPs, sums by hand, and the page."""
 
 import json
 from dataclasses import replace
@@ -19,14 +19,15 @@ PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 
 
 def addmm(_, a, b, out_shape=None, **__):
-    """FLOPs of ``addmm_``, which torch's counter does not know."""
+    """The FLOPs of ``addmm_``, which torch's counter does not know."""
     return 2 * a[0] * a[1] * b[1]
 
 
 @pytest.mark.parametrize(("name", "backward_side"), [("adamw", False), ("sara_adamw", False), ("sara_adamw", True)])
 def test_flops_are_those_that_torch_counts(name, backward_side):
-    """The FLOPs of a refresh and of an ordinary step agree. A backward-side refresh is compared only as far as the
-    model of the step has it.
+    """The FLOPs of an ordinary step and of a refresh are counted ones.
+
+    The model leaves out those of a backward-side refresh.
     """
     setting = Setting("llama-nano", tokens=256, rank=16, sequence_length=64)
     way = Way(name, backward_side=backward_side)
@@ -47,7 +48,7 @@ def test_flops_are_those_that_torch_counts(name, backward_side):
 
 
 def test_seven_billion_by_hand():
-    """LLaMA-2 7B has 6,738,415,616 parameters; AdamW in fp32 holds 16 bytes for each, and a ring sends 2 x 7/8 x 4."""
+    """AdamW in fp32 holds 16 bytes for each parameter of LLaMA-2 7B, and a ring of 8 sends 2 x 7/8 x 4 bytes."""
     model, rank = MODELS["7B"]
     assert model.numel == 6_738_415_616
     assert MODELS["70B"][0].numel == 68_976_648_192
@@ -71,7 +72,7 @@ def test_seven_billion_by_hand():
 
 
 def test_what_pays_where():
-    """What the page says in words."""
+    """The figures bear out what the page says in words."""
     rows = {}
     for model in scale.compute(Machines())["models"]:
         rows |= {(model["name"], row["name"], row["world"], row["link_gbit"]): row for row in model["rows"]}
@@ -110,7 +111,7 @@ def test_a_faster_link_or_machine_is_no_slower():
 
 
 def test_command_and_page(capsys):
-    """The tables of the page are what the command prints."""
+    """The tables of the page are those that the command prints."""
     assert main(["bench", "scale"]) == 0
     assert capsys.readouterr().out.strip() in PAGE.read_text()
     assert main(["bench", "scale", "--json", "--tokens", "4096", "--links", "[100]"]) == 0
@@ -120,7 +121,7 @@ def test_command_and_page(capsys):
 
 
 def test_counted_table_of_the_page():
-    """Its figures are those of the closed forms, which tests hold to counted bytes."""
+    """The counted figures of the page are those of the closed forms, which tests compare with counted bytes."""
     page, model = PAGE.read_text(), llama_of(PRESETS["llama-60m"])
     for name, way in WAYS.items():
         traffic = Traffic(model, 128, 8, way)

@@ -26,9 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_bytes_by_hand(model: str) -> None:
-    """The model has d 64, MLP 176, 300 words and 3 blocks; rank 8, bf16, backward-side. Every layer has a carrier out x
-    8.
-    """
+    """The bytes of a backward-side model in bf16 at rank 8, as sums over its shapes: a carrier is out x 8."""
     found = plan(PlanSetting(model, rank=8, seq=16, backward_side=True))["bytes"]
     d, f, v, blocks, r = 64, 176, 300, 3, 8
     others = 2 * v * d + d + blocks * 2 * d
@@ -43,7 +41,7 @@ def test_bytes_by_hand(model: str) -> None:
 
 @pytest.mark.parametrize("backward_side", [False, True])
 def test_limits_are_the_largest_that_fit(model: str, backward_side: bool) -> None:
-    """One more sequence, or one more dimension, and the peak is beyond the memory there is."""
+    """With one more sequence, or one more dimension, the peak is beyond the memory."""
     setting = PlanSetting(model, rank=8, batch=2, seq=32, backward_side=backward_side, gpu="3MB")
     planner = Planner(setting)
     found, budget = planner.report(), 3_000_000
@@ -58,7 +56,7 @@ def test_limits_are_the_largest_that_fit(model: str, backward_side: bool) -> Non
 @pytest.mark.parametrize("limit", [0, 3, 10, 49, 50, 51, 777, 1000, 5000])
 @pytest.mark.parametrize("start", [1, 50, 1000])
 def test_search(limit: int, start: int) -> None:
-    """Against every number tried, of a total with a bend."""
+    """The search finds what trying every number finds, for a total with a bend."""
 
     def total(x: int) -> int:
         return max(3 * x, 7 * x - 200)
@@ -68,7 +66,7 @@ def test_search(limit: int, start: int) -> None:
 
 
 def test_nothing_fits(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A clear no, and no error."""
+    """Where nothing fits the plan says so, and it is no error."""
     assert main(["plan", "--model", model, "--rank", "8", "--gpu", "0.1MB", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["fits"], found["largest_batch"], found["largest_rank"]) == (False, 0, 0)
@@ -97,7 +95,7 @@ def test_a_rank_above_a_side_is_full_rank(model: str) -> None:
 
 
 def test_ranks(model: str) -> None:
-    """Each of two fsdp ranks holds half of the weights, and ddp sends what there is to average."""
+    """Each of two fsdp ranks holds half of the weights; ddp has a copy of the gradients to send."""
     alone, ddp, fsdp = (
         Planner(PlanSetting(model, rank=8, seq=16, world=world, parallel=parallel)).costs(8, 1).bytes
         for world, parallel in ((1, "ddp"), (2, "ddp"), (2, "fsdp"))
@@ -109,7 +107,7 @@ def test_ranks(model: str) -> None:
 
 
 def test_accumulation_and_steps_in_the_backward_pass(model: str) -> None:
-    """Gradients that stay are there in the second forward pass; those that are stepped on at once are not."""
+    """Gradients that stay are there in the second forward pass. Gradients that are stepped on at once are not."""
     setting = PlanSetting(model, rank=8, seq=32)
     once, twice, at_once = (
         Planner(replace(setting, **change)).costs(8, 8)
@@ -168,7 +166,7 @@ def test_a_damaged_config(tmp_path: Path) -> None:
 
 
 def test_comparison(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Bars are as long as the peaks; the picture names every method."""
+    """Bars are as long as the peaks, and the picture names every method."""
     found = compare(PlanSetting(model, rank=8, seq=16, gpu="1MB"))
     assert [(row["name"], row["backward_side"]) for row in found["rows"]] == list(METHODS)
     for row in found["rows"]:
@@ -197,7 +195,7 @@ def test_a_comparison_does_not_pass_over_what_was_asked(
 
 
 def test_the_head_says_what_was_set(model: str) -> None:
-    """A plan and a comparison say it, and so does JSON."""
+    """A plan and a comparison begin with everything that was set, also as JSON."""
     setting = PlanSetting(
         model, rank=8, seq=16, accumulate=2, checkpointing=True, world=2, parallel="fsdp", step_in_backward=True
     )
@@ -220,7 +218,7 @@ def test_a_preset_has_the_vocabulary_of_its_runs(name: str, tokens: int) -> None
 
 
 def test_positions_begin_behind_that_of_padding(tmp_path: Path) -> None:
-    """RoBERTa with 40 positions has room for 38 tokens."""
+    """A RoBERTa with 40 positions has room for 38 tokens."""
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -251,7 +249,7 @@ def test_an_encoder_is_no_causal_lm(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_papers_way_of_counting() -> None:
-    """GaLore's table 2 to its last digit or two where nothing is projected: 3 x 2 bytes a weight."""
+    """Where nothing is projected (3 x 2 bytes a weight) GaLore's table 2 is met to its last digit or two."""
     assert papers_way("llama-60m", "adamw", 128) == pytest.approx(0.36e9, rel=0.04)
     assert papers_way("llama-1b", "adamw", 512) == pytest.approx(7.80e9, rel=0.04)
     assert papers_way("llama-60m", "adamw_8bit", 128) is None

@@ -1,4 +1,4 @@
-"""The plan against real steps, and few blocks against all."""
+"""The plan against real steps, and few blocks against all blocks."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def planned(setting: PlanSetting) -> dict[str, int]:
-    """What ``real_step`` measures."""
+    """Plan what ``real_step`` measures."""
     planner = Planner(setting)
     found, counts = planner.costs(planner.rank, setting.batch).bytes, planner.at(planner.rank).counts
     keys = ("weights", "carriers", "gradients", "states", "bases")
@@ -40,15 +40,16 @@ def planned(setting: PlanSetting) -> dict[str, int]:
         "activations": planner.saved(planner.rank, setting.batch),
         "peak": planner.at(planner.rank).peak(setting.batch),
         "step": counts["step"],
-        # Backward-side layers choose theirs in the backward pass.
+        # Backward-side layers choose their bases in the backward pass.
         "first_step": counts["step"] if setting.is_backward_side else max(counts["step"], counts["refresh"]),
     }
 
 
 @pytest.fixture(autouse=True)
 def _as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small factorisations are in fp64 on a CPU alone, where torch has a fused kernel for Adam too; the plan is of no
-    CPU.
+    """Let a CPU do what an accelerator does, which the plan is for.
+
+    Only a CPU makes small factorisations in fp64, and only there does Adam use torch's fused kernel.
     """
     monkeypatch.setattr(linalg, "spectral_dtype", lambda device, n=0: torch.float32)
     monkeypatch.setattr(AdamW, "update_", Adam.update_)
@@ -56,9 +57,11 @@ def _as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_six_blocks(name: str, tmp_path: Path) -> None:
-    """Every kind of bytes is, to the byte, that of a real step of a model of six blocks, of which four are run, and so,
-    nearly,
-    are the peaks of the passes and of the optimizer's step, with and without bases to choose."""
+    """The bytes of each kind are exactly those of a real step of a model of six blocks, of which the plan runs four.
+
+    The peaks of the passes and of the optimizer's step are nearly those of the real step, with and without bases to
+    choose.
+    """
     settings = {"rank": 24, "batch": 3, "seq": 40, "dtype": "fp32"} | METHODS[name]
     setting = PlanSetting(llama_directory(tmp_path, 6), **settings)
     check(setting)
@@ -68,18 +71,18 @@ def check(setting: PlanSetting) -> None:
     measured, found = real_step(setting), planned(setting)
     for name in ("step", "first_step"):  # scalars of the host do not count in the plan
         taken = measured.pop(name)
-        if name == "step" or setting.optimizer != "adamw":  # torch's makes its state in its first step
+        if name == "step" or setting.optimizer != "adamw":  # torch's AdamW makes its state in its first step
             assert found[name] == pytest.approx(taken, abs=64), name
         del found[name]
     peak, measured_peak = found.pop("peak"), measured.pop("peak")
     assert found == measured
-    # One integer a token, of transformers' masks, is let go a little later.
+    # One integer for each token, of transformers' masks, is freed a little later.
     assert 0 <= peak - measured_peak <= 8 * setting.batch * (setting.seq or 0)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_where_gradients_are_more_than_activations(dtype: Any, tmp_path: Path) -> None:
-    """The basis that takes most is then one of the first block, chosen last, when all other gradients are there."""
+    """The basis that takes most is then one of the first block: it is chosen last, when all gradients are there."""
     check(PlanSetting(llama_directory(tmp_path, 6), rank=24, batch=1, seq=8, dtype=dtype, backward_side=True))
 
 
@@ -89,7 +92,7 @@ def test_where_the_vocabulary_is_most(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sara_adamw"])
 def test_llama_nano(optimizer: str) -> None:
-    """A preset, which has no more blocks than are run."""
+    """A preset with no more blocks than are run is planned to the byte."""
     setting = PlanSetting("llama-nano", optimizer, batch=2, seq=64, dtype="fp32")
     check(setting)
 
@@ -97,14 +100,15 @@ def test_llama_nano(optimizer: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backward_side", [False, True])
 def test_llama_60m(backward_side: bool) -> None:
-    """Every kind of bytes is that of a real step with eight blocks too."""
+    """A preset with eight blocks is planned to the byte."""
     setting = PlanSetting("llama-60m", batch=2, seq=64, dtype="fp32", backward_side=backward_side)
     check(setting)
 
 
 def test_checkpointing_keeps_inputs_of_blocks_and_one_block(tmp_path: Path) -> None:
-    """What is saved is what a real step saves, and one block's own: less than without. The peak is that of the real
-    step.
+    """The plan saves what a real step saves, and what one block saves, which is less than without checkpointing.
+
+    The peak is that of the real step.
     """
     model = llama_directory(tmp_path, 6)
     with_it, without = (
@@ -125,9 +129,10 @@ def test_checkpointing_keeps_inputs_of_blocks_and_one_block(tmp_path: Path) -> N
     ids=lambda settings: "-".join(map(str, settings.values())) or "sara",
 )
 def test_few_blocks_stand_for_all(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Counts and peaks of eight blocks from four and three are those of all eight, to the byte: where activations are
-    more than
-    gradients, and where they are less."""
+    """Counts and peaks of eight blocks, found from four and three, are exactly those of all eight.
+
+    This holds where activations are more than gradients, and where they are less.
+    """
     setting = PlanSetting(llama_directory(tmp_path, 8), rank=24, seq=40, **settings)
     few_of_all(setting, 8)
 

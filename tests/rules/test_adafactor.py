@@ -87,7 +87,7 @@ def test_momentum_that_was_not_kept():
     optimizer = build(p, Adafactor(beta1=0.0))
     assert "exp_avg" not in optimizer.state[p]
     optimizer.param_groups[0]["beta1"] = 0.9
-    with pytest.raises(ValueError, match=r"beta1=0.9: it was 0 .* build it anew"):
+    with pytest.raises(ValueError, match=r"beta1=0.9: was 0 .* build the optimizer again"):
         feed(optimizer, p, gradients((48, 20), 1))
 
 

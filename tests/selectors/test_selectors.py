@@ -271,14 +271,6 @@ def test_a_refresh_that_raises_changes_nothing(monkeypatch, selector):
     assert_same(state, held)
 
 
-@pytest.mark.parametrize("selector", EVERY_SELECTOR, ids=repr)
-def test_memory_is_what_is_allocated(selector):
-    """The expressions of ``memory`` name every tensor of ``init`` and give its bytes in fp32."""
-    state = selector.init(torch.zeros(48, 20), RANK)
-    held = {key: value.numel() * value.element_size() for key, value in state.items() if torch.is_tensor(value)}
-    assert {key: eval(text, {"n": 20, "r": RANK}) for key, text in selector.memory("n", "r").items()} == held
-
-
 @pytest.mark.parametrize("selector", DRAWN, ids=repr)
 @pytest.mark.parametrize("other", [Key(1, "layer.weight", 0), Key(0, "other.weight", 0), Key(0, "layer.weight", 200)])
 def test_another_key_draws_another_basis(selector, other):

@@ -204,7 +204,7 @@ def test_momentum_is_carried_across_a_switch(first, shape):
         (lambda: Lazy(Dominant(), threshold=2.0), "threshold=2.0"),
         (lambda: Lazy(Dominant(), longest=0), "longest=0"),
         (lambda: Lazy(PowerIteration()), "moves at every step"),
-        (lambda: Lazy("dominant"), "selector='dominant': expected a selector as an object"),
+        (lambda: Lazy("dominant"), "selector='dominant': expected a selector, such as subspan.selectors.Importance()"),
         (lambda: Switch("dominant", Random(), at=3), "first='dominant': expected a selector"),
         (lambda: Switch(Switch(Dominant(), Random(), at=3), Random(), at=9), "a switch cannot hold another"),
         (lambda: Switch(Lazy(Switch(Dominant(), Random(), at=3)), Random(), at=9), "a switch cannot hold another"),

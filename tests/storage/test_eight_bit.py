@@ -7,7 +7,7 @@ from bitsandbytes.functional import create_dynamic_map, dequantize_blockwise, qu
 from support.helpers import feed, gradients, parameter
 
 from subspan import SubspaceAdamW, SubspaceOptimizer, create, state_bytes
-from subspan.costs.state_formulas import evaluate_groups, formulas
+from subspan.costs.state_costs import StateCosts
 from subspan.residuals import Discard
 from subspan.rules import RULES, SGD
 from subspan.selectors import Dominant
@@ -117,8 +117,8 @@ def test_how_small_is_a_setting():
     for smallest, packed in ((600, True), (601, False)):
         optimizer = SubspaceAdamW([p], state_dtype="int8", min_8bit_size=smallest)
         assert ("exp_avg.codes" in optimizer.state[p]) == packed
-        formula = formulas(None, RULES["adamw"](), Discard(), "int8")
-        assert evaluate_groups(formula, optimizer.param_groups)["states"] == state_bytes(optimizer)
+        costs = StateCosts(None, RULES["adamw"](), Discard(), "int8")
+        assert costs.bytes_held(optimizer.param_groups)["states"] == state_bytes(optimizer)
     with pytest.raises(ValueError, match=r"min_8bit_size=0: expected a whole number of entries >= 1"):
         SubspaceAdamW([p], min_8bit_size=0)
 

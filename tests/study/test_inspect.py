@@ -1,4 +1,4 @@
-"""``subspan inspect``: from probes, from checkpoints alone, and what is refused."""
+"""``subspan inspect``: from probes, from nothing but checkpoints, and what is refused."""
 
 import json
 import math
@@ -37,9 +37,7 @@ def test_importance_overlaps_less_than_dominant(dominant: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("every", [1, 3, 4])
 def test_checkpoints_alone_say_the_same(every: int, dominant: Path, tmp_path: Path) -> None:
-    """Where a checkpoint lies in every period, there are as many bases as refreshes, however many checkpoints hold
-    each.
-    """
+    """If every period has a checkpoint, there are as many bases as refreshes, however many checkpoints hold each."""
     train(tmp_path / "bare", "--optimizer=galore_adamw", f"--checkpoint.every={every}", "--checkpoint.keep=99")
     with_probes, without = inspect(dominant), inspect(tmp_path / "bare")
     assert without["source"] == "checkpoints"
@@ -52,9 +50,7 @@ def test_checkpoints_alone_say_the_same(every: int, dominant: Path, tmp_path: Pa
 
 
 def test_bases_that_are_no_neighbours_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Checkpoints at 8 and 16 hold the bases of steps 5 and 13; those of 15 and 16 the same one, which is no overlap
-    at all.
-    """
+    """Checkpoints at 8 and 16 hold the bases of steps 5 and 13; those at 15 and 16 hold only one, so no overlap."""
     far = train(tmp_path / "far", "--optimizer=galore_adamw", "--checkpoint.every=8")
     assert all((layer["refreshes"], layer["steps_apart"]) == (2, 8) for layer in inspect(far)["layers"])
     near = train(tmp_path / "near", "--optimizer=galore_adamw", "--checkpoint.every=15")

@@ -15,6 +15,7 @@ from subspan.cli import main
 from subspan.study.records import append_records
 from subspan.study.report import figures
 from subspan.study.report.gather import gather
+from subspan.utils.errors import InputError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ROWS = {
@@ -30,7 +31,7 @@ MEMORY = {"command": "subspan bench memory", "rows": [
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study with a diverged run, a run with probes and two checkpoints, and a memory measurement."""
+    """A report on a study with a diverged run, a run with probes and two checkpoints, and measured memory."""
     folder = tmp_path_factory.mktemp("report")
     study = make(folder, rows=ROWS, seeds=[0, 1, 2], about="A <small> study")
     for row in study.rows:
@@ -101,7 +102,7 @@ def test_identifiers_of_figures_do_not_clash(page: Path) -> None:
 
 
 def test_a_run_that_diverged_is_in_no_curve(tmp_path: Path) -> None:
-    """As it is in no mean of the table; runs of fine-tuning are named with their own command."""
+    """It is in no mean of the table either. Runs of fine-tuning are named with their own command."""
     study = make(tmp_path, rows=ROWS, seeds=[0, 1, 2])
     for row in study.rows:
         for seed, loss in enumerate(LOSSES[row.name]):
@@ -168,12 +169,32 @@ def test_a_browser_shows_it(width: int, page: Path, tmp_path: Path) -> None:
     assert found["wide"] <= found["seen"]  # what is wide scrolls by itself, not the page
 
 
+@pytest.mark.parametrize("summary", [None, "{", "[]", '{"made_by": 3}'])
+def test_a_run_that_cannot_say_its_versions(summary: str | None, tmp_path: Path) -> None:
+    """It has not finished, its summary is damaged, or an older version wrote it: the report is made all the same."""
+    (tmp_path / "config.yaml").write_text("optimizer: adamw\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    if summary is not None:
+        (tmp_path / "summary.json").write_text(summary)
+    (part,) = gather([str(tmp_path)]).runs
+    assert part.made_by == ("" if summary else "not finished")
+
+
+def test_settings_of_a_run_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(InputError, match=r"config.yaml: holds no settings of a run; mend it"):
+        gather([str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
         ("absent.yaml", None, "does not exist"),
         ("notes.txt", "x", "expected a study file"),
         ("memory.json", "{}", "holds no results of subspan bench memory"),
+        ("memory.json", "{", "holds no results of subspan bench memory"),
+        ("memory.json", '{"rows": [{"name": "adamw", "weight_bytes": "many"}]}', "holds no results of"),
         ("empty", "", "holds no study file (.yaml) and no run"),
     ],
 )

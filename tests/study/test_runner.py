@@ -1,4 +1,4 @@
-"""Real runs, in processes of their own."""
+"""The runner with real runs, in processes of their own."""
 
 import contextlib
 import io
@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from support.waiting import Gate, started
 from subspan.cli import main
 from subspan.study.missing_runs import cells_of
 from subspan.study.records import append_records, read_records
+from subspan.study.runner import Runner, _Running
 from subspan.study.study_file import Study
 from subspan.training.monitor.metrics import read_metrics
 
@@ -43,7 +45,7 @@ def run(path: Path, *more: str) -> subprocess.CompletedProcess[str]:
 
 
 def folder_of(study: Study, row: str, seed: int) -> Path:
-    """Where the run of a row's own learning rate goes."""
+    """Return the directory of the run that has the row's own learning rate."""
     (found,) = [found for found in study.rows if found.name == row]
     cell = found.cell(found.lr, seed)
     return study.results.parents[1] / f"runs/studies/small/{row}/lr-{found.lr:.4g}-seed-{seed}-{cell.key[:8]}"
@@ -92,7 +94,7 @@ def test_runs_are_run_once_and_are_what_pretrain_computes(tmp_path: Path) -> Non
 
 
 def test_what_another_study_has_is_written_down_as_soon_as_it_is_asked_for(tmp_path: Path) -> None:
-    """Which cell of a row is another study's is known only when the sweep has chosen its learning rate."""
+    """Only when the sweep has chosen a learning rate is it known which cell of a row another study has."""
     changes: dict[str, Any] = {
         "seeds": [0],
         "sweep": {"seed": 9, "factors": [1, 2]},
@@ -112,7 +114,7 @@ def test_what_another_study_has_is_written_down_as_soon_as_it_is_asked_for(tmp_p
 def test_anew_is_to_run_all_of_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a record and directories of its own a study takes nothing over, and what was there stays."""
+    """A study with a record and directories of its own takes nothing over, and what was there stays."""
     path = write(tmp_path, seeds=[0], rows={"full": SMALL["rows"]["full"]})
     assert run(path).returncode == 0
     study = make(tmp_path, seeds=[0], rows={"full": SMALL["rows"]["full"]})
@@ -139,9 +141,7 @@ def test_anew_is_to_run_all_of_it_again(
     ],
 )
 def test_a_study_that_is_stopped_goes_on_and_loses_nothing(signum: int, to_all: bool, tmp_path: Path) -> None:
-    """A terminal sends Ctrl-C to the runs too, some schedulers SIGTERM: they must not take the command's for a second
-    one.
-    """
+    """A terminal sends Ctrl-C to the runs too, some schedulers SIGTERM. What the command sends must not count twice."""
     path, study = write(tmp_path, **ONE), make(tmp_path, **ONE)
     log = folder_of(study, "galore", 0) / "log.txt"
     with begun(path, Gate(tmp_path / "gate", step=6)) as process:
@@ -176,6 +176,41 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     assert found["row"] == "full"
     assert "absent.jsonl" in lost.read_text()
     assert "Traceback" not in lost.read_text()
+
+
+FAULTY = """
+import sys
+from subspan.study import runner
+from subspan.training import runs
+
+def prepare(config):
+    raise {error}
+
+runs.prepare = prepare
+runner._run(None, {log!r})
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        ("ValueError('zip() argument 2 is shorter')", 70, "failed by a fault of the program; its traceback is in"),
+        ("runner.SettingError('rank=0: expected more')", 78, "failed; its last words are in"),
+        ("KeyboardInterrupt", 128 + signal.SIGINT, None),
+    ],
+)
+def test_a_fault_of_the_program_is_not_the_users(error: str, status: int, told: str | None, tmp_path: Path) -> None:
+    """It is reported as a fault, and its traceback is kept in the log; an error of the user has none."""
+    log = tmp_path / "log.txt"
+    code = FAULTY.format(error=error, log=str(log))
+    ended = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=False)
+    assert ended.returncode == status
+    assert ("Traceback" in log.read_text()) == (status == 70)
+    study = make(tmp_path, seeds=[0])
+    runner = Runner(study, tmp_path / "runs", jobs=1)
+    cell = study.rows[0].cell(study.rows[0].lr, 0)
+    runner._collect(_Running(cell, SimpleNamespace(exitcode=ended.returncode), tmp_path))
+    assert runner.failed == ({cell.key: f"{told} {log}"} if told else {})
 
 
 def test_a_run_that_outlives_its_command_keeps_its_directory(tmp_path: Path) -> None:

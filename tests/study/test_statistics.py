@@ -1,4 +1,4 @@
-"""Against the formulas, and cases worked out by hand."""
+"""The statistics, compared with their formulas and with cases worked out by hand."""
 
 import math
 import random
@@ -38,9 +38,7 @@ def test_the_interval_leaves_0_out_where_p_is_below_005(shift: float) -> None:
 
 
 def test_the_interval_covers_95_percent() -> None:
-    """The interval of means of three normal values covers what it should. The bootstrap's does not, which is why it is
-    not the one that is printed.
-    """
+    """For the mean of three normal values it does. The bootstrap's does not, which is why it is not printed."""
     generator = random.Random(0)
     draws = [[generator.gauss(0, 1) for _ in range(3)] for _ in range(1000)]
     covered = [low <= 0 <= high for low, high in map(interval, draws) if low is not None and high is not None]

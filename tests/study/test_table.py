@@ -8,7 +8,7 @@ from support.studies import make, record
 
 from subspan.cli import main
 from subspan.study.records import append_records
-from subspan.study.reported import reported
+from subspan.study.reported import perplexities
 from subspan.study.study_file import Study
 from subspan.study.table import as_latex, as_text, compare
 
@@ -89,8 +89,8 @@ def test_what_a_paper_reports_is_of_its_own_method_alone(tmp_path: Path) -> None
     }
     found = compare(make(tmp_path, rows=rows))["rows"]
     assert [row["name"] for row in found if row["as_published"]] == ["sara"]
-    assert reported("sara_adamw", as_published=True) == (30.47, 24.21, 19.16)
-    assert set(reported("sara_adamw", as_published=False)) == {None}
+    assert perplexities("sara_adamw", as_published=True) == (30.47, 24.21, 19.16)
+    assert set(perplexities("sara_adamw", as_published=False)) == {None}
 
 
 def test_runs_of_different_precisions_are_not_compared_in_silence(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The experiments against sums, closed forms and loops of their own; their claims can fail."""
+"""The experiments, compared with sums, closed forms and loops that share no code with them; their claims can fail."""
 
 import itertools
 import json
@@ -26,9 +26,7 @@ def run(capsys, *words):
 
 
 def test_nonconvergence(capsys):
-    """A smaller problem than the default's: GaLore alone stays above the optimum; with the same noise averaged it does
-    not.
-    """
+    """Only GaLore stays above the optimum of a smaller problem; where the noise is averaged it does not."""
     found = run(capsys, "nonconvergence", "--n", "6", "--r", "2", "--seed", "1", "--steps", "6000")
     assert found["holds"]
     assert all(claim["holds"] for claim in found["claims"])
@@ -108,7 +106,7 @@ def test_wrong_probabilities_are_seen(monkeypatch):
 
 
 def test_momentum_of_a_basis_that_stays():
-    """Where the gradient stays, the momentum has 1 - 0.9^t of it within the dominant subspace and nothing outside."""
+    """If the gradient stays, the momentum has 1 - 0.9^t of it in the dominant subspace and nothing outside."""
     setting = Momentum(n=6, r=2, m=8, sigma=0.0, turn=10**9, steps=5)
     sigma = torch.linalg.svdvals(setting._unit(linalg.keyed_generator("momentum", 0))).square()
     inside = float(sigma[:2].sum() / sigma.sum())
@@ -119,7 +117,7 @@ def test_momentum_of_a_basis_that_stays():
 
 @pytest.mark.parametrize("transfer", ["rotate", "reset"])
 def test_momentum_against_a_loop(transfer):
-    """Neither depends on the signs of singular vectors, so a loop with another SVD says the same."""
+    """Rotate and reset do not depend on the signs of singular vectors, so a loop with another SVD says the same."""
     setting, period = Momentum(n=6, r=2, m=8, turn=40, steps=30), 7
     generator = linalg.keyed_generator("momentum", 0)
     A, B = setting._unit(generator), setting._unit(generator)
@@ -158,7 +156,7 @@ def test_rso(capsys):
 
 
 def test_a_bias_is_seen(monkeypatch):
-    """Projectors, whose mean is r/n I."""
+    """The mean of projectors without a scale is r/n I."""
     monkeypatch.setitem(SELECTORS, "haar", Random())
     assert RsoUnbiased(n=6, r=2, m=6, draws=1000).bias(SELECTORS["haar"])[1] > 0.5
     assert not RsoUnbiased(n=6, r=2, m=6, draws=1000, steps=5).run()["holds"]

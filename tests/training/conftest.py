@@ -15,7 +15,7 @@ from subspan.training.data.tokenizer import load_tokenizer
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An encoder with weights, without a head."""
+    """An encoder with weights and without a head."""
     folder, tokenizer = tmp_path_factory.mktemp("models") / "bert", words_tokenizer()
     torch.manual_seed(0)
     config = BertConfig(
@@ -29,7 +29,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A causal model with weights, of bytes."""
+    """A causal model of bytes, with weights."""
     folder, tokenizer = tmp_path_factory.mktemp("models") / "llama", load_tokenizer("bytes")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -50,7 +50,7 @@ def data(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.fixture
 def small(corpus: Path, tmp_path: Path) -> Callable[..., PretrainConfig]:
-    """Settings of a run of a second; keywords override."""
+    """Settings of a run that takes a second. Keywords override them."""
 
     def make(**overrides: object) -> PretrainConfig:
         settings: dict[str, object] = {

@@ -1,8 +1,7 @@
-"""The ``subspan`` command as a rank runs it, once or several times over, with something that happens on the way.
+"""The ``subspan`` command as a rank runs it, once or several times, with an accident on the way.
 
-Arguments: what happens ("nothing", or a key of ``ACCIDENTS``), before which step, then those of ``subspan``; "then" is
-    between
-those of one run and those of the next.
+The first argument is the accident ("nothing", or a key of ``ACCIDENTS``), the second the step before which it happens.
+Those of ``subspan`` follow; "then" separates the arguments of several runs.
 """
 
 import dataclasses
@@ -39,11 +38,11 @@ ACCIDENTS = {"kill": kill, "terminate": terminate, "bad data": bad_data, "bug": 
 
 
 def arrange(what: str, step: int) -> None:
-    """Let it happen to rank 1."""
+    """Let the accident ``what`` happen to rank 1 before ``step``."""
     train_step = Pretraining._train_step
 
     def wrapped(run: Pretraining) -> Any:
-        if what in ACCIDENTS and run.ranks.rank == 1 and run.step + 1 == step:
+        if what in ACCIDENTS and run.processes.rank == 1 and run.step + 1 == step:
             ACCIDENTS[what](run)
         return train_step(run)
 
@@ -51,7 +50,7 @@ def arrange(what: str, step: int) -> None:
 
 
 def count_what_is_sent() -> None:
-    """Write into ``sent`` in the run's directory how many bytes of gradients DDP has all-reduced."""
+    """Write the number of bytes of gradients that DDP has all-reduced into the file ``sent`` of the run's directory."""
     run_all = Pretraining.run
 
     def wrapped(run: Pretraining) -> Any:
@@ -64,7 +63,7 @@ def count_what_is_sent() -> None:
         if run.wrapped is not run.model:
             run.wrapped.register_comm_hook(None, counting)  # type: ignore[operator]
         summary = run_all(run)
-        if run.ranks.first:
+        if run.processes.first:
             (run.out / "sent").write_text(str(sum(sent)))
         return summary
 
@@ -72,13 +71,13 @@ def count_what_is_sent() -> None:
 
 
 def run_one_after_the_other(commands: list[list[str]]) -> int:
-    """In one process group, since a process can join only once."""
+    """Run all commands in one process group, because a process can join only once."""
     count_what_is_sent()
     join, run_joined = parallel.join, parallel.run_joined
-    ranks = join("ddp", "cpu")
-    parallel.join = lambda mode, device: dataclasses.replace(ranks, mode=mode)
-    parallel.run_joined = lambda ranks, body: body()
-    return run_joined(ranks, lambda: max(subspan_main(command) for command in commands))
+    processes = join("ddp", "cpu")
+    parallel.join = lambda mode, device: dataclasses.replace(processes, mode=mode)
+    parallel.run_joined = lambda processes, body: body()
+    return run_joined(processes, lambda: max(subspan_main(command) for command in commands))
 
 
 def main(what: str, step: str, *arguments: str) -> int:

@@ -95,7 +95,7 @@ def test_killed_and_resumed_is_the_unbroken_run(how: signal.Signals, corpus: Pat
         (["--data=nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
         (["--data=empty"], ["empty", "no such file, and nothing to read"]),
         (["--sequence_length=1000000"], ["sequence_length=1000000", "shorter sequence"]),
-        (["--config=list.yaml"], ["optim=3", "expected settings of its own"]),
+        (["--config=list.yaml"], ["optim=3", "expected a group of settings"]),
         (["--config=latin.yaml"], ["cannot be read"]),
         (["--optim.transfer=rotat"], ["optim.transfer=rotat", "rotate"]),
         (["--device=gpu"], ["device=gpu", "'cuda'"]),
@@ -119,7 +119,7 @@ def test_bad_input(
     arguments: list[str], words: list[str], corpus: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Exit status 2, one line that names what is wrong, no traceback, nothing written."""
+    """The exit status is 2, one line names what is wrong, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.yaml").write_text("batch_sise: 3\n")
     (tmp_path / "list.yaml").write_text("optim: 3\n")
@@ -151,7 +151,7 @@ def test_bad_input(
 def test_blank_paths(
     arguments: list[str], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are not the working directory, although that holds runs."""
+    """They do not stand for the working directory, although it holds runs."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").touch()
     (tmp_path / "metrics.jsonl").touch()
@@ -171,7 +171,7 @@ def test_a_checkpoint_of_another_method(corpus: Path, tmp_path: Path, capsys: py
 
 
 def test_print_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str], corpus: Path) -> None:
-    """What it prints, given back as a file, runs; a later flag wins over the file."""
+    """The printed settings, given back as a file, run. A later flag wins over the file."""
     with pytest.raises(SystemExit) as exit:
         main([*flags(corpus, tmp_path / "run"), "--optim.eps=1e-7", "--print_config"])
     assert exit.value.code == 0
@@ -192,7 +192,7 @@ def test_the_config_of_a_run_repeats_it(corpus: Path, tmp_path: Path, capsys: py
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_run_files(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is read without error and names a run that can be resolved."""
+    """Each is read without an error, and its settings can be resolved."""
     seen = []
     monkeypatch.setattr(Pretraining, "__init__", lambda self, config, ranks: seen.append(resolve(config)))
     monkeypatch.setattr(Pretraining, "run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -209,7 +209,7 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("arguments", [["list", "--json"], ["list", "models"]])
 def test_a_reader_that_goes_away(arguments: list[str]) -> None:
-    """As ``| head`` does: no traceback, and the status of a process that the closed pipe has ended."""
+    """There is no traceback, as with ``| head``, and the status is that of a process ended by the closed pipe."""
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "subspan.cli", *arguments]

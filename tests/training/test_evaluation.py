@@ -19,7 +19,7 @@ def model() -> torch.nn.Module:
 
 
 def ragged(rows: int = 7, length: int = 16) -> Batch:
-    """Random tokens; row i ignores its last i targets, so that batches hold different numbers of tokens."""
+    """Random tokens. Row i ignores its last i targets, so batches hold different numbers of tokens."""
     generator = torch.Generator().manual_seed(0)
     window = torch.randint(0, 257, (rows, length + 1), generator=generator)
     targets = window[:, 1:].clone()
@@ -36,7 +36,7 @@ def test_mean_over_tokens_whatever_the_batches(model: torch.nn.Module, batch_siz
     every = cross_entropy(logits.flatten(0, 1), data.targets.flatten(), ignore_index=IGNORED, reduction="none")
     exact = every.sum() / (data.targets != IGNORED).sum()
     assert evaluate(model, data, batch_size, contextlib.nullcontext()) == pytest.approx(exact.item(), rel=1e-6)
-    # The mean of the batches' means, and the sum over batches plus one, are something else here.
+    # The mean of the batches' means is another number here.
     means = [cross_entropy(logits[i], data.targets[i], ignore_index=IGNORED) for i in range(len(logits))]
     assert abs(float(torch.stack(means).mean() - exact)) > 1e-4
 

@@ -1,4 +1,4 @@
-"""A run of two processes that is killed again and again, at random points, ends in the weights of an unbroken one."""
+"""A run of two processes that is killed again and again at random points ends in the weights of an unbroken one."""
 
 import os
 import random
@@ -23,7 +23,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that ``pid`` has started, the ranks in order."""
+    """The processes that ``pid`` has started, with the ranks in order."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -40,7 +40,7 @@ def last_step(run: Path) -> int:
 
 
 def test_killed_again_and_again(corpus: Path, tmp_path: Path) -> None:
-    """A rank, or all of the job, at the start, in a step, or while it saves. Each time the same command goes on."""
+    """A rank or the whole job is killed at the start, in a step, or while it saves. The same command always goes on."""
     draw, broken, whole = random.Random(0), tmp_path / "broken", tmp_path / "whole"
     more = {
         "steps": STEPS,
@@ -54,7 +54,7 @@ def test_killed_again_and_again(corpus: Path, tmp_path: Path) -> None:
     for number in range(KILLS):
         process = start(arguments)
         begin = last_step(broken)
-        # Every fourth is killed while it starts, before it has got any further.
+        # Every fourth run is killed while it starts, before it has got any further.
         goal = begin + (draw.randint(1, 40) if number % 4 else 0)
         deadline = time.monotonic() + 200
         while len(children(process.pid)) < 2 or last_step(broken) < goal:

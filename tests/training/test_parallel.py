@@ -1,4 +1,4 @@
-"""Runs of several processes: they compute what one computes, save what one saves, and end together."""
+"""Runs of several processes compute what one process computes, save what it saves, and end together."""
 
 import gzip
 import json
@@ -31,7 +31,7 @@ distributed = pytest.mark.distributed
 
 
 def short_documents(folder: Path) -> str:
-    """A local C4 whose documents have from one token to more than a sequence."""
+    """A local copy of C4 whose documents have from one token to more than a sequence."""
     folder.mkdir()
     for name, count in (("c4-train.00000-of-01024", 90), ("c4-validation.00000-of-00008", 7)):
         with gzip.open(folder / f"{name}.json.gz", "wt") as file:
@@ -54,7 +54,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """The settings of each case, which two ranks have run into ``OUT-2``."""
+    """The settings of each case. Two ranks have run it into ``OUT-2``."""
     folder = tmp_path_factory.mktemp("two")
     data = {"short": short_documents(folder / "c4"), "": documents(folder / "corpus.jsonl")}
     runs = {}
@@ -65,14 +65,14 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     done = launch(2, *asked, torchrun=True)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["out"] for line in done.stdout.splitlines()] == [f"{folder / name}-2" for name in CASES]
-    assert done.stderr.count("step 20/20") == len(CASES), "rank 0 alone speaks"
+    assert done.stderr.count("step 20/20") == len(CASES), "only rank 0 speaks"
     return runs
 
 
 @distributed
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_compute_what_one_process_computes(name: str, two_ranks: dict[str, list[str]]) -> None:
-    """Losses, norms and validation losses of twenty steps that cross refreshes; each is logged once."""
+    """Losses, norms and validation losses agree over twenty steps that cross refreshes, and each is logged once."""
     assert main(two_ranks[name]) == 0
     out = next(word.partition("=")[2] for word in two_ranks[name] if word.startswith("--out"))
     keys = ("step", "tokens", "loss", "grad_norm", "lr", "val_loss")
@@ -87,7 +87,7 @@ def test_two_ranks_compute_what_one_process_computes(name: str, two_ranks: dict[
 
 @distributed
 def test_gradients_are_sent_once_a_step(two_ranks: dict[str, list[str]]) -> None:
-    """Whatever the number of micro-batches; and those of backward-side layers are small."""
+    """The number of micro-batches does not matter, and backward-side layers send little."""
     outs = [
         word.partition("=")[2] for name in ("ddp", "ddp-backward-side") for word in two_ranks[name] if "--out" in word
     ]
@@ -98,7 +98,7 @@ def test_gradients_are_sent_once_a_step(two_ranks: dict[str, list[str]]) -> None
 
 
 def test_padding_leaves_the_ranks_with_different_numbers_of_tokens(tmp_path: Path) -> None:
-    """The case above would show nothing otherwise."""
+    """Without this the padded cases above would show nothing."""
     stream = TokenStream(short_documents(tmp_path / "c4"), load_tokenizer("bytes"), 16, 80, packing=False)
     batches = [stream.next_batch(4) for _ in range(20)]
     assert sum(batch.part(0, 2).tokens() != batch.part(1, 2).tokens() for batch in batches) > 10
@@ -107,7 +107,7 @@ def test_padding_leaves_the_ranks_with_different_numbers_of_tokens(tmp_path: Pat
 @distributed
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_checkpoint_goes_on_with_any_number_of_ranks(ranks: int, corpus: Path, tmp_path: Path) -> None:
-    """On as many, bit for bit, with dropout too; on one, as far as rounding goes."""
+    """As many ranks go on bit for bit, with dropout too; one process goes on as far as rounding allows."""
     more: dict[str, Any] = {"optimizer": "sara_adamw", "batch_size": 12}
     if ranks == 2:
         model = build_model("llama-nano", load_tokenizer("bytes"), 16, seed=0)
@@ -130,7 +130,7 @@ SHARDED = [{"optimizer": "adamw"}, {"optimizer": "sara_adamw", "optim.proj_type"
 @distributed
 @pytest.mark.parametrize("more", SHARDED, ids=["adamw", "sara"])
 def test_a_sharded_run_goes_on(corpus: Path, tmp_path: Path, more: dict[str, Any]) -> None:
-    """On as many ranks, bit for bit; in one process, which leaves a plain checkpoint, that no sharded run can
+    """As many ranks go on bit for bit. One process goes on too, and leaves a plain checkpoint that no sharded run can
     continue.
     """
     run, again = (settings(corpus, tmp_path / name, **more) for name in ("run", "again"))
@@ -158,7 +158,7 @@ def test_a_sharded_run_goes_on(corpus: Path, tmp_path: Path, more: dict[str, Any
 def test_a_damaged_shard_is_passed_over(
     tmp_path: Path, name: str, two_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever file of the newest checkpoint is damaged, the run goes on from the one before."""
+    """The run goes on from the checkpoint before the newest, whatever file of the newest is damaged."""
     shutil.copytree(two_shards, tmp_path / "run")
     damaged = tmp_path / "run" / "checkpoints" / "step-000012" / name
     content = bytearray(damaged.read_bytes())
@@ -173,7 +173,7 @@ def test_a_damaged_shard_is_passed_over(
 
 @pytest.fixture(scope="module")
 def two_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two ranks under FSDP."""
+    """The directory of a run of two ranks under FSDP."""
     folder = tmp_path_factory.mktemp("shards")
     done = launch(2, [*settings(documents(folder / "corpus.jsonl"), folder / "run", **SHARDED[1]), "--parallel=fsdp"])
     assert done.returncode == 0, done.stderr
@@ -203,7 +203,7 @@ ENDS = {
 @distributed
 @pytest.mark.parametrize("what", ENDS)
 def test_a_rank_that_ends_ends_the_job(what: str, corpus: Path, tmp_path: Path) -> None:
-    """With one message, that of the rank that knows most, and no hang. What was saved is continued."""
+    """There is one message, from the rank that knows most, and no hang. What was saved is continued."""
     arguments = settings(corpus, tmp_path / "run")
     done = launch(2, [*arguments, "--parallel=ddp"], what=what, step=7, torchrun=what == "kill")
     assert done.returncode != 0
@@ -249,13 +249,13 @@ def test_a_batch_must_divide(small: Make) -> None:
 @pytest.mark.parametrize("mode", ["ddp", "none", None])
 def test_without_torchrun_there_is_one_rank(mode: Any, small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    ranks = join(mode, "cpu")
-    assert (ranks.rank, ranks.size, ranks.first, ranks.sharded) == (0, 1, True, False)
-    assert Pretraining(small(parallel=mode), ranks).run().steps == 12
+    processes = join(mode, "cpu")
+    assert (processes.rank, processes.size, processes.first, processes.sharded) == (0, 1, True, False)
+    assert Pretraining(small(parallel=mode), processes).run().steps == 12
 
 
 def test_a_sharded_run_says_which_side_it_compresses(small: Make) -> None:
-    """One that goes on in one process compresses the same."""
+    """A run that goes on in one process then compresses the same side."""
     assert resolve(small(parallel="fsdp")).optim.proj_type == "right"
     assert resolve(small(parallel="ddp")).optim.proj_type == "std"
 

@@ -1,4 +1,4 @@
-"""The run itself: what it computes, writes and restores."""
+"""A pretraining run: what it computes, writes and restores."""
 
 import contextlib
 import json
@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from subspan import recipes
 from subspan.checkpoints import directory as checkpoints
-from subspan.costs import state_formulas as memory
-from subspan.costs.describe import describe
+from subspan.costs.state_costs import StateCosts
 from subspan.training.config.settings import CheckpointConfig, PretrainConfig, ScheduleConfig
 from subspan.training.data.tokenizer import load_tokenizer
 from subspan.training.evaluation import evaluate, token_losses
@@ -54,7 +53,7 @@ def test_every_method_learns(name: str, small: Make, tmp_path: Path) -> None:
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 41))
     assert [row["step"] for row in rows if "val_loss" in row] == [20, 40]
     assert (summary.steps, summary.tokens, summary.optimizer) == (40, 40 * 4 * 16, name)
-    held = memory.evaluate_groups(describe(name)["state_formula"], run.optimizer.param_groups)
+    held = StateCosts.of_recipe(name).bytes_held(run.optimizer.param_groups)
     assert summary.state_bytes == held["states"] + held["bases"]
     assert summary.val_loss == rows[-1]["val_loss"]
     assert summary.val_ppl == pytest.approx(math.exp(summary.val_loss))
@@ -82,7 +81,7 @@ def test_the_same_seed_gives_the_same_bits(small: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["sara_adamw", "fira_sara_adamw", "golore_hybrid_adamw", "adamw"])
 @pytest.mark.parametrize("stop", [4, 8])
 def test_a_resumed_run_is_the_unbroken_one(name: str, stop: int, small: Make, tmp_path: Path) -> None:
-    """Bit for bit, from a checkpoint between refreshes, with metrics that show no seam."""
+    """The weights are equal bit for bit from a checkpoint between refreshes, and the metrics show no seam."""
     every = CheckpointConfig(every=4, keep=9)
     whole = final_weights(small(optimizer=name, out=str(tmp_path / "whole"), checkpoint=every))
     checkpoint = tmp_path / "whole" / "checkpoints" / f"step-{stop:06d}"
@@ -118,7 +117,7 @@ def test_accumulation_changes_nothing_but_rounding(micro: int, small: Make, tmp_
 
 
 def test_clipping(small: Make, tmp_path: Path) -> None:
-    """The logged norm is that before clipping. With SGD-like first steps hidden by Adam, the moments show the clip."""
+    """The logged norm is the norm before clipping. Adam's first step hides the clip, but its moments show it."""
     run = Pretraining(small(optimizer="adamw", clip=1e-3, steps=1))
     run.run()
     moments = torch.cat([state["exp_avg"].flatten() for state in run.optimizer.state.values()])
@@ -127,7 +126,7 @@ def test_clipping(small: Make, tmp_path: Path) -> None:
 
 
 def test_lr_schedule() -> None:
-    """Linear to the peak at the end of warmup, half a cosine to the floor at the last step."""
+    """The factor rises in a line to the end of warmup, then falls by half a cosine to the floor at the last step."""
     factors = [lr_factor(t, 100, 10, 0.1) for t in range(100)]
     assert factors[:10] == pytest.approx([(t + 1) / 10 for t in range(10)])
     assert factors[10] == 1.0
@@ -163,7 +162,7 @@ def stopped(run: Pretraining, step: int) -> Pretraining:
 
 @pytest.mark.parametrize("backward_side", [False, True])
 def test_a_run_that_is_stopped_as_it_diverges_saves_nothing(backward_side: bool, small: Make, tmp_path: Path) -> None:
-    """The loss of the step is finite still, the weights after it are not: the checkpoint before stands, and goes on."""
+    """The loss of the step is still finite, the weights after it are not. The checkpoint before stands."""
     calm = small(optimizer="sara_adamw", backward_side=backward_side, schedule=ScheduleConfig(warmup_steps=0))
     with pytest.raises(RunInterruptedError):
         stopped(Pretraining(calm), 3).run()
@@ -222,7 +221,7 @@ def test_the_written_config_repeats_the_run(small: Make, tmp_path: Path) -> None
 
 
 def test_bf16_leaves_the_rotary_frequencies_alone(small: Make, tmp_path: Path) -> None:
-    """What was trained is what a checkpoint loads: the same loss, buffers in fp32."""
+    """A checkpoint loads the model that was trained: the loss is the same, and buffers are in fp32."""
     run = Pretraining(small(precision="bf16"))
     assert all(b.dtype == torch.float32 for b in run.model.buffers())
     summary = run.run()
@@ -247,7 +246,7 @@ def test_dropout_is_on_and_resumes_exactly(small: Make, tmp_path: Path) -> None:
 
 
 def test_seconds_go_on_after_a_resume(small: Make, tmp_path: Path) -> None:
-    """The time of a run is that of all its parts."""
+    """The time of a run is the time of all its parts."""
     Pretraining(small()).run()
     halfway = tmp_path / "run" / "checkpoints" / "step-000008"
     again = Pretraining(small(resume=str(halfway), out=str(tmp_path / "again")))

@@ -18,7 +18,7 @@ from subspan.training.data.tokenizer import load_tokenizer
 from subspan.training.models.build import build_model
 from subspan.training.pretraining import Pretraining
 from subspan.training.run_directory import hold
-from subspan.utils.errors import InputError
+from subspan.utils.errors import InputError, UserError
 
 Make = Callable[..., PretrainConfig]
 
@@ -68,7 +68,7 @@ def files(folder: Path) -> dict[Path, bytes]:
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(overrides: dict, message: str, small: Make, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         Pretraining(small(**overrides))
     assert not (tmp_path / "run").exists()
 
@@ -139,7 +139,7 @@ def test_two_runs_cannot_start_in_one_directory(small: Make, tmp_path: Path) -> 
 
 
 def test_two_processes_do_not_train_in_one_directory(small: Make, tmp_path: Path) -> None:
-    """As they would after the kill of a launcher whose process lives on; the second leaves the first's files alone."""
+    """This happens if a launcher is killed and its process lives on. The second leaves the first's files alone."""
     out = tmp_path / "run"
     Pretraining(small(steps=2, out=str(out))).run()
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -182,7 +182,7 @@ def test_a_checkpoint_by_path_goes_on_in_its_own_run(
 
 
 def test_a_later_checkpoint_is_made_anew(small: Make, tmp_path: Path) -> None:
-    """After going on from an older checkpoint, the newer one is what this run saved: a damaged one is mended."""
+    """A run that continues from an older checkpoint writes the newer one again, which mends a damaged one."""
     Pretraining(small()).run()
     old, new = list_checkpoints(tmp_path / "run" / "checkpoints")
     sound = (new / "model.safetensors").read_bytes()
@@ -294,7 +294,7 @@ def test_a_damaged_checkpoint_is_named(small: Make, tmp_path: Path) -> None:
 
 
 def test_a_run_of_a_version_that_knew_fewer_settings_goes_on(small: Make, tmp_path: Path) -> None:
-    """What it did not know counts as it is by default, and only so."""
+    """A setting that it did not know counts as its default, and as nothing else."""
     Pretraining(small(steps=4)).run()
     (folder,) = (tmp_path / "run/checkpoints").iterdir()
     saved = torch.load(folder / "training.pt", weights_only=True)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from subspan.utils.names import canonical_name
+from subspan.utils.names import canonical_name, canonical_names
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,11 @@ def test_names_that_torch_makes() -> None:
     assert names != list(wrapped.state_dict(keep_vars=True))
     assert [canonical_name(name) for name, _ in wrapped.named_parameters()] == names
     assert [canonical_name(name) for name in wrapped.state_dict()] == names
+
+
+def test_names_that_would_collide_are_kept() -> None:
+    names = ["module.weight", "weight", "module.up.weight", "_orig_mod.module.down.weight"]
+    assert canonical_names(names) == dict(
+        zip(names, ["module.weight", "weight", "up.weight", "down.weight"], strict=True)
+    )
+    assert canonical_names([]) == {}

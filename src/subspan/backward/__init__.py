@@ -1,4 +1,4 @@
-"""Backward-side execution: linear layers whose backward pass makes the low-rank gradient and nothing larger."""
+"""Backward-side layers: linear layers whose backward pass makes the low-rank gradient and nothing larger."""
 
 from subspan.backward.install import Handle, project_backward
 

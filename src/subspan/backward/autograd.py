@@ -1,16 +1,15 @@
-"""``y = x Wᵀ + b`` whose backward pass makes ``R = dyᵀ (x Q)`` and not ``G = dyᵀ x``.
+"""``y = x Wᵀ + b`` with a backward pass that makes ``R = dyᵀ (x Q)`` and not ``G = dyᵀ x``.
 
-Shapes: input ``x (..., in)``, weight ``W (out, in)``, basis ``Q (in, r)``, ``h = x Q (..., r)``, carrier ``B (out,
-    r)``.
+Shapes: input ``x (..., in)``, weight ``W (out, in)``, basis ``Q (in, r)``, ``h = x Q (..., r)``, and carrier
+``B (out, r)``.
 
-Layers fed by the same ``x`` meet in one ``gather`` node, which stands between their carriers and them:
+Layers with the same input ``x`` meet in one ``gather`` node, which stands between their carriers and them:
 
     B_1, B_2, ... -> gather -> tickets -> linear_1, linear_2, ...
 
-In the backward pass the node runs once all of them have run. In an ordinary step it hands on what they made. In a step
-that forms gradients (``forming``) each has left its ``G`` in a box; the node chooses the basis from all of them,
-stacked, projects them, and drops them. The carriers get their gradients from autograd in any case, so that hooks on
-them fire.
+In the backward pass the node runs after all of these layers. In an ordinary step it hands their ``R`` on. In a step
+that forms gradients, each layer has left its ``G`` in a box. The node then chooses the basis from all of them, stacked,
+projects them, and drops them. In both cases the carriers get their gradients from autograd, so hooks on them run.
 """
 
 from collections.abc import Callable
@@ -21,25 +20,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Box = dict[int, Tensor]
-"""``G`` of each layer by its number, until all are there."""
+"""The ``G`` of each layer, by its number, until all are there."""
 Choose = Callable[[Box], dict[int, Tensor]]
-"""From gradients ``G (out, in)`` to ``R (out, r)``, each by its number; it may change the basis first."""
+"""Turns gradients ``G (out, in)`` into ``R (out, r)``, both by number of their layer. It may change the basis first."""
 
 
-class Taken(NamedTuple):
-    """How layer ``number`` takes part in one forward pass."""
+class LayerPass(NamedTuple):
+    """What one layer needs for one forward pass and the backward pass after it."""
 
     number: int
+    """Number of the layer."""
     kept: Tensor
-    """``h``, or ``x`` if a gradient is to be formed: all of the input that is saved."""
+    """What is saved of the input: ``h``, or ``x`` if a gradient is to be formed."""
     ticket: Tensor
-    """``(out, r)``: receives ``R``."""
+    """Node of the graph, ``(out, r)``, which receives ``R``."""
     box: Box | None
-    """Where to leave ``G``; ``None`` in an ordinary step."""
+    """Where the backward pass leaves ``G``; ``None`` in an ordinary step."""
 
 
 def gather(carriers: list[Tensor], numbers: list[int], box: Box | None, choose: Choose) -> tuple[Tensor, ...]:
-    """One ticket for each carrier; ``numbers`` are those of their layers."""
+    """Return one ticket for each carrier; ``numbers`` are the numbers of their layers."""
     tickets: tuple[Tensor, ...] = _Gather.apply(numbers, box, choose, *carriers)
     return tickets
 
@@ -62,16 +62,21 @@ class _Gather(torch.autograd.Function):
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, taken: Taken, moved: Tensor | None, back: Callable[[Tensor], Tensor]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer_pass: LayerPass,
+    moved: Tensor | None,
+    back: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """``x Wᵀ + b``, and ``+ (x Q) Bᵀ`` if the weight has ``moved`` by ``B Qᵀ``.
+    """Compute ``x Wᵀ + b``, and add ``(x Q) Bᵀ`` if the weight has moved by ``B Qᵀ``.
 
     Args:
-        weight: takes no gradient. It may be of another dtype than ``x``, as under autocast, and is saved as it is.
-        moved: ``B``, or ``None`` where it is zero.
-        back: ``(..., r) -> (..., in)``, the adjoint of ``x -> h``.
+        weight: gets no gradient. It may be of another dtype than ``x``, as under autocast, and is saved as it is.
+        moved: ``B``, or ``None`` if it is zero.
+        back: map ``(..., r) -> (..., in)``, the adjoint of ``x -> h``.
     """
-    y: Tensor = _Linear.apply(x, weight, bias, taken.ticket, moved, taken, back)
+    y: Tensor = _Linear.apply(x, weight, bias, layer_pass.ticket, moved, layer_pass, back)
     return y
 
 
@@ -84,14 +89,14 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         ticket: Tensor,
         moved: Tensor | None,
-        taken: Taken,
+        layer_pass: LayerPass,
         back: Any,
     ) -> Tensor:
-        ctx.number, ctx.box, ctx.back, ctx.ticket = taken.number, taken.box, back, ticket.shape
-        ctx.save_for_backward(taken.kept, weight, moved)
+        ctx.number, ctx.box, ctx.back, ctx.ticket = layer_pass.number, layer_pass.box, back, ticket.shape
+        ctx.save_for_backward(layer_pass.kept, weight, moved)
         y = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        if moved is not None:  # and then ``kept`` is h: a displacement is folded before gradients are formed
-            y = y + torch.nn.functional.linear(taken.kept, moved.to(x.dtype))
+        if moved is not None:  # ``kept`` is h then, because displacements are merged before gradients are formed
+            y = y + torch.nn.functional.linear(layer_pass.kept, moved.to(x.dtype))
         return y
 
     @staticmethod
@@ -109,6 +114,6 @@ class _Linear(torch.autograd.Function):
             db = rows.sum(0)
         R = rows.mT @ kept.reshape(-1, kept.shape[-1])
         if ctx.box is not None:
-            ctx.box[ctx.number] = R  # of the full width: the gradient
+            ctx.box[ctx.number] = R  # this is G, since ``kept`` is x
             R = R.new_zeros(()).expand(ctx.ticket)
         return dx, None, db, R, None, None, None

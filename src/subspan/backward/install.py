@@ -1,4 +1,4 @@
-"""``project_backward``: turn the linear layers of a model into backward-side ones, and back."""
+"""Turning the linear layers of a model into backward-side layers (``project_backward``), and back (``Handle``)."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -27,15 +27,15 @@ class Handle:
 
     @property
     def layers(self) -> Iterator[BackwardLinear]:
-        """Each layer."""
+        """Every layer, projection by projection."""
         return (layer for projection in self.projections for layer in projection.layers)
 
     @torch.no_grad()
     def enter(self, selector: Selector, *, seed: int = 0, step: int = 0) -> list[nn.Parameter]:
-        """Enter random subspaces, to be trained in by any optimizer of torch: randomized subspace optimization by hand.
+        """Draw new random subspaces, to train in with any optimizer of torch: randomized subspace optimization by hand.
 
-        The displacement of the last ones is merged, new bases are drawn, and the carriers are zero. From then on the
-        layers compute ``x Wᵀ + (x Q) Bᵀ`` with the carriers ``B`` as ordinary parameters, for example of
+        The displacement in the old subspaces is merged, new bases are drawn, and the carriers are set to zero. From
+        then on the layers compute ``x Wᵀ + (x Q) Bᵀ``. The carriers ``B`` are ordinary parameters, for example of
         ``torch.optim.LBFGS``::
 
             for outer in range(100):
@@ -43,8 +43,8 @@ class Handle:
                 inner.step(closure)
 
         Args:
-            selector: one that needs no gradient, such as ``selectors.Random(scaled=True)``.
-            seed, step: of the draw, with the layers' names.
+            selector: draws the bases. It must need no gradient, such as ``selectors.Random(scaled=True)``.
+            seed, step: what the draw depends on, together with the names of the layers.
 
         Returns:
             The carriers.
@@ -68,25 +68,25 @@ class Handle:
         return [layer.carrier for layer in self.layers]
 
     def refresh_projection(self, projection: Projection, G: Tensor | None) -> None:
-        """Never: the bases of ``enter`` change when it is called again."""
+        """Raise, because bases that ``enter`` draws change only when it is called again."""
         raise AssertionError("subspaces entered by hand are not refreshed")
 
     def _check_whole(self, what: str) -> None:
         if any(is_sharded(layer.carrier) for layer in self.layers):
             raise SettingError(
-                f"{what}(): fully_shard holds these layers' weights; save the model's state_dict, which is that of "
-                "the plain "
-                "model, and load it into one"
+                f"{what}(): fully_shard has sharded these layers' weights; save the model's state_dict, which is that of "
+                "the plain model, and load it into a plain model"
             )
 
     def merge(self) -> None:
-        """Put displacements into the weights, which are then those of the plain model. The layers stay as they are."""
+        """Add displacements to the weights, which are then those of the plain model. The layers stay backward-side."""
         for projection in self.projections:
             projection.fold()
 
     def remove(self) -> None:
-        """Merge, and make every layer an ``nn.Linear`` again, with a weight that takes gradients. The optimizer is
-        void.
+        """Merge, and make every layer an ``nn.Linear`` again, with a weight that gets gradients.
+
+        The optimizer that was built for the carriers cannot be used any more.
         """
         self._check_whole("remove")
         self.merge()
@@ -108,42 +108,41 @@ def project_backward(
 ) -> Handle:
     """Let the backward pass make the low-rank gradient of linear layers, ``R = dyᵀ (x Q)``, and nothing larger.
 
-    Call it before the optimizer is built, and before the model is wrapped by DDP. The layers are changed in place: each
-    keeps its weight, which takes no gradient any more, and gets a ``carrier (out, rank)``, an ordinary parameter whose
-    gradient is ``R``. The bases are the optimizer's.
+    Call it before the optimizer is built, and before DistributedDataParallel wraps the model. The layers are changed in
+    place. Each keeps its weight, which gets no gradient any more. It also gets a ``carrier (out, rank)``, an ordinary
+    parameter whose gradient is ``R``. The bases belong to the optimizer.
 
     Args:
-        model: holds the layers.
+        model: the model with the layers.
         rank: dimension of the subspaces of the inputs, from 1 to the number of input features.
-        targets, exclude: which ``nn.Linear`` layers; see ``subspan.param_groups``.
-        share: which layers have one basis and save one ``x Q``: ``"auto"``, those that get the same tensor when the
-            model is run once on its ``dummy_inputs`` (transformers' models have them); inputs of the model, as a dict,
-            to run it on; lists of names, such as ``[["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]``; or
-            ``"none"``.
-        merge: ``"step"``, each step changes the weight; or ``"refresh"``, steps add up in the carrier, in fp32, and the
-            weight changes with the basis (for weights in bf16, which lose small steps). Saving merges a copy. What
-            reads ``layer.weight`` by itself, such as an average of the model, sees the steps after ``Handle.merge``
-            alone.
-        select_from: with several data-parallel ranks, whose gradient chooses a basis: ``"owner"``, that of one rank
-            (another for each basis) on its own part of the batch; or ``"mean"``, all-reduced over the ranks. Either way
-            one rank chooses and sends the basis to the others; random bases need neither.
-        process_group: the data-parallel ranks of this model, for who averages gradients without
-            DistributedDataParallel. ``None`` takes those of the DistributedDataParallel that wraps the model when it
-            runs; without one this process is alone, whatever other processes there are.
+        targets, exclude: which ``nn.Linear`` layers to change; see ``subspan.param_groups``.
+        share: which layers have one basis and save one ``x Q``. ``"auto"`` runs the model once on its ``dummy_inputs``,
+            which models of transformers have; layers that get the same tensor share. A dict is inputs of the model to
+            run it on instead. Lists of names, such as ``[["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]``,
+            say which layers share. With ``"none"`` no layers share.
+        merge: when steps go into the weight. With ``"step"`` each step changes the weight. With ``"refresh"`` steps add
+            up in the carrier, in fp32, and the weight changes when the basis does; this is for weights in bf16, which
+            lose small steps. Saving merges a copy. Code that reads ``layer.weight`` itself, such as an average of the
+            model, sees these steps only after ``Handle.merge``.
+        select_from: whose gradient chooses a basis where there are several data-parallel ranks. ``"owner"`` takes that
+            of one rank, on its own part of the batch; each basis has another rank. ``"mean"`` takes the mean over the
+            ranks. In both cases one rank chooses and sends the basis to the others. Random bases need neither.
+        process_group: the data-parallel ranks of this model, for a program that averages gradients without
+            DistributedDataParallel. With ``None`` they are those of the DistributedDataParallel that wraps the model
+            when it runs. Without a wrapper the model is on this process only, whatever other processes there are.
 
     Returns:
-        A handle, to merge the displacement or to undo it all.
+        A handle, to merge the displacement or to undo everything.
 
     Raises:
-        ValueError: a target that matches nothing or is no ``nn.Linear``, a weight that is tied, a rank out of range, a
-            wrapped model. Nothing has been changed then.
+        ValueError: a target matches nothing or is no ``nn.Linear``, a weight is tied, the rank is out of range, or the
+            model is wrapped. The model is not changed then.
     """
     for module in model.modules():
         if any(kind.__name__ in _WRAPPERS for kind in type(module).__mro__):
             raise SettingError(
                 f"model: {type(module).__name__} has wrapped it already; call project_backward first, so that the "
-                "carriers "
-                "are among the parameters that it sees"
+                "carriers are among the parameters that the wrapper sees"
             )
         if isinstance(module, BackwardLinear):
             raise SettingError("model: has backward-side layers already; call remove() on their handle first")
@@ -164,9 +163,8 @@ def project_backward(
             )
         if len(tied := owners[id(layer.weight)]) > 1:
             raise SettingError(
-                f"targets: the weight of {name!r} is tied ({', '.join(tied)}), so its gradient has other parts than "
-                "that of "
-                "the layer; exclude it"
+                f"targets: the weight of {name!r} is tied ({', '.join(tied)}), so its gradient does not come from this "
+                "layer only; exclude it"
             )
         if not layer.weight.requires_grad:
             raise SettingError(f"targets: the weight of {name!r} is frozen; exclude it")
@@ -177,7 +175,7 @@ def project_backward(
             layer = layers[name]
             layer.__class__ = BackwardLinear
             assert isinstance(layer, BackwardLinear)
-            layer.enter(projection, f"{name}.weight")
+            layer.join(projection, f"{name}.weight")
         projections.append(projection)
     logger.info("backward-side: %d linear layers at rank %d share %d bases", len(layers), rank, len(projections))
     return Handle(projections)

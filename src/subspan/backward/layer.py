@@ -1,4 +1,4 @@
-"""The layer: ``nn.Linear`` with a frozen weight and a carrier."""
+"""A backward-side layer: ``nn.Linear`` with a frozen weight and a carrier."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ from subspan.step.carriers import mark
 class BackwardLinear(nn.Linear):
     """``y = x Wᵀ + (x Q) Bᵀ + b`` with ``W`` frozen and the carrier ``B (out, r)``, which is zero or a displacement.
 
-    The gradient of ``B`` is ``R = dyᵀ (x Q)``, the projection of that of ``W``. It takes neither ``x``, which is not
-    saved, nor the full gradient. Made of an ``nn.Linear`` in place, by ``project_backward``.
+    The gradient of ``B`` is ``R = dyᵀ (x Q)``, the projection of the gradient of ``W``. To compute it, neither ``x`` is
+    saved nor the full gradient formed. ``project_backward`` makes such a layer of an ``nn.Linear``, in place.
 
-    A ``state_dict`` holds the weight under its own name, displacement included, and no carrier.
+    A ``state_dict`` holds no carrier. It holds the weight under its own name, with the displacement added.
     """
 
     carrier: nn.Parameter
@@ -24,7 +24,7 @@ class BackwardLinear(nn.Linear):
     number: int
     weight_name: str
 
-    def enter(self, projection: Projection, weight_name: str) -> None:
+    def join(self, projection: Projection, weight_name: str) -> None:
         """Become one of the layers of ``projection``."""
         self.projection, self.number, self.weight_name = projection, len(projection.layers), weight_name
         projection.layers.append(self)
@@ -36,36 +36,36 @@ class BackwardLinear(nn.Linear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "carrier":  # fully_shard puts another in its place
+        if name == "carrier":  # fully_shard puts another parameter in its place
             mark(value, self)
 
     def leave(self) -> None:
-        """Become an ``nn.Linear`` again; the displacement is in the weight by then."""
+        """Become an ``nn.Linear`` again. The displacement must be in the weight already."""
         del self.carrier, self.projection, self.number, self.weight_name
         self.__class__ = nn.Linear  # type: ignore[assignment]
         self.weight.requires_grad_(True)
 
-    def forward(self, input: Tensor) -> Tensor:  # named as nn.Linear names it, for who passes it by name
+    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear has, for calls by keyword
         if torch.is_grad_enabled() and self.carrier.requires_grad:
             return self._train(input)
         y = super().forward(input)
         return y + self.projection.moved(input, self).to(y.dtype) if self.projection.displaced else y
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the basis may change on the way, and what is saved depends on it
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the basis may change in it, and what is saved depends on that
     def _train(self, x: Tensor) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):
-            entered, part = self.projection.take(self.number, x, dtype)
+            entered, layer_pass = self.projection.join_pass(self.number, x, dtype)
             moved = self.carrier if self.projection.displaced else None
-            return linear(entered, self.weight, self.bias, part, moved, self.projection.back)
+            return linear(entered, self.weight, self.bias, layer_pass, moved, self.projection.back)
 
     # --- as a plain linear layer --------------------------------------------------------------------------------------
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[f"{prefix}carrier"]
-        if self.projection.displaced:  # merged in what is saved alone: saving must not change the run
+        if self.projection.displaced:  # merged only in what is saved, because saving must not change the run
             weight = self.weight.detach()
             destination[f"{prefix}weight"] = (weight + self.projection.displacement(self)).to(weight.dtype)
 
@@ -84,21 +84,22 @@ class BackwardLinear(nn.Linear):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         missing_keys[:] = [key for key in missing_keys if key != f"{prefix}carrier"]
-        if f"{prefix}weight" in state_dict and len(error_msgs) == errors:  # the displacement was of the old weight
+        if f"{prefix}weight" in state_dict and len(error_msgs) == errors:  # the displacement belonged to the old weight
             with torch.no_grad():
                 self.carrier.zero_()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.projection.fold_copy()  # its basis is not among what is moved
+        self.projection.fold_copy()  # the basis of a copy is not moved with it
         super()._apply(fn, recurse)
-        if self.carrier.dtype in (torch.bfloat16, torch.float16):  # steps add up in it, in fp32, whatever the weight is
+        # Steps add up in the carrier in fp32, whatever the dtype of the weight.
+        if self.carrier.dtype in (torch.bfloat16, torch.float16):
             self.carrier.data = self.carrier.data.float()
-        mark(self.carrier, self)  # of a DTensor another parameter is made
+        mark(self.carrier, self)  # for a DTensor, another parameter has been made
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        mark(self.carrier, self)  # a copied parameter has lost it
+        mark(self.carrier, self)  # a copied parameter has lost the mark
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.projection.rank}, share={len(self.projection.layers)}"

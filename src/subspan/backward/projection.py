@@ -1,4 +1,4 @@
-"""One basis, and the layers that share it: those fed by the same tensor."""
+"""One basis, and the layers that share it because they have the same input."""
 
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from subspan.backward.autograd import Box, Taken, gather
+from subspan.backward.autograd import Box, LayerPass, gather
 from subspan.distributed import is_sharded, local, wrapping_process_group
 from subspan.parts import Selector
 from subspan.step.carriers import Driver, Plan
@@ -18,18 +18,19 @@ if TYPE_CHECKING:
 
 
 class Projection:
-    """The basis ``Q (in, r)`` of the layers that are fed by one tensor ``x``, and ``h = x Q``, which they share.
+    """The basis ``Q (in, r)`` of the layers with one input ``x``, and ``h = x Q``, which they share.
 
-    An optimizer that is built for the carriers binds it. Before, there is no basis, and so no gradient.
+    An optimizer that is built for the carriers binds the projection to itself. Before that there is no basis, and so no
+    gradient.
 
     Attributes:
-        layers: that share the basis, in the order of the model.
-        plan: what the next pass does with the basis; the optimizer says so after each of its steps.
-        formed: whether a gradient has chosen the basis since then. Until the next step every pass saves ``x`` as that
-            one did, so that a forward pass that is repeated for its activations (checkpointing) saves what it saved
-            before.
+        layers: the layers that share the basis, in the order of the model.
+        plan: what the next pass does with the basis. The optimizer sets it after each of its steps.
+        formed: whether a gradient has chosen the basis since the last step. Until the next step every pass then saves
+            ``x``, as that one did. So a forward pass that is repeated for its activations (checkpointing) saves the
+            same tensors again.
         displaced: whether carriers may hold a displacement that the weights lack.
-        selector, state: the optimizer's own; the state lives there, with that of the first carrier.
+        selector, state: those of the optimizer, which keeps the state together with the state of the first carrier.
         process_group: the data-parallel ranks that share the basis. If none are given, they are those of the
             DistributedDataParallel whose forward pass reaches the layers.
     """
@@ -48,31 +49,30 @@ class Projection:
 
     def bind(self, selector: Selector, state: State, driver: Driver) -> None:
         """Make ``driver`` the optimizer that this basis belongs to."""
-        self.fold()  # a displacement is in the old one
-        for layer in self.layers:  # on a device of its own since (``to_empty``) a carrier holds anything
+        self.fold()  # a displacement is one in the old basis
+        for layer in self.layers:  # after ``to_empty`` a carrier may hold anything
             layer.carrier.detach().zero_()
         self.selector, self.state, self._driver = selector, state, weakref.ref(driver)
 
     def expect(self, plan: Plan) -> None:
-        """A step is over: this is what the next pass does."""
+        """Note that a step is over, and what the next pass does."""
         self.plan, self.formed = plan, False
-        self._pass = None  # layers that had no part in it must not keep the input alive
+        self._pass = None  # layers that have not run must not keep the input alive
 
     @property
     def driver(self) -> Driver:
-        """The optimizer."""
+        """The optimizer that this basis belongs to, or rather its ``Carriers``."""
         driver = None if self._driver is None else self._driver()
         if driver is None:
             names = ", ".join(layer.weight_name for layer in self.layers)
             raise RuntimeError(
-                f"{names}: no optimizer is bound to these backward-side layers, so they have no basis to take a "
-                "gradient in; "
-                "build one with subspan.create(name, model), keep it alive, or run the model under torch.no_grad()"
+                f"{names}: no optimizer is bound to these backward-side layers, so they have no basis for a gradient; "
+                "build one with subspan.create(name, model) and keep it alive, or run the model under torch.no_grad()"
             )
         return driver
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy belongs to no optimizer: what is the optimizer's stays with it, but for the basis of a displacement.
+        # A copy belongs to no optimizer, so it has nothing of the optimizer's except the basis of a displacement.
         selector, state = None, {}
         if self.displaced and self.selector is not None:
             selector, weight = self.selector, self.layers[0].weight
@@ -88,23 +88,21 @@ class Projection:
 
     # --- the forward pass ---------------------------------------------------------------------------------------------
 
-    def take(self, number: int, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Taken]:
-        """The input as layer ``number`` is to see it, in ``dtype``, and that layer's part in this pass."""
+    def join_pass(self, number: int, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, LayerPass]:
+        """Let layer ``number`` join the forward pass of ``x``; return its input, in ``dtype``, and what it needs."""
         if self._pass is None or not self._pass.serves(number, x, dtype):
             self._pass = self._begin(x, dtype)
-        part = self._pass.take(number)
-        entered = self._pass.entered
+        layer_pass, entered = self._pass.join(number), self._pass.entered
         if not self._pass.waiting:
-            self._pass = None  # what is saved is saved; h must not outlive it
-        return entered, part
+            self._pass = None  # h must not live longer than what is saved for the backward pass
+        return entered, layer_pass
 
     def _begin(self, x: Tensor, dtype: torch.dtype) -> "_Pass":
         driver = self.driver
         if any(is_sharded(layer.carrier) for layer in self.layers):
             raise RuntimeError(
                 f"{self.layers[0].weight_name}: shares a basis with layers that fully_shard has put into other "
-                "groups; shard "
-                "the module that holds them all, or call project_backward with share='none'"
+                "groups; shard the module that holds them all, or call project_backward with share='none'"
             )
         if (group := wrapping_process_group()) is not None and not self.given:
             self.process_group = group
@@ -115,14 +113,13 @@ class Projection:
         entered = x.to(dtype)
         box: Box | None = {} if self.plan == "form" or self.formed else None
         kept = self.down(entered) if box is None else entered.detach()
-        taking = [layer for layer in self.layers if layer.carrier.requires_grad]
-        tickets = gather([layer.carrier for layer in taking], [layer.number for layer in taking], box, self._choose)
-        return _Pass(
-            x, entered, kept, box, {layer.number: ticket for layer, ticket in zip(taking, tickets, strict=True)}
-        )
+        trained = [layer for layer in self.layers if layer.carrier.requires_grad]
+        numbers = [layer.number for layer in trained]
+        tickets = gather([layer.carrier for layer in trained], numbers, box, self._choose)
+        return _Pass(x, entered, kept, box, dict(zip(numbers, tickets, strict=True)))
 
     def _choose(self, box: Box) -> dict[int, Tensor]:
-        """From each layer's gradient to its ``R``; the basis is chosen first if that has not been done."""
+        """Turn each layer's gradient into its ``R``; the basis is chosen first if that has not been done."""
         numbers = sorted(box)
         if self.plan == "form":
             self.driver.refresh_projection(self, torch.cat([box[number] for number in numbers]))
@@ -132,21 +129,21 @@ class Projection:
     # --- the basis ----------------------------------------------------------------------------------------------------
 
     def down(self, A: Tensor) -> Tensor:
-        """``A Q (..., r)`` in the dtype of ``A``, and no part of a graph."""
+        """Return ``A Q (..., r)`` in the dtype of ``A``, outside of any graph."""
         with torch.no_grad():
             return self._down(A.detach())
 
     def _down(self, A: Tensor) -> Tensor:
         assert self.selector is not None
-        rows = A.reshape(-1, A.shape[-1])  # of more dimensions it would be a stack of matrices
+        rows = A.reshape(-1, A.shape[-1])  # with more dimensions it would be a stack of matrices
         return self.selector.project(rows, self.state).to(A.dtype).reshape(*A.shape[:-1], self.rank)
 
     def moved(self, x: Tensor, layer: "BackwardLinear") -> Tensor:
-        """``(x Q) Bᵀ``: what the displacement of a layer adds to its output."""
+        """Return ``(x Q) Bᵀ``, which the displacement of a layer adds to its output."""
         return torch.nn.functional.linear(self._down(x), layer.carrier.detach().to(x.dtype))
 
     def back(self, A: Tensor) -> Tensor:
-        """``A Qᵀ (..., in)``, in at least fp32."""
+        """Return ``A Qᵀ (..., in)``, in fp32 at least."""
         assert self.selector is not None
         rows = A.reshape(-1, A.shape[-1]).to(torch.promote_types(A.dtype, torch.float32))
         return self.selector.project_back(rows, self.state).reshape(*A.shape[:-1], self.layers[0].in_features)
@@ -154,13 +151,12 @@ class Projection:
     def apply_(
         self, layer: "BackwardLinear", step: Tensor, keep: float | Tensor, generator: torch.Generator | None
     ) -> None:
-        """``W <- keep * W - step Qᵀ``, at once or, with ``merge="refresh"``, in the carrier until the basis changes."""
+        """Compute ``W <- keep * W - step Qᵀ``. With ``merge="refresh"`` the step stays in the carrier for now."""
         assert self.selector is not None
         if is_sharded(layer.carrier) != is_sharded(layer.weight):
             raise RuntimeError(
-                f"{layer.weight_name}: its whole weight is here, and the step is of a shard; let fully_shard reshard "
-                "after "
-                "the backward pass, which is its default"
+                f"{layer.weight_name}: this rank has the whole weight, but a step for a shard of it; let fully_shard "
+                "reshard after the backward pass, which is its default"
             )
         weight, carrier = local(layer.weight), local(layer.carrier)
         decays = not isinstance(keep, float) or keep != 1
@@ -184,7 +180,7 @@ class Projection:
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Put the displacement of the carriers into the weights."""
+        """Add the displacement of the carriers to the weights."""
         if not self.displaced:
             return
         for layer in self.layers:
@@ -196,19 +192,19 @@ class Projection:
         self.displaced = False
 
     def fold_copy(self) -> None:
-        """Fold, if this is a copy that no optimizer is bound to."""
+        """Fold if this is a copy, to which no optimizer is bound."""
         if self._driver is None:
             self.fold()
 
     @torch.no_grad()
     def displacement(self, layer: "BackwardLinear") -> Tensor:
-        """``B Qᵀ (out, in)``."""
+        """Return ``B Qᵀ (out, in)``."""
         with torch.autocast(layer.carrier.device.type, enabled=False):
             return self.back(layer.carrier)
 
 
 class _Pass:
-    """One forward pass: an input, and the layers that have yet to take it."""
+    """One forward pass: an input, and the layers that have not run on it yet."""
 
     def __init__(self, x: Tensor, entered: Tensor, kept: Tensor, box: Box | None, tickets: dict[int, Tensor]) -> None:
         self._x, self._version = weakref.ref(x), x._version
@@ -216,9 +212,9 @@ class _Pass:
         self.waiting = tickets
 
     def serves(self, number: int, x: Tensor, dtype: torch.dtype) -> bool:
-        """Whether ``x`` is the input of this pass, unchanged, and layer ``number`` has not had it."""
+        """Tell whether ``x`` is the input of this pass, unchanged, and layer ``number`` has not run on it."""
         same = self._x() is x and self._version == x._version and self.entered.dtype == dtype
         return same and number in self.waiting
 
-    def take(self, number: int) -> Taken:
-        return Taken(number, self._kept, self.waiting.pop(number), self._box)
+    def join(self, number: int) -> LayerPass:
+        return LayerPass(number, self._kept, self.waiting.pop(number), self._box)

@@ -1,4 +1,4 @@
-"""Which layers are fed by the same tensor, and so may share a basis and ``x Q``."""
+"""Which layers have the same input, and so may share a basis and ``x Q``."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,10 @@ Share = str | Sequence[Sequence[str]] | Mapping[str, Any]
 
 
 def groups_of(model: nn.Module, layers: Mapping[str, nn.Linear], share: Share) -> list[list[str]]:
-    """The names of ``layers``, each in one group, in the order of the model; see ``project_backward`` for ``share``."""
+    """Sort the names of ``layers`` into groups that share, in the order of the model.
+
+    ``project_backward`` explains ``share``.
+    """
     if share == "none":
         return [[name] for name in layers]
     if share == "auto":
@@ -23,8 +26,7 @@ def groups_of(model: nn.Module, layers: Mapping[str, nn.Linear], share: Share) -
         if not isinstance(inputs, Mapping):
             logger.warning(
                 "share='auto': %s has no dummy_inputs to see which layers get the same tensor; each gets a basis of "
-                "its own, "
-                "and saves its own x Q; give share=dict(inputs of the model), or lists of names",
+                "its own, and saves its own x Q; give share=dict(inputs of the model), or lists of names",
                 type(model).__name__,
             )
             return [[name] for name in layers]
@@ -39,8 +41,8 @@ def groups_of(model: nn.Module, layers: Mapping[str, nn.Linear], share: Share) -
 
 
 def _seen(model: nn.Module, layers: Mapping[str, nn.Linear], inputs: Mapping[str, Any]) -> list[list[str]]:
-    """Run the model once and watch."""
-    calls: list[tuple[Tensor, list[str]]] = []  # the tensors are kept, so that none takes another's place
+    """Run the model once, and see which layers get the same tensor."""
+    calls: list[tuple[Tensor, list[str]]] = []  # the tensors are kept alive, so that no two are at one address
 
     def watch(name: str) -> Any:
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -63,8 +65,7 @@ def _seen(model: nn.Module, layers: Mapping[str, nn.Linear], inputs: Mapping[str
     except Exception as error:
         raise SettingError(
             f"share: the model does not run on the inputs {sorted(inputs)}: {error}; give share=dict(inputs that it "
-            "takes), "
-            "lists of names, or 'none'"
+            "takes), lists of names, or 'none'"
         ) from error
     finally:
         for hook in hooks:
@@ -74,7 +75,7 @@ def _seen(model: nn.Module, layers: Mapping[str, nn.Linear], inputs: Mapping[str
     group_of: dict[str, int] = {}
     for number, (_, names) in enumerate(calls):
         for name in names:
-            if name in group_of:  # called again, with another tensor: in a group it would hold others up
+            if name in group_of:  # called with two tensors: others in its group would wait for it
                 group_of[name] = -1
             else:
                 group_of[name] = number
@@ -86,14 +87,14 @@ def _seen(model: nn.Module, layers: Mapping[str, nn.Linear], inputs: Mapping[str
 
 
 def _named(layers: Mapping[str, nn.Linear], share: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Siblings whose own names are listed together."""
+    """Group layers of one parent module whose own names are listed together."""
     found: dict[Any, list[str]] = {}
     used: set[str] = set()
     for name in layers:
         parent, _, own = name.rpartition(".")
         number = next((n for n, names in enumerate(share) if own in names or name in names), None)
         used |= {own, name}
-        # A whole name says which layer it is; an own name goes by its parent.
+        # A full name is one layer; an own name, such as "q_proj", is one layer in each parent.
         place = name if number is None else (number, "" if name in share[number] and name != own else parent)
         found.setdefault(place, []).append(name)
     for names in share:

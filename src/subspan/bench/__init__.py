@@ -1,1 +1,1 @@
-"""Measurements: the memory and the time of whole training steps, side by side in one process."""
+"""Measurements of training steps: their memory, their traffic and their time."""

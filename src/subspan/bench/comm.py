@@ -1,8 +1,8 @@
-"""Bytes that a training step sends, by method: counted on a real step in a fake world, beside closed forms.
+"""The bytes that a training step sends, by method: counted on a real step in a fake world, beside closed forms.
 
-Two steps are counted when buckets are laid out: an ordinary one, and a *refresh*, in which every basis is chosen anew.
-A run
-takes one refresh in ``PERIOD`` steps, or spreads it over them; ``amortised`` is the mean over a period.
+Two steps are counted once DDP has laid out its buckets: an ordinary one, and a *refresh*, in which every basis is
+chosen again. A run takes one refresh in ``PERIOD`` steps, or distributes it over them. ``amortised`` is the mean over a
+period.
 """
 
 import gc
@@ -24,23 +24,24 @@ from subspan.training.processes import Processes
 from subspan.utils.errors import SettingError
 from subspan.utils.suggestions import near_names
 
-_WARM_UP = 2  # DDP lays its buckets out anew after the first step
+_WARM_UP = 2  # steps: DDP lays out its buckets again after the first
 
 
 @dataclass(frozen=True)
 class CommSetting:
-    """A world and a model."""
+    """A world and a model, whose traffic is counted."""
 
     world: int = 8
-    """Processes."""
+    """Number of ranks (processes)."""
     model: str = "llama-60m"
-    """A preset: `subspan list models`."""
+    """Preset of the model, from `subspan list models`."""
     rank: int = 128
-    """Of the subspaces."""
+    """Rank of the subspaces."""
     select_from: Literal["owner", "mean"] = "owner"
-    """Backward-side, whose gradient chooses a basis: that of one rank, or the mean of all, which is then sent."""
+    """Whose gradient chooses the basis of backward-side layers: that of one rank (owner), or the mean over all ranks,
+    which must then be sent."""
     threads: int = 1
-    """CPU threads: of no consequence for what is counted."""
+    """Number of CPU threads. It does not change what is counted."""
 
     def __post_init__(self) -> None:
         if self.world < 2:
@@ -57,23 +58,24 @@ class CommSetting:
 
 
 def measure(setting: CommSetting) -> dict[str, Any]:
-    """One row for each of ``WAYS``: payloads and the bytes that each rank sends, counted and in closed form.
+    """Count one row for each of ``WAYS``: payloads and the bytes that each rank sends, and their closed forms.
 
     Raises:
-        ValueError: this process belongs to a process group.
+        SettingError: this process belongs to a process group.
     """
     torch.set_num_threads(setting.threads)
     rows = []
     for name, way in WAYS.items():
         with fake_world(setting.world):
             counted = count(setting, way)
-            gc.collect()  # DDP goes before its process group does
-        rows.append({"name": name} | _row(setting, way, *counted))
+            gc.collect()  # DDP must go before its process group does
+        rows.append({"name": name} | row_of(setting, way, *counted))
     return {"world": setting.world, "model": setting.model, "rank": setting.rank, "period": PERIOD, "rows": rows,
             "torch": torch.__version__}  # fmt: skip
 
 
-def _row(setting: CommSetting, way: Way, step: Sent, refresh: Sent) -> dict[str, Any]:
+def row_of(setting: CommSetting, way: Way, step: Sent, refresh: Sent) -> dict[str, Any]:
+    """Write what was counted of a way beside its closed forms."""
     expected = Traffic(
         llama_of(PRESETS[setting.model]), setting.rank, setting.world, way, select_from=setting.select_from
     )
@@ -87,7 +89,7 @@ def _row(setting: CommSetting, way: Way, step: Sent, refresh: Sent) -> dict[str,
 
 
 def count(setting: CommSetting, way: Way) -> tuple[Sent, Sent]:
-    """What an ordinary step sends, and a refresh, in the process group that is there."""
+    """Count what an ordinary step and a refresh send, in the process group that is there."""
     small = Setting(setting.model, tokens=32, rank=setting.rank, sequence_length=16)
     model, handle = build_model(small, way.backward_side, setting.select_from)
     forward: Callable[..., Any] = model
@@ -105,14 +107,16 @@ def count(setting: CommSetting, way: Way) -> tuple[Sent, Sent]:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         counted.append(counting.sent)
-    del handle  # the layers have been held until here
+    del handle  # it has kept the layers alive
     return counted[-2], counted[-1]
 
 
 def _schedule(optimizer: torch.optim.Optimizer, refresh: bool) -> None:
-    """Let every basis be due at the next step, or none. In a fake world most are chosen by ranks that are not there, so
-    the
-    optimizer's own schedule would find them due for ever."""
+    """Let every basis be due at the next step, or none.
+
+    In a fake world most bases are chosen by ranks that do not exist, so the optimizer's own schedule would find them
+    due for ever.
+    """
     if not isinstance(optimizer, SubspaceOptimizer):
         return
     for group in optimizer.param_groups:
@@ -129,7 +133,7 @@ def _data_parallel(model: nn.Module, optimizer: Any, low_rank: bool) -> nn.Modul
     wrapped = nn.parallel.DistributedDataParallel(model)
     if low_rank:
         register(wrapped, optimizer)
-    else:  # DDP's own all-reduce, as a hook: the fake group has no result to hand to its C++
+    else:  # DDP's own all-reduce as a hook, because the fake group has no result to hand to its C++
         wrapped.register_comm_hook(None, _all_reduce)
     return wrapped
 
@@ -139,4 +143,4 @@ def _all_reduce(_: Any, bucket: Any) -> Any:
     return dist.all_reduce(whole, async_op=True).get_future().then(lambda _: whole)
 
 
-_all_reduce.__annotations__ = {}  # torch would want its own types
+_all_reduce.__annotations__ = {}  # torch accepts no other types than its own

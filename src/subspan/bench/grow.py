@@ -1,16 +1,22 @@
-"""How the cost of a step and of a refresh grows with the width and the rank, beside what the machine could not do
-faster.
+"""Times of a step and of a refresh as the width and the rank grow, beside floors that the machine cannot beat.
 
-One weight ``(d, d)``, SARA with AdamW at rank ``r``. The *floor* of each is the larger of two times, at rates measured
-in the
-same rounds: its FLOPs at that of a square matrix product, and the bytes it must move at that of a copy.
+The step is that of SARA with AdamW at rank ``r``, on one weight ``(d, d)``. The *floor* is the larger of two times: the
+FLOPs at the rate of a square matrix product, and the bytes that must move at the rate of a copy. Both rates are
+measured in the same rounds.
 
-A step: ``4 d² r`` FLOPs (``G Q`` and ``U Qᵀ``), ``4 (3 d² + 6 d r)`` bytes (``G`` once; ``W``, ``Q`` and two moments
-twice).
-Choosing a basis: ``2 d³ + 10/3 d³`` FLOPs (Gram matrix, nearly half of it where that is made in blocks; to tridiagonal
-form
-4/3, its vectors back 2; those of the tridiagonal matrix are left out) in the precision of the factorisation, and
-``12 d² + 4 d r`` bytes (``G``, the Gram matrix, ``Q``).
+A step takes
+
+- ``4 d² r`` FLOPs: ``G Q`` and ``U Qᵀ``;
+- ``4 (3 d² + 6 d r)`` bytes: ``G`` once, and ``W``, ``Q`` and two moments twice.
+
+Choosing a basis takes
+
+- ``2 d³`` FLOPs for the Gram matrix, or nearly half of that where it is made in blocks;
+- ``10/3 d³`` FLOPs for its vectors: 4/3 for the way to the tridiagonal form, 2 for the way back. The vectors of the
+  tridiagonal matrix are left out;
+- ``12 d² + 4 d r`` bytes: ``G``, the Gram matrix, ``Q``.
+
+The FLOPs of choosing a basis count at the rate of the factorisation's precision.
 """
 
 from collections.abc import Callable
@@ -32,20 +38,20 @@ _NEVER = 10**9
 
 @dataclass(frozen=True)
 class GrowSetting:
-    """Widths and ranks."""
+    """Widths and ranks to measure."""
 
     widths: tuple[int, ...] = (256, 512, 1024, 2048)
-    """Of the weights."""
+    """Widths of the weights."""
     shares: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
-    """Ranks over widths."""
+    """Ranks, each as a share of the width."""
     pairs: int = 5
-    """Rounds."""
+    """Number of rounds."""
     budget: float = 120.0
-    """Seconds after which no further round of a width begins, once there are three."""
+    """Seconds after which no further round of a width begins, if there have been three."""
     seed: int = 0
-    """Of weights and gradients."""
+    """Random seed for weights and gradients."""
     threads: int | None = None
-    """CPU threads; null leaves torch's choice."""
+    """Number of CPU threads; null leaves the choice to torch."""
 
     def __post_init__(self) -> None:
         if not self.widths or min(self.widths) < 8:
@@ -62,7 +68,7 @@ class GrowSetting:
 
 
 def measure(setting: GrowSetting) -> dict[str, Any]:
-    """A row for each width and rank; ``exponents``, with which powers of the width the times of each share grow."""
+    """Measure a row for each width and rank. ``exponents`` are the powers of the width with which the times grow."""
     if setting.threads:
         torch.set_num_threads(setting.threads)
     rows = [row for width in setting.widths for row in _rows(setting, width)]
@@ -75,7 +81,7 @@ def _rows(setting: GrowSetting, width: int) -> list[dict[str, Any]]:
     for rank in ranks.values():
         for kind, gap in (("step", _NEVER), ("refresh", 1)):
             contenders[f"{kind} {rank}"] = _optimizer(setting, width, rank, gap).step
-    # Two to warm up: the first step of each is a refresh.
+    # Two rounds warm up, because the first step of each is a refresh.
     seconds = timing.rounds(contenders, setting.pairs, warm_up=2, budget=setting.budget)
     taken = {name: timing.median(times) for name, times in seconds.items()}
     rates = {
@@ -99,12 +105,12 @@ def _rows(setting: GrowSetting, width: int) -> list[dict[str, Any]]:
 
 
 def share_name(share: float) -> str:
-    """``1/16`` of 0.0625."""
+    """Write 0.0625 as ``1/16``."""
     return str(Fraction(share).limit_denominator(1000))
 
 
 def floors(width: int, rank: int, rates: dict[str, float]) -> tuple[float, float]:
-    """Seconds of a step, and of a refresh, below which ``rates`` (FLOPs and bytes a second) leave no way."""
+    """The least seconds that a step and a refresh can take at ``rates``, in FLOPs and bytes per second."""
     d, r = width, rank
     step = max(4 * d * d * r / rates["matmul_fp32"], 4 * (3 * d * d + 6 * d * r) / rates["copy"])
     dtype = "matmul_fp64" if linalg.spectral_dtype(torch.device("cpu"), d) == torch.float64 else "matmul_fp32"
@@ -113,7 +119,7 @@ def floors(width: int, rank: int, rates: dict[str, float]) -> tuple[float, float
 
 
 _COPIED = 2**23
-"""Numbers in what is copied: 32 MiB."""
+"""How many numbers are copied: 32 MiB."""
 
 
 def _rates(width: int) -> dict[str, Callable[[], object]]:
@@ -141,7 +147,7 @@ def _optimizer(setting: GrowSetting, width: int, rank: int, gap: int) -> torch.o
 
 
 def _exponents(rows: list[dict[str, Any]], setting: GrowSetting) -> dict[str, dict[str, float | None]] | None:
-    """Least squares of the logarithm of a time in that of the width; ``None`` of one width."""
+    """Fit the logarithm of a time to that of the width by least squares; ``None`` if there is only one width."""
     if len(setting.widths) < 2:
         return None
     return {
@@ -154,7 +160,7 @@ def _exponents(rows: list[dict[str, Any]], setting: GrowSetting) -> dict[str, di
 
 
 def slope(points: list[tuple[float, float]]) -> float | None:
-    """Of the line through the logarithms; ``None`` where noise left a time that is not positive."""
+    """The slope of the line through the logarithms; ``None`` where noise left a time that is not positive."""
     if any(y <= 0 for _, y in points):
         return None
     x, y = (torch.tensor(values, dtype=torch.float64).log() for values in zip(*points, strict=True))

@@ -1,4 +1,4 @@
-"""Bytes of a training step, by kind: measured on the real step, beside closed forms."""
+"""The bytes of a training step, by kind: measured on the real step, beside closed forms."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from subspan.backward.layer import BackwardLinear
 from subspan.bench.setting import Setting, Trained, build
-from subspan.costs.describe import describe
 from subspan.costs.live_bytes import LiveBytes
 from subspan.costs.saved_activations import SavedBytes
-from subspan.costs.state_formulas import evaluate_groups
+from subspan.costs.state_costs import StateCosts
 from subspan.groups import EXCLUDED, select_linear
 from subspan.optimizer import SubspaceOptimizer
 from subspan.storage.allocation import state_bytes
@@ -26,7 +25,7 @@ ROWS = {
 
 
 def measure(setting: Setting) -> dict[str, Any]:
-    """One row for each of ``ROWS``."""
+    """Measure one row for each of ``ROWS``."""
     if setting.threads:
         torch.set_num_threads(setting.threads)
     return {"rows": [_row(setting, name) for name in ROWS]}
@@ -66,8 +65,10 @@ def _layers(trained: Trained) -> list[nn.Linear]:
 
 
 def _step(trained: Trained, batch: Tensor, layers: list[nn.Linear], form_largest: bool = False) -> dict[str, int]:
-    """A whole step. ``form_largest``: of backward-side layers those with the largest gradient refresh, whatever is
-    due.
+    """Take a whole step, and count.
+
+    Args:
+        form_largest: let the backward-side layers with the largest gradient choose a basis, whatever is due.
     """
     optimizer = trained.optimizer
     held = [*trained.model.parameters(), *trained.model.buffers(), *_tensors(optimizer), batch]
@@ -101,8 +102,9 @@ def _basis_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _formula(setting: Setting, name: str, trained: Trained, layers: Iterable[nn.Linear]) -> dict[str, int]:
-    """The same from shapes alone, in fp32: weights W (out, in), tokens T, rank r, layers that share an input counted
-    once.
+    """The same bytes from shapes, in fp32: weights W (out, in), tokens T, rank r.
+
+    Layers that share an input count it once.
     """
     T, r = setting.tokens, setting.rank
     projected = {id(layer.weight) for layer in layers}
@@ -113,7 +115,7 @@ def _formula(setting: Setting, name: str, trained: Trained, layers: Iterable[nn.
     every = sum(elements.values())
     backward_side = trained.handle is not None
     inputs = _inputs(setting)
-    held = evaluate_groups(describe(name)["state_formula"], trained.optimizer.param_groups)
+    held = StateCosts.of_recipe(name).bytes_held(trained.optimizer.param_groups)
     return {
         "weight_bytes": 4 * every,
         "carrier_bytes": 4 * low if backward_side else 0,
@@ -125,7 +127,7 @@ def _formula(setting: Setting, name: str, trained: Trained, layers: Iterable[nn.
 
 
 def _inputs(setting: Setting) -> list[int]:
-    """Widths of the distinct inputs of a LLaMA's linear layers: q, k, v; o; gate, up; down."""
+    """The widths of the distinct inputs of a LLaMA's linear layers: q, k, v; o; gate, up; down."""
     from subspan.training.models.presets import PRESETS
 
     preset = PRESETS[setting.model]

@@ -1,8 +1,7 @@
-"""Optimizers that a user would pick instead, each built on the same weights, by their packages' own interfaces alone.
+"""Optimizers of other packages that a user would pick instead.
 
-The extra ``bench`` installs them but for apollo-torch, whose licence is not for commercial use: install it yourself if
-it may
-be used where you are.
+Each is built on the same weights, through its package's own interface. The extra ``bench`` installs them, except for
+apollo-torch, whose licence forbids commercial use: install it yourself if you may use it.
 """
 
 from collections.abc import Callable
@@ -23,24 +22,24 @@ class Peer:
     """An optimizer of another package."""
 
     distribution: str
-    """The name to install it by."""
+    """The name by which pip installs it."""
     module: str
     build: Callable[[Any, Parameters, int, int], torch.optim.Optimizer]
-    """From the module, the weights, the rank, and the steps between refreshes."""
+    """Makes the optimizer of the module, the weights, the rank, and the steps between refreshes."""
     refreshes: bool = False
-    """Whether it has a subspace that it chooses anew."""
+    """Whether it has a subspace that it chooses again from time to time."""
     lifts: bool = False
-    """Whether its step is projected back by a matrix product."""
+    """Whether a matrix product projects its step back."""
     ours: str = "sara_adamw"
-    """The method of this library that does its work."""
+    """The method of this library that does the same work."""
 
     @property
     def installed(self) -> bool:
-        """Whether it is here."""
+        """Whether its module can be imported."""
         return find_spec(self.module) is not None
 
     def make(self, weights: Parameters, rank: int, gap: int) -> torch.optim.Optimizer:
-        """The optimizer."""
+        """Build the optimizer on these weights."""
         return self.build(import_module(self.module), weights, rank, gap)
 
 

@@ -1,4 +1,4 @@
-"""The growth of costs as an SVG whose greys can be read on a light page and on a dark one."""
+"""The growth of costs drawn as an SVG, whose greys can be read on a light page and on a dark one."""
 
 import io
 from collections.abc import Mapping
@@ -12,19 +12,21 @@ _STYLE = style(GREY) | {"grid.color": GREY}
 
 
 def check() -> None:
-    """Make sure that something can be drawn, before it is measured.
+    """Make sure that matplotlib is there, before anything is measured.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        SettingError: matplotlib is not installed.
     """
     try:
-        import matplotlib  # noqa: F401  # whether it can be is the question
+        import matplotlib  # noqa: F401  # only to see whether it can be imported
     except ImportError as error:
-        raise SettingError(f"plot: {error}; it comes with an extra: pip install 'subspan[study]'") from error
+        raise SettingError(
+            f"plot: {error}; matplotlib comes with an extra: pip install 'subspan[study]', or leave out --plot"
+        ) from error
 
 
 def growth(found: Mapping[str, Any]) -> str:
-    """What ``grow.measure`` found: times over the width, a line for each share of the rank; floors dashed."""
+    """Draw what ``grow.measure`` found: times over the width, a line for each share of the rank, floors dashed."""
     import matplotlib
     from matplotlib.figure import Figure
 

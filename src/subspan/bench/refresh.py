@@ -1,9 +1,7 @@
-"""Time and accuracy of choosing a basis: ``eigh`` of the Gram matrix, as a refresh does it, against ``svd`` of the
-gradient.
+"""Time and accuracy of choosing a basis: ``eigh`` of the Gram matrix against ``svd`` of the gradient.
 
-Gradients ``G (m, n)`` are random, with singular values that fall geometrically from 1 to ``1 / condition``. What is
-chosen
-is compared with an SVD in fp64.
+A refresh takes ``eigh``. Gradients ``G (m, n)`` are random, with singular values that fall geometrically from 1 to
+``1 / condition``. What is chosen is compared with an SVD in fp64.
 """
 
 import math
@@ -25,29 +23,29 @@ from subspan.training.models.presets import PRESETS, llama_of
 from subspan.utils.errors import SettingError
 
 MODEL = "llama-60m"
-"""Whose refreshes are set against its steps."""
+"""The model whose refreshes are compared with its steps."""
 
 
 @dataclass(frozen=True)
 class RefreshSetting:
-    """Gradients to choose bases from."""
+    """Gradients from which bases are chosen."""
 
     shapes: tuple[str, ...] = ("512x512", "512x1376", "768x2048", "1024x2736", "2048x5461")
-    """Rows x columns."""
+    """Shapes of the gradients, rows x columns."""
     rank: int | None = None
-    """Of the subspaces; null: a quarter of the shorter side."""
+    """Rank of the subspaces; null takes a quarter of the shorter side."""
     condition: float = 1e4
-    """The largest singular value over the smallest."""
+    """Largest singular value over the smallest."""
     pairs: int = 9
-    """Rounds: each basis choice once."""
+    """Number of rounds. A round chooses a basis once in each way."""
     budget: float = 150.0
-    """Seconds after which no further round of a shape begins, once there are three."""
+    """Seconds after which no further round of a shape begins, if there have been three."""
     training_steps: int = 3
-    """Of LLaMA-60M, to set its refreshes against; 0: none."""
+    """Number of training steps of LLaMA-60M with which its refreshes are compared; 0 leaves that out."""
     seed: int = 0
-    """Of the gradients."""
+    """Random seed for the gradients."""
     threads: int | None = None
-    """CPU threads; null leaves torch's choice."""
+    """Number of CPU threads; null leaves the choice to torch."""
 
     def __post_init__(self) -> None:
         if not self.shapes:
@@ -71,17 +69,19 @@ class RefreshSetting:
 
 
 def size(shape: str) -> tuple[int, int]:
-    """``(m, n)`` of ``"mxn"``."""
+    """Read ``"mxn"`` as ``(m, n)``."""
     m, n = map(int, shape.split("x"))
     return m, n
 
 
 def measure(setting: RefreshSetting, step_seconds: float | None = None) -> dict[str, Any]:
-    """A row for each shape; ``ratio_vs_svd`` is the geometric mean over shapes of the time of a refresh over that of
-    ``svd``.
+    """Measure a row for each shape.
+
+    ``ratio_vs_svd`` is the time of a refresh over that of ``svd``, as the geometric mean over shapes.
 
     Args:
-        step_seconds: of a training step of LLaMA-60M, if it has been measured in this process.
+        setting: what is measured.
+        step_seconds: time of a training step of LLaMA-60M, if it has been measured in this process.
     """
     if setting.threads:
         torch.set_num_threads(setting.threads)
@@ -103,7 +103,7 @@ def measure(setting: RefreshSetting, step_seconds: float | None = None) -> dict[
 
 
 def matrix(m: int, n: int, condition: float, seed: int) -> Tensor:
-    """``S diag(sigma) Vᵀ (m, n)`` in fp32, ``S`` and ``V`` random, ``sigma`` from 1 down to ``1 / condition``."""
+    """Make ``S diag(sigma) Vᵀ (m, n)`` in fp32: ``S`` and ``V`` random, ``sigma`` from 1 down to ``1 / condition``."""
     k = min(m, n)
     S, V = (
         linalg.haar(torch.empty(side, k), linalg.keyed_generator("bench", seed, name, m, n)).double()
@@ -131,9 +131,8 @@ def _row(setting: RefreshSetting, shape: str) -> tuple[dict[str, Any], dict[str,
         "svd_fp32": keep("svd_fp32", lambda: _svd(weight, layout.side)),
     }
     seconds = timing.rounds(contenders, setting.pairs, budget=setting.budget)
-    chosen = {
-        "gram_fp64": linalg.right_singular(G, "gram", torch.float64)
-    } | chosen  # that of a refresh below 512 columns
+    # In fp64 as well: so a refresh does it below 512 columns.
+    chosen = {"gram_fp64": linalg.right_singular(G, "gram", torch.float64)} | chosen
     exact = _svd(weight.double(), layout.side)
     return {
         "shape": shape,
@@ -150,26 +149,28 @@ def _row(setting: RefreshSetting, shape: str) -> tuple[dict[str, Any], dict[str,
 
 
 def _svd(weight: Tensor, side: str | None) -> tuple[Tensor, Tensor]:
-    """What implementations of GaLore call: the SVD of the gradient as it is. Singular values, and vectors of the
-    ``side`` that
-    is compressed."""
+    """The SVD of the gradient as it is, which implementations of GaLore call.
+
+    Returns singular values, and the vectors of the ``side`` that is compressed.
+    """
     U, sigma, Vh = torch.linalg.svd(weight, full_matrices=False)
     return sigma, U if side == "left" else Vh.mT
 
 
 def accuracy(G: Tensor, found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor], rank: int) -> dict[str, float]:
-    """How far singular values and vectors ``found`` are from ``exact``, of ``G (m, n)``; all in fp64.
+    """Measure how far singular values and vectors of ``G (m, n)`` that were ``found`` are from ``exact``, in fp64.
 
     Returns:
-        ``largest_angle``: between the spans of the ``rank`` leading vectors, in radians. ``energy_lost``: the share of
-        ``||G Q||²`` that ``Q`` captures less than the exact one. ``probability_distance``: total variation between
-        SARA's
-        sampling probabilities, ``sigma_i / sum_j sigma_j``. ``probability_error``: the largest relative error of one.
+        - ``largest_angle``: the largest angle between the spans of the ``rank`` leading vectors, in radians.
+        - ``energy_lost``: the share of ``||G Q||²`` that ``Q`` captures less than the exact one.
+        - ``probability_distance``: the total variation between SARA's sampling probabilities, which are
+          ``sigma_i / sum_j sigma_j``.
+        - ``probability_error``: the largest relative error of one of these probabilities.
     """
     (sigma, V), (true_sigma, true_V) = found, exact
-    # Their spans: columns in fp32 are off by 1e-7 in length, which would look like energy.
+    # Only their spans: columns in fp32 are off by 1e-7 in length, which would look like energy.
     Q, true_Q = (linalg.orthonormalise(vectors[:, :rank].double()) for vectors in (V, true_V))
-    # From both: a cosine alone could not tell an angle below 1e-8 from none, nor a sine one that near to a right one.
+    # By sine and cosine: a cosine cannot tell an angle below 1e-8 from zero, nor a sine one that near to a right angle.
     cosines = Q.mT @ true_Q
     sine, cosine = torch.linalg.matrix_norm(true_Q - Q @ cosines, 2), torch.linalg.matrix_norm(cosines, -2)
     captured, most = ((G.double() @ basis).square().sum() for basis in (Q, true_Q))
@@ -188,8 +189,9 @@ def _layers() -> list[str]:
 
 
 def _share(rows: Sequence[Mapping[str, Any]], step_seconds: float | None) -> dict[str, Any] | None:
-    """The refreshes of all linear layers of LLaMA-60M over the time of ``PERIOD`` of its steps; ``None`` where a time
-    lacks.
+    """The time of a refresh of all linear layers of LLaMA-60M, as a share of ``PERIOD`` of its steps.
+
+    ``None`` where a time is missing.
     """
     seconds = {row["shape"]: row["seconds"]["refresh"] for row in rows}
     if step_seconds is None or not seconds.keys() >= set(_layers()):

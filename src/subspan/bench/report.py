@@ -1,4 +1,4 @@
-"""Measurements as text."""
+"""Measurements of memory, traffic and training time as text."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from subspan.utils.tables import aligned
 
 
 def text(found: Mapping[str, Any]) -> str:
-    """A table of memory or of what is sent, or lines on time."""
+    """Write a table of memory or of what is sent, or a line on time."""
     if "world" in found:
         return _sent(found)
     return _memory(found["rows"]) if "rows" in found else _time(found)
@@ -18,7 +18,7 @@ def _memory(rows: list[dict[str, Any]]) -> str:
     cells = [["MB", *(key.removesuffix("_bytes").replace("_", " ") for key in columns)]]
     for row in rows:
         cells.append([row["name"], *(f"{row[key] / 1e6:.1f}" for key in columns)])
-        # Only where it says something else.
+        # The formula has a line only where it differs.
         formula = row["formula"]
         if any(formula[key] != row[key] for key in columns if key in formula):
             cells.append(["  formula", *(f"{formula[key] / 1e6:.1f}" if key in formula else "" for key in columns)])
@@ -26,16 +26,16 @@ def _memory(rows: list[dict[str, Any]]) -> str:
 
 
 def _sent(found: Mapping[str, Any]) -> str:
-    """Bytes that a rank sends; below each row its closed form, only where that says something else."""
-    cells = [["MB that each rank sends", "step", "refresh", "mean", "collectives of a step", "of a refresh besides"]]
+    """Write the bytes that a rank sends, and below a row its closed form where that differs."""
+    cells = [["MB that each rank sends", "step", "refresh", "mean", "collectives of a step", "more in a refresh"]]
     for row in found["rows"]:
         step, refresh = (row[kind]["collectives"] for kind in ("step", "refresh"))
-        besides = {
+        more = {
             operation: [calls - step.get(operation, [0, 0])[0], size - step.get(operation, [0, 0])[1]]
             for operation, (calls, size) in refresh.items()
         }
         wires = (row["step"]["wire_bytes"], row["refresh"]["wire_bytes"], row["amortised_wire_bytes"])
-        cells.append([row["name"], *(f"{size / 1e6:.1f}" for size in wires), _collectives(step), _collectives(besides)])
+        cells.append([row["name"], *(f"{size / 1e6:.1f}" for size in wires), _collectives(step), _collectives(more)])
         if any(row["formula"][kind] != sizes_of(row[kind]) for kind in ("step", "refresh")):
             cells.append(["  formula", "", "", "", *(str(row["formula"][kind]) for kind in ("step", "refresh"))])
     above = (
@@ -45,7 +45,7 @@ def _sent(found: Mapping[str, Any]) -> str:
 
 
 def sizes_of(sent: Mapping[str, Any]) -> dict[str, int]:
-    """Payload bytes by operation."""
+    """Payloads in bytes, by operation."""
     return {operation: size for operation, (_, size) in sent["collectives"].items()}
 
 
@@ -61,6 +61,5 @@ def _time(found: Mapping[str, Any]) -> str:
     return (
         f"{shapes['model']}, {shapes['tokens']} tokens, rank {shapes['rank']} of {shapes['hidden']}: a step takes "
         f"{ratio['median']:.3f} of fused AdamW's time ({ratio['low']:.3f} to {ratio['high']:.3f}, {found['pairs']} "
-        "pairs, "
-        f"{found['threads']} threads) and {found['flops_ratio']:.3f} of its matmul FLOPs"
+        f"pairs, {found['threads']} threads) and {found['flops_ratio']:.3f} of its matmul FLOPs"
     )

@@ -1,4 +1,4 @@
-"""What is measured: a model, an optimizer that trains it, and a batch."""
+"""The training step that is measured: a model, an optimizer that trains it, and a batch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -19,17 +19,17 @@ class Setting:
     """A training step to measure."""
 
     model: str = "llama-60m"
-    """A preset: `subspan list models`."""
+    """Preset of the model, from `subspan list models`."""
     tokens: int = 4096
-    """Tokens in a step."""
+    """Number of tokens in a step."""
     rank: int = 128
-    """Of the subspaces."""
+    """Rank of the subspaces."""
     sequence_length: int = 256
-    """Tokens in a sequence."""
+    """Number of tokens in a sequence."""
     seed: int = 0
-    """Of weights and tokens."""
+    """Random seed for weights and tokens."""
     threads: int | None = None
-    """CPU threads; null leaves torch's choice."""
+    """Number of CPU threads; null leaves the choice to torch."""
 
     def __post_init__(self) -> None:
         if self.model not in PRESETS:
@@ -43,7 +43,7 @@ class Setting:
             raise SettingError(f"threads={self.threads}: expected a whole number >= 1")
 
     def batch(self) -> Tensor:
-        """Random tokens."""
+        """Draw random tokens."""
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randint(
             VOCABULARY, (self.tokens // self.sequence_length, self.sequence_length), generator=generator
@@ -52,14 +52,14 @@ class Setting:
 
 @dataclass
 class Trained:
-    """A model and its optimizer; ``handle`` if its layers are backward-side."""
+    """A model and its optimizer, with a ``handle`` if its layers are backward-side."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     handle: Handle | None
 
     def forward(self, batch: Tensor) -> Tensor:
-        """The loss."""
+        """Compute the loss."""
         loss: Tensor = self.model(input_ids=batch, labels=batch, use_cache=False).loss
         return loss
 
@@ -67,7 +67,7 @@ class Trained:
 def build_model(
     setting: Setting, backward_side: bool, select_from: Literal["owner", "mean"] = "owner"
 ) -> tuple[nn.Module, Handle | None]:
-    """The model with fresh weights, and the handle of its backward-side layers if it has them."""
+    """Build the model with fresh weights, and return the handle of its backward-side layers, if it has them, too."""
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(setting.seed)
@@ -76,7 +76,7 @@ def build_model(
 
 
 def build(setting: Setting, optimizer: str, backward_side: bool = False, fused: bool = False) -> Trained:
-    """The model with fresh weights, and an optimizer by name; ``fused`` is torch's fused AdamW."""
+    """Build the model with fresh weights, and an optimizer by name, or torch's fused AdamW if ``fused``."""
     model, handle = build_model(setting, backward_side)
     if fused:
         return Trained(model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True), None)

@@ -8,11 +8,20 @@ from subspan.utils.tables import aligned
 
 
 def refresh(found: Mapping[str, Any]) -> str:
-    """Times of choosing a basis, and below how far each way is from an SVD in fp64."""
+    """Write the times of choosing a basis, and below them how far each way is from an SVD in fp64."""
     times = [
         ["choosing a basis, seconds", "rank", "refresh", "gram fp32", "svd fp32", "refresh / svd", "gram fp32 / svd"]
     ]
-    errors = [["against an SVD in fp64", "", "largest angle", "energy lost", "probabilities apart", "one by"]]
+    errors = [
+        [
+            "against an SVD in fp64",
+            "",
+            "largest angle",
+            "energy lost",
+            "distance of probabilities",
+            "largest error of one",
+        ]
+    ]
     for row in found["rows"]:
         seconds, ratios = row["seconds"], row["ratio_vs_svd"]
         times.append([
@@ -36,7 +45,7 @@ def refresh(found: Mapping[str, Any]) -> str:
 
 
 def step(found: Mapping[str, Any]) -> str:
-    """Times and memory of an optimizer's step."""
+    """Write times and memory of an optimizer's step."""
     cells = [
         ["milliseconds of a step", "ordinary", "refresh", "mean", "ours / its", "matmuls", "extra", "in a refresh"]
     ]
@@ -50,11 +59,11 @@ def step(found: Mapping[str, Any]) -> str:
             *(_or_dash(row[key], lambda value: f"{value:.2f}") for key in ("extra_weights", "refresh_extra_weights")),
         ])  # fmt: skip
     lines = [aligned(cells)]
+    rate = f"{found['matmul_flops_per_second'] / 1e9:.1f} GFLOP/s"
+    lines.append(f"matmuls: the share of a step that its two products take, at {rate}")
     lines.append(
-        f"matmuls: the share of a step that its two products take, at {found['matmul_flops_per_second'] / 1e9:.1f} "
-        "GFLOP/s"
+        f"extra: what a step holds in addition, in largest weights ({found['largest_weight_bytes'] / 1e6:.1f} MB)"
     )
-    lines.append(f"extra: what a step holds besides, in largest weights ({found['largest_weight_bytes'] / 1e6:.1f} MB)")
     if backward := found.get("backward_ratio_vs_adamw_fused"):
         lines.append(f"backward-side: a step takes {_interval(backward)} of fused AdamW's time")
     if found["not_installed"]:
@@ -63,7 +72,7 @@ def step(found: Mapping[str, Any]) -> str:
 
 
 def grow(found: Mapping[str, Any]) -> str:
-    """Times beside their floors."""
+    """Write times beside their floors."""
     cells = [["milliseconds", "rank", "step", "floor", "step / floor", "choosing", "floor", "choosing / floor"]]
     for row in found["rows"]:
         line = [str(row["width"]), str(row["rank"])]
@@ -79,7 +88,7 @@ def grow(found: Mapping[str, Any]) -> str:
 
 
 def together(found: Mapping[str, Any]) -> str:
-    """Every part, and the ratios that matter at the end."""
+    """Write every part, and at the end the ratios that matter."""
     parts = [text(found["train"]), refresh(found["refresh"]), step(found["step"])]
     if "grow" in found:
         parts.append(grow(found["grow"]))
@@ -88,7 +97,7 @@ def together(found: Mapping[str, Any]) -> str:
 
 
 def machine(found: Mapping[str, Any]) -> str:
-    """What it was measured on."""
+    """Describe the machine on which it was measured."""
     about = found["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     load = "" if about["load"] is None else f", load {about['load']:.1f}"

@@ -1,10 +1,8 @@
-"""Time and memory of an optimizer's step alone, on the linear layers of a LLaMA, against the optimizers of other
-packages.
+"""Time and memory of an optimizer's step on the linear layers of a LLaMA, against optimizers of other packages.
 
-An *ordinary* step projects, steps inside, lifts; a *refresh* chooses every basis anew besides. Every optimizer is built
-twice
-on the same weights and gradients: with a period that never ends, and with one of a single step. What a run pays is
-``amortised``: ``ordinary + (refresh - ordinary) / PERIOD``.
+An *ordinary* step projects, steps inside the subspace, and lifts. A *refresh* also chooses every basis again. Every
+optimizer is built twice on the same weights and gradients: with a period that never ends, and with a period of one
+step. What a run pays is ``amortised``: ``ordinary + (refresh - ordinary) / PERIOD``.
 """
 
 import collections
@@ -34,24 +32,24 @@ _BACKWARD = "sara_adamw_backward"
 
 @dataclass(frozen=True)
 class StepSetting:
-    """The layers and the optimizers."""
+    """The layers, and the optimizers that step on them."""
 
     model: str = "llama-60m"
-    """A preset: `subspan list models`."""
+    """Preset of the model, from `subspan list models`."""
     layers: int | None = None
-    """Blocks of the model; null: all of its own."""
+    """Number of blocks of the model; null takes all of them."""
     rank: int = 128
-    """Of the subspaces."""
+    """Rank of the subspaces."""
     pairs: int = 15
-    """Rounds: an ordinary step of each optimizer."""
+    """Number of rounds. In a round each optimizer takes an ordinary step."""
     refresh_pairs: int = 3
-    """Rounds of refreshes."""
+    """Number of rounds in which each optimizer takes a step with a refresh."""
     peers: tuple[str, ...] | None = None
-    """Optimizers of other packages; null: those that are installed."""
+    """Optimizers of other packages to compare with; null takes those that are installed."""
     seed: int = 0
-    """Of weights and gradients."""
+    """Random seed for weights and gradients."""
     threads: int | None = None
-    """CPU threads; null leaves torch's choice."""
+    """Number of CPU threads; null leaves the choice to torch."""
 
     def __post_init__(self) -> None:
         if self.model not in PRESETS:
@@ -80,15 +78,17 @@ class StepSetting:
 
     @property
     def matrices(self) -> list[tuple[int, int]]:
-        """Shapes of the weights."""
+        """The shapes of the weights."""
         model = llama_of(PRESETS[self.model])
         return [(layer.out, layer.inputs) for layer in model.block] * (self.layers or model.layers)
 
 
 def measure(setting: StepSetting) -> dict[str, Any]:
-    """A row for each optimizer, and for each of the others ``ratio_vs_NAME``: the amortised time of ours over its,
-    where ours
-    is ``sara_adamw`` unless the peer is of another method."""
+    """Measure a row for each optimizer, and ``ratio_vs_NAME`` for each optimizer of another package.
+
+    A ratio is the amortised time of our optimizer over that of the other one. Ours is ``sara_adamw``, unless the other
+    one has another method that this library has too.
+    """
     if setting.threads:
         torch.set_num_threads(setting.threads)
     model = _layers_of(setting)
@@ -99,7 +99,7 @@ def measure(setting: StepSetting) -> dict[str, Any]:
     held, backward = _backward_side(setting)
     others: dict[str, Callable[[], object]] = {_MATMULS: _matmuls(weights, setting.rank), _BACKWARD: backward.step}
     seconds = timing.rounds(steps | others, setting.pairs, warm_up=2)
-    del held  # the layers of the carriers
+    del held  # it has kept the layers of the carriers alive
     refreshes = {name: optimizer.step for name, optimizer in refreshing.items()}
     refresh_seconds = timing.rounds(refreshes, setting.refresh_pairs)
     matrices = collections.Counter("x".join(map(str, shape)) for shape in setting.matrices)
@@ -161,20 +161,18 @@ def _optimizers(setting: StepSetting, model: nn.Module, gap: int) -> dict[str, t
 
 
 def _backward_side(setting: StepSetting) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """SARA's optimizer on backward-side layers, whose carriers have the gradients that a real backward pass gave
-    them.
-    """
+    """SARA's optimizer on backward-side layers. A real backward pass has given their carriers gradients."""
     model = _layers_of(setting, gradients=False)
     project_backward(model, rank=setting.rank, share="none")
     optimizer = create("sara_adamw", model, lr=LR, rank=setting.rank, update_proj_gap=_NEVER, seed=setting.seed)
     for layer in model.values():
-        x = torch.randn(8, layer.in_features)  # type: ignore[call-overload]  # a linear layer's
+        x = torch.randn(8, layer.in_features)  # type: ignore[call-overload]  # that of a linear layer
         layer(x).square().sum().backward()
     return model, optimizer
 
 
 def _matmuls(weights: Parameters, rank: int) -> Callable[[], None]:
-    """The two products that a step cannot do without, ``R = G Q`` and ``U Qᵀ``, of all weights."""
+    """The two products that a step cannot do without, ``R = G Q`` and ``U Qᵀ``, for all weights."""
     work: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for p in weights:
         G = layout_of(p.shape, rank, "std").enter(torch.randn_like(p))
@@ -191,7 +189,7 @@ def _matmuls(weights: Parameters, rank: int) -> Callable[[], None]:
 
 
 def _amortised_ratio(ordinary: Tensor, refresh: Tensor) -> Tensor:
-    """Of medians over rounds: ``(..., n, 2)`` and ``(..., m, 2)`` to ``(...)``."""
+    """The ratio of amortised times, from medians over rounds: ``(..., n, 2)`` and ``(..., m, 2)`` to ``(...)``."""
     step = ordinary.quantile(0.5, dim=-2)
     mean = step + (refresh.quantile(0.5, dim=-2) - step) / PERIOD
     return mean[..., 0] / mean[..., 1]
@@ -216,7 +214,7 @@ def _row(
 
 
 def _backward_row(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Bases of backward-side layers are chosen in the backward pass, which is not timed here."""
+    """A row without refreshes: backward-side layers choose bases in the backward pass, which is not timed."""
     ordinary = timing.median(seconds[_BACKWARD])
     return {"name": _BACKWARD, "ordinary_seconds": ordinary} | dict.fromkeys(
         ("refresh_seconds", "amortised_seconds", "matmul_share", "extra_weights", "refresh_extra_weights")
@@ -224,7 +222,7 @@ def _backward_row(seconds: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def _extra(optimizer: torch.optim.Optimizer, weights: Parameters) -> int:
-    """The most that a step holds besides weights, gradients and state, in bytes."""
+    """The most bytes that a step holds besides weights, gradients and state."""
     gradients = [p.grad for p in weights if p.grad is not None]
     with LiveBytes([*weights, *gradients, *_tensors_in(optimizer.state)]) as live:
         before = live.now
@@ -233,7 +231,7 @@ def _extra(optimizer: torch.optim.Optimizer, weights: Parameters) -> int:
 
 
 def _tensors_in(held: Any) -> Iterator[Tensor]:
-    """Also those of objects in the state, such as projectors."""
+    """The tensors in a state, also those of objects in it, such as projectors."""
     if isinstance(held, Tensor):
         yield held
     elif isinstance(held, dict):

@@ -1,5 +1,6 @@
-"""Times side by side in one process: contenders take turns, ratios are those of a turn, intervals come from the
-bootstrap.
+"""Timing of contenders in one process: they take turns, and times are compared within a turn.
+
+Intervals come from the bootstrap.
 """
 
 import os
@@ -20,7 +21,7 @@ FEWEST = 3
 
 
 def check_rounds(name: str, value: int) -> None:
-    """A ``ValueError`` if there are too few."""
+    """Raise unless there are enough rounds."""
     if value < FEWEST:
         raise SettingError(f"{name}={value}: expected a whole number >= {FEWEST}")
 
@@ -28,12 +29,16 @@ def check_rounds(name: str, value: int) -> None:
 def rounds(
     contenders: Mapping[str, Callable[[], object]], count: int, warm_up: int = 1, budget: float = float("inf")
 ) -> dict[str, list[float]]:
-    """Seconds of each contender: one call of each a round, in an order that turns around from round to round.
+    """Time each contender once a round, in an order that turns around from round to round.
 
     Args:
-        count: of the rounds that are timed.
-        warm_up: rounds before.
-        budget: seconds after which no further round begins, once there are ``FEWEST``.
+        contenders: what is called, by name.
+        count: number of rounds that are timed.
+        warm_up: number of rounds before.
+        budget: seconds after which no further round begins, if there have been ``FEWEST``.
+
+    Returns:
+        The seconds of each contender, by name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     began = time.perf_counter()
@@ -49,16 +54,18 @@ def rounds(
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle one, or the mean of the middle two."""
+    """The middle value, or the mean of the two middle ones."""
     return float(torch.tensor(values, dtype=torch.float64).quantile(0.5))
 
 
 def interval(statistic: Callable[..., Tensor], *samples: Iterable[Sequence[float]]) -> dict[str, float]:
-    """``statistic`` of the samples, as ``median``, and a bootstrap interval of 95 % of it, ``low`` and ``high``.
+    """Compute ``statistic`` of the samples, with a bootstrap interval of 95 %.
 
-    Each sample ``(n, k)`` has a row for every round; rows are drawn anew, within each sample. ``statistic`` takes
-    tensors
-    ``(..., n, k)`` and returns ``(...)``.
+    Each sample ``(n, k)`` has a row for every round. The bootstrap draws rows again, within each sample. ``statistic``
+    takes tensors ``(..., n, k)`` and returns ``(...)``.
+
+    Returns:
+        ``median``, the statistic itself, and the ends of its interval, ``low`` and ``high``.
     """
     values = [torch.tensor([*sample], dtype=torch.float64) for sample in samples]
     generator = torch.Generator().manual_seed(0)
@@ -81,7 +88,7 @@ def mean_of_ratios(*samples: Tensor) -> Tensor:
 
 
 def machine(packages: Iterable[str] = ()) -> dict[str, Any]:
-    """What the times are of: processor, threads, load at the moment, versions of what is installed of ``packages``."""
+    """Describe the machine: processor, threads, its load now, and the versions of installed ``packages``."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -93,7 +100,7 @@ def machine(packages: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Of those that are installed."""
+    """The versions of those packages that are installed."""
     found = {}
     for name in packages:
         try:
@@ -108,6 +115,6 @@ def _processor() -> str:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         pass
     return platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""``bench all``: every measurement of time in one process, with the ratios that matter under names of their own."""
+"""``bench all``: every measurement of time in one process. The ratios that matter have names of their own."""
 
 import time
 from collections.abc import Callable
@@ -21,20 +21,18 @@ QUICK: dict[type, dict[str, Any]] = {
     StepSetting: {"layers": 1, "pairs": 7},
     GrowSetting: {"widths": (128, 256, 512), "pairs": 3},
 }
-"""What ``--quick`` sets where the user has left the default: another amount of work, so other figures, under the same
-keys.
-"""
+"""What ``--quick`` sets where the user has left the default. Less work gives other figures, under the same keys."""
 QUICK_PAIRS = 5
 
 
 @dataclass(frozen=True)
 class AllSetting:
-    """All measurements of time; each has a command of its own with more settings."""
+    """All measurements of time. Each has a command of its own, with more settings."""
 
     seed: int = 0
-    """Of weights, gradients and tokens."""
+    """Random seed for weights, gradients and tokens."""
     threads: int | None = None
-    """CPU threads; null leaves torch's choice."""
+    """Number of CPU threads; null leaves the choice to torch."""
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
@@ -42,25 +40,30 @@ class AllSetting:
 
 
 def quickened(setting: S) -> S:
-    """``setting`` with less work, where it has the defaults."""
+    """Return ``setting`` with less work, where it has the defaults."""
     default = {field.name: field.default for field in fields(setting)}  # type: ignore[arg-type]  # settings are dataclasses
     less = {key: value for key, value in QUICK.get(type(setting), {}).items() if getattr(setting, key) == default[key]}
     return replace(setting, **less)  # type: ignore[type-var]  # as above
 
 
 def measure(setting: AllSetting, quick: bool, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """``NAME.ratio...``: median, low, high, and the shapes they are of; under ``NAME`` all that was found.
+    """Measure train, refresh, step and grow.
 
     Args:
-        quick: less work, and nothing on growth.
+        setting: what they share.
+        quick: do less work, and leave out growth.
         say: is told what is measured next.
+
+    Returns:
+        Everything that was found, under the name of its measurement, and the ratios that matter as
+        ``NAME.ratio...``: median, low, high, and the shapes that were measured.
     """
     began, faster = time.perf_counter(), quickened if quick else lambda setting: setting
     common: dict[str, Any] = {"seed": setting.seed, "threads": setting.threads}
     say("train: whole training steps")
     trained = train.measure(faster(Setting(**common)), QUICK_PAIRS if quick else PAIRS)
     say("refresh: choosing bases")
-    # A step of few tokens would make refreshes look dear.
+    # Compared with a step of few tokens, refreshes would look expensive.
     chosen = refresh.measure(faster(RefreshSetting(**common)), None if quick else trained["seconds"]["adamw_fused"])
     say("step: optimizers' steps")
     stepped = step.measure(faster(StepSetting(**common)))

@@ -1,4 +1,4 @@
-"""Time of a whole training step against torch's fused AdamW: interleaved pairs in one process, medians of ratios."""
+"""Time of a whole training step against torch's fused AdamW: pairs of steps in one process, medians of ratios."""
 
 from typing import Any
 
@@ -10,17 +10,19 @@ from subspan.bench.setting import Setting, Trained, build
 
 
 def measure(setting: Setting, pairs: int, optimizer: str = "sara_adamw") -> dict[str, Any]:
-    """Ordinary steps of backward-side ``optimizer`` over those of fused AdamW, on the same model and batch.
+    """Measure ordinary steps of a backward-side optimizer over those of fused AdamW, on the same model and batch.
 
     Args:
-        pairs: of steps, one of each, the order alternating; two more warm up.
+        setting: the model and the batch.
+        pairs: number of pairs of steps, one of each, in alternating order. Two more pairs warm up.
+        optimizer: name of the backward-side optimizer.
     """
     timing.check_rounds("pairs", pairs)
     if setting.threads:
         torch.set_num_threads(setting.threads)
     batch = setting.batch()
     ours, theirs = build(setting, optimizer, backward_side=True), build(setting, "adamw", fused=True)
-    for _ in range(2):  # also the first bases, which are drawn
+    for _ in range(2):  # the first steps also draw the first bases
         _step(theirs, batch)
         _step(ours, batch)
     flops = [_flops(trained, batch) for trained in (ours, theirs)]

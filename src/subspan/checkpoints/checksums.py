@@ -1,8 +1,7 @@
-"""Whether the files of a directory are still those that were written: ``checksums.json``, one hash a file.
+"""A record of the files of a directory, ``checksums.json``, that tells whether they are as they were written.
 
-A disk that loses or changes bytes says nothing, and a changed weight still loads; so each file is hashed when it is
-saved
-and before it is used.
+A disk that loses or changes bytes says nothing, and a changed weight still loads. So each file is hashed when it is
+saved and before it is used.
 """
 
 import hashlib
@@ -12,22 +11,25 @@ from pathlib import Path
 RECORD = "checksums.json"
 
 
-def seal(folder: Path, but: str | None = None) -> None:
-    """Write the record of ``folder``: last, when all of its files are there. Names like ``but`` have a record of their
-    own.
+def seal(folder: Path, skip: str | None = None) -> None:
+    """Write the record of ``folder``, when all of its files are there.
+
+    Args:
+        folder: the directory.
+        skip: a pattern of names that have a record of their own.
     """
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not (but and path.match(but))]
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not (skip and path.match(skip))]
     files = {path.relative_to(folder).as_posix(): _entry(path) for path in paths}
     (folder / RECORD).write_text(json.dumps({"hash": "blake2b", "files": files}, indent=1) + "\n")
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether ``folder`` has a record: one saved before there were records has none."""
+    """Whether ``folder`` has a record; a checkpoint of an early version has none."""
     return (folder / RECORD).exists()
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the files of ``folder``; ``None`` if all are as written, or nothing is recorded about them.
+    """Return what is wrong with the files of ``folder``, or ``None`` if they are as written or have no record.
 
     Files that the record does not name may be anything: someone may have put a note beside a checkpoint.
     """

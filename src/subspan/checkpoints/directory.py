@@ -1,113 +1,105 @@
-"""Checkpoints: a directory is complete or absent, and holds a Hugging Face model beside what the run needs to go on.
+"""The directory of a checkpoint: what is in it, what it is called, and how it is read.
 
 checkpoints/step-000100/  config.json, model.safetensors, tokenizer files      loads with from_pretrained
                           optimizer.pt, training.pt                            tensors and primitives only
-                          checksums.json                                       a hash of each file, see integrity.py
+                          checksums.json                                       a hash of each file, see checksums.py
+
+A sharded checkpoint has the files of shard_files.py in place of model.safetensors and optimizer.pt. A directory is
+complete or absent, see writer.py.
 """
 
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model
+from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
-from subspan.checkpoints.checksums import seal
-from subspan.utils.atomic_files import no_space, remove_directory, replace_directory, written
+from subspan.utils.atomic_files import remove_directory, written
 from subspan.utils.errors import InputError, first_line
+from subspan.utils.names import canonical_names
 
-_NAME = re.compile(r"step-(\d{6,})")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+INDEX = "index.json"
+"""The file that makes a checkpoint of shards."""
 MODEL = "model"
-"""Within a run's directory: its model as ``from_pretrained`` loads it, where its checkpoints hold parts, or
-adapters.
+"""Name, within a run's directory, of its model as ``from_pretrained`` loads it, for runs whose checkpoints hold shards
+or adapters.
 """
+_NAME = re.compile(r"step-(\d{6,})")
 _OTHER = "remove it, or continue an older one with --resume PATH"
 
 
-def save(
-    folder: Path,
-    step: int,
-    keep: int,
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    parts: dict[str, dict[str, Any]],
-    best: int | None = None,
-) -> None:
-    """Write the checkpoint of ``step``, then drop all but the ``keep`` newest and that of the step ``best``.
-
-    ``parts`` become files, one by name.
-
-    Raises:
-        InputError: it cannot be written, for want of space say. The checkpoints before it stand.
-    """
-    scratch, place = folder / "unfinished", folder / name_of(step)
-    try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        model.save_pretrained(scratch, max_shard_size="10TB")  # type: ignore[operator]  # transformers' method; one file
-        tokenizer.save_pretrained(scratch)
-        for name, part in parts.items():
-            torch.save(part, scratch / f"{name}.pt")
-        seal(scratch)
-        replace_directory(scratch, place)
-    except Exception as error:  # of a full disk, torch, safetensors and tokenizers raise errors of three kinds
-        shutil.rmtree(scratch, ignore_errors=True)
-        before = [_size(path) for path in list_checkpoints(folder)[-1:]]
-        tensors = sum(t.numel() * t.element_size() for t in _tensors([model.state_dict(), parts]))
-        raise no_space(f"checkpoint {place}", folder, error, max([tensors, *before])) from error
-    drop_old(folder, step, keep, best)
+def save_model(folder: Path, model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Write the files that ``from_pretrained`` loads into ``folder``."""
+    model.save_pretrained(folder, max_shard_size="10TB")  # type: ignore[operator]  # transformers' method; one file
+    tokenizer.save_pretrained(folder)
 
 
-def drop_old(folder: Path, step: int, keep: int, best: int | None) -> None:
-    """Remove all checkpoints up to that of ``step`` but the ``keep`` newest and that of the step ``best``.
+def save_config(folder: Path, model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Write the files of ``save_model`` into ``folder``, except for the weights."""
+    model.config.save_pretrained(folder)  # type: ignore[union-attr, operator]  # transformers' method
+    tokenizer.save_pretrained(folder)
 
-    Later ones are of a run that was continued further back, perhaps because they are damaged: they do not count.
-    """
-    for old in [path for path in list_checkpoints(folder) if step_of(path) <= step][:-keep]:
-        if step_of(old) != best:
-            remove_directory(old)
+
+def save_part(folder: Path, name: str, part: dict[str, Any]) -> None:
+    """Write a dict of tensors and primitives into ``folder``, for ``load_part``."""
+    torch.save(part, folder / f"{name}.pt")
 
 
 def adopt(checkpoint: Path, folder: Path) -> None:
-    """Copy a checkpoint of another run into ``folder``, unless it is there.
+    """Copy a checkpoint of another run into ``folder``, unless it is there. For one process.
 
     Raises:
-        InputError: it cannot be written, for want of space say.
+        InputError: it cannot be written, for example for want of space.
     """
     place = folder / checkpoint.name
     if not place.exists():
-        with written("checkpoint", place, _size(checkpoint)) as scratch:
+        with written("checkpoint", place, disk_bytes(checkpoint)) as scratch:
             shutil.copytree(checkpoint, scratch, dirs_exist_ok=True)
 
 
-def holds_parts(checkpoint: Path) -> bool:
-    """Whether ranks have saved their parts there (``sharded.py``)."""
+def holds_shards(checkpoint: Path) -> bool:
+    """Whether the checkpoint is one that ``sharded.py`` has saved."""
     return not (checkpoint / "optimizer.pt").exists()
 
 
-def plain_model(out: Path, step: int, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """A directory that ``from_pretrained`` loads, of the checkpoint of ``step`` of the run in ``out``.
+def plain_model(out: Path, step: int, model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> Path:
+    """Return a directory that ``from_pretrained`` loads, with the model of a run at a step. For one process.
 
-    One that holds parts, saved by the ranks that ask or by others before, is put together in ``OUT/model``.
+    A sharded checkpoint, whichever ranks saved it, is put together in ``OUT/model``. Any other is such a directory.
+
+    Args:
+        out: the run's directory.
+        step: the step of one of its checkpoints.
+        model: the run's model.
+        tokenizer: the run's tokenizer.
     """
     checkpoint, place = out / "checkpoints" / name_of(step), out / MODEL
-    if holds_parts(checkpoint):
-        from subspan.checkpoints.unshard import write_whole  # what reads parts takes seconds to import
+    if holds_shards(checkpoint):
+        from subspan.checkpoints.unshard import write_whole  # what reads shards takes seconds to import
 
         write_whole(checkpoint, place, model, tokenizer)
         return place
-    if place.exists():  # of the run as it was when it ended before
+    if place.exists():  # left by the run when it ended before
         remove_directory(place)
     return checkpoint
 
 
-def _size(checkpoint: Path) -> int:
-    return sum(file.stat().st_size for file in checkpoint.iterdir())
+def disk_bytes(checkpoint: Path) -> int:
+    """Return the bytes of the files of a checkpoint."""
+    return sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+
+
+def tensor_bytes(value: Any) -> int:
+    """Return the bytes of all tensors in nested dicts and lists; a sharded tensor counts as a whole."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(value))
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -121,26 +113,30 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Return the complete checkpoints, oldest first."""
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=step_of)
 
 
 def name_of(step: int) -> str:
-    """The name of the checkpoint of ``step``."""
+    """Return the name of the checkpoint of ``step``."""
     return f"step-{step:06d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that the name of a checkpoint says."""
+    """Return the step that the name of a checkpoint says."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def load_part(checkpoint: Path, name: str) -> dict[str, Any]:
-    """One of the ``parts`` given to ``save``."""
+    """Read what ``save_part`` has written.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
         part = torch.load(checkpoint / f"{name}.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # of a damaged file, torch's reader raises errors of a dozen kinds
+    except Exception as error:  # torch's reader raises errors of a dozen kinds on a damaged file
         raise InputError(
             f"checkpoint {checkpoint}: {name}.pt cannot be read ({type(error).__name__}); {_OTHER}"
         ) from error
@@ -150,10 +146,33 @@ def load_part(checkpoint: Path, name: str) -> dict[str, Any]:
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Copy the checkpoint's weights into ``model``."""
+    """Copy the checkpoint's weights into ``model``; what wraps the model, or a layer of it, does not matter.
+
+    Raises:
+        InputError: the file cannot be read, or is of another model.
+    """
+    tensors = model_tensors(model)
+    names = {canonical: name for name, canonical in canonical_names(n for _, all_of in tensors for n in all_of).items()}
     try:
-        load_model(model, checkpoint / "model.safetensors")
+        saved = load_file(checkpoint / "model.safetensors")
+        found = {names.get(canonical, name): saved[name] for name, canonical in canonical_names(saved).items()}
+        lacking = [all_of[0] for _, all_of in tensors if not any(name in found for name in all_of)]
+        strange = sorted(found.keys() - names.values())
+        if lacking or strange:
+            word, name = ("lacks", lacking[0]) if lacking else ("has", strange[0])
+            raise ValueError(f"it {word} {name!r}, which this model {'has' if lacking else 'does not have'}")
+        model.load_state_dict(found, strict=False)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise InputError(
             f"checkpoint {checkpoint}: model.safetensors cannot be used: {first_line(error)}; {_OTHER}"
         ) from error
+
+
+def model_tensors(model: nn.Module) -> list[tuple[torch.Tensor, list[str]]]:
+    """Return the tensors of a model's ``state_dict`` with their names in it; tied weights have several."""
+    names: dict[int, tuple[torch.Tensor, list[str]]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():  # the variables themselves, so that ties show
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(f"model: {name!r} in its state_dict is a {type(tensor).__name__}; expected tensors only")
+        names.setdefault(id(tensor), (tensor, []))[1].append(name)
+    return list(names.values())

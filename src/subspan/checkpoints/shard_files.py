@@ -1,22 +1,20 @@
-"""Files of tensors that every rank writes a part of, to be read by any number of ranks.
+"""Files of shards: every rank writes its own shard of each tensor, and any number of ranks can read them.
 
-index.json                                  what there is: each tensor's dtype and whole shape, each file's length and
-hash
+index.json                                  each tensor's dtype and whole shape; each file's length and hash
 model-RRRRR-of-WWWWW.safetensors            the rows that rank R of W held; their offsets are in the header
 optimizer-RRRRR-of-WWWWW.safetensors
 
 The index is written last: a directory without one is no checkpoint. PyTorch's own writer of this kind
-(``torch.distributed.checkpoint``) pickles its metadata; its safetensors variant, ``HuggingFaceStorageWriter``, carries
-every
-dtype and every uneven shard over, but it writes no index. In torch 2.13 its reader takes the whole shape from the files
-it
-finds, so a missing file in the middle leaves those rows as they were, in silence, and a changed byte is loaded.
+(``torch.distributed.checkpoint``) pickles its metadata. Its safetensors variant, ``HuggingFaceStorageWriter``, carries
+every dtype and every uneven shard over, but it writes no index. Its reader in torch 2.13 takes the whole shape from
+the files that it finds. So a missing file in the middle leaves those rows as they were, in silence, and a changed byte
+is loaded.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +26,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from subspan.checkpoints.collective import world
-from subspan.utils.atomic_files import sync, write_text
+from subspan.checkpoints.directory import INDEX
+from subspan.utils.atomic_files import disk_errors_explained, sync, write_text
 from subspan.utils.errors import InputError, first_line
+from subspan.utils.names import canonical_names
 
-INDEX = "index.json"
 _FORMAT = 1
 _FILE = re.compile(r"(model|optimizer)-(\d{5})-of-(\d{5})\.safetensors")
 _DAMAGED = "remove it, or continue an older one with --resume PATH"
@@ -43,14 +42,14 @@ Table = dict[str, tuple[str, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class Piece:
-    """What this rank holds of a tensor, and where that begins in the whole."""
+    """The local shard of a tensor, and where it begins in the whole."""
 
     offsets: tuple[int, ...]
     local: Tensor
 
 
 def piece_of(tensor: Tensor) -> Piece:
-    """The part of ``tensor`` that is here: the same memory. All of it, unless it is a DTensor."""
+    """Return the local shard of ``tensor``, in the same memory. It is all of a tensor that is no DTensor."""
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return Piece((0,) * tensor.ndim, tensor)
@@ -61,9 +60,7 @@ def piece_of(tensor: Tensor) -> Piece:
 
 
 def is_ours(tensor: Tensor) -> bool:
-    """Whether this rank is the one that writes the part of ``tensor`` that it holds, of which others may hold
-    copies.
-    """
+    """Whether this rank is the one that writes its local shard of ``tensor``, of which others may hold copies."""
     if not isinstance(tensor, DTensor):
         return world()[0] == 0
     place = tensor.device_mesh.get_coordinate()
@@ -75,85 +72,99 @@ def is_ours(tensor: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A rank's share of a part (``model`` or ``optimizer``) of a checkpoint, copied to the host."""
+class HostCopy:
+    """What a rank has to write of the ``model`` or of the ``optimizer``, copied to the host."""
 
     table: Table
     offsets: dict[str, tuple[int, ...]]
     tensors: dict[str, Tensor]
 
 
-def copy_part(tensors: Mapping[str, Tensor]) -> Part:
-    """Copy what this rank has to write of ``tensors``; they may change afterwards."""
+def copy_to_host(tensors: Mapping[str, Tensor]) -> HostCopy:
+    """Copy what this rank has to write of ``tensors``, which may change afterwards."""
     table = {name: (dtype_name(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()}
     pieces = {name: piece_of(tensor) for name, tensor in tensors.items() if is_ours(tensor)}
     pieces = {name: piece for name, piece in pieces.items() if piece.local.numel()}  # ranks beyond the rows hold none
     host = {
         name: piece.local.to("cpu", copy=True, memory_format=torch.contiguous_format) for name, piece in pieces.items()
     }
-    return Part(table, {name: piece.offsets for name, piece in pieces.items()}, host)
+    return HostCopy(table, {name: piece.offsets for name, piece in pieces.items()}, host)
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """Its dtype as text, ``bfloat16`` say."""
+    """Return the dtype of ``tensor`` as text, for example ``bfloat16``."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a rank tells the others of its files."""
+    """What a rank tells the others about its files."""
 
     files: dict[str, dict[str, Any]]
     elements: dict[str, int]
     digest: str
 
 
-def write_parts(folder: Path, parts: Mapping[str, Part], rank: int, count: int) -> Written:
-    """Write this rank's files, and make sure that they have reached the disk."""
+def table_bytes(tables: Mapping[str, Table]) -> int:
+    """Return the bytes of all tensors in ``tables``, whole."""
+    each = (entry for table in tables.values() for entry in table.values())
+    return sum(torch.Size(shape).numel() * getattr(torch, dtype).itemsize for dtype, shape in each)
+
+
+def own_files(folder: Path, kinds: Iterable[str]) -> dict[str, Path]:
+    """Return the path of this rank's file of each of ``kinds``."""
+    rank, count = world()
+    return {kind: folder / f"{kind}-{rank:05d}-of-{count:05d}.safetensors" for kind in kinds}
+
+
+def write_shards(paths: Mapping[str, Path], copies: Mapping[str, HostCopy]) -> Written:
+    """Write this rank's files, and make sure that they have reached the disk.
+
+    Raises:
+        InputError: the disk does not take them.
+    """
     files = {}
-    for kind, part in parts.items():
-        if not part.tensors:
+    tables = {kind: copy.table for kind, copy in copies.items()}
+    for kind, copy in copies.items():
+        if not copy.tensors:
             continue
-        path = folder / f"{kind}-{rank:05d}-of-{count:05d}.safetensors"
-        try:
+        path = paths[kind]
+        with disk_errors_explained(f"checkpoint {path.parent}", path.parent, table_bytes(tables)):
             # One entry: safetensors writes several in any order, and equal states should be equal files.
-            save_file(part.tensors, path, metadata={"offsets": json.dumps(part.offsets)})
+            save_file(copy.tensors, path, metadata={"offsets": json.dumps(copy.offsets)})
             sync(path)
             files[path.name] = {"bytes": path.stat().st_size, "blake2b": digest_of(path)}
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"checkpoint {folder}: {path.name} cannot be written: {first_line(error)}; make room"
-            ) from error
-    tables = json.dumps({kind: part.table for kind, part in parts.items()})
-    elements = {kind: sum(tensor.numel() for tensor in part.tensors.values()) for kind, part in parts.items()}
-    return Written(files, elements, hashlib.blake2b(tables.encode()).hexdigest())
+    elements = {kind: sum(tensor.numel() for tensor in copy.tensors.values()) for kind, copy in copies.items()}
+    return Written(files, elements, hashlib.blake2b(json.dumps(tables).encode()).hexdigest())
 
 
 def write_index(folder: Path, tables: Mapping[str, Table], written: list[Written], settings: Any) -> None:
-    """Write the index, which makes a checkpoint of what all ranks have written. For one rank to do."""
+    """Write the index, which makes a checkpoint of what all ranks have written. For one rank to do.
+
+    Raises:
+        InputError: the disk does not take it.
+    """
     for kind, table in tables.items():
         whole = sum(torch.Size(shape).numel() for _, shape in table.values())
         there = sum(each.elements[kind] for each in written)
         assert there == whole, f"the ranks have written {there} of the {whole} numbers of the {kind}"
-    # Otherwise the names are those of rank 0, and what only others have would be lost.
+    # The index has the names of rank 0: what only others have would be lost.
     assert len({each.digest for each in written}) == 1, "the ranks hold tensors of different names, dtypes or shapes"
     files = {name: entry for each in written for name, entry in each.files.items()}
     content = {"format": _FORMAT, "world": len(written), "files": files, "tensors": tables, "settings": settings}
-    try:
+    with disk_errors_explained(f"checkpoint {folder}", folder, table_bytes(tables)):
         write_text(folder / INDEX, _render(content))
         sync(folder)
-    except OSError as error:
-        raise InputError(f"checkpoint {folder}: {INDEX} cannot be written: {first_line(error)}; make room") from error
 
 
 def _render(content: Mapping[str, Any]) -> str:
-    """The one text of an index of this content, its own hash included."""
+    """Return the one text that an index of this content has, with its own hash."""
     digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=32).hexdigest()
     return json.dumps({**content, "blake2b": digest}, indent=1) + "\n"
 
 
 def digest_of(path: Path) -> str:
-    """The hash of a file."""
+    """Return the hash of a file."""
     digest = hashlib.blake2b(digest_size=32)
     with open(path, "rb") as file:
         while block := file.read(2**22):
@@ -184,9 +195,8 @@ class Shards:
         try:
             raw = (folder / INDEX).read_bytes()
         except OSError as error:
-            raise self.refuse(
-                INDEX, f"cannot be read ({error.strerror}), so this is no complete sharded checkpoint"
-            ) from error
+            reason = f"cannot be read ({error.strerror}), so this is no complete sharded checkpoint"
+            raise self.refuse(INDEX, reason) from error
         try:
             content = json.loads(raw)
             claimed = {key: value for key, value in content.items() if key != "blake2b"}
@@ -205,18 +215,24 @@ class Shards:
             kind: {name: (dtype, tuple(shape)) for name, (dtype, shape) in table.items()}
             for kind, table in content["tensors"].items()
         }
+        self.model_names = {canonical: name for name, canonical in canonical_names(self.tables["model"]).items()}
+        """The name in the files of each tensor of the model, by its canonical name."""
 
-    def refuse(self, file: str, reason: str) -> "DamagedError":
-        """The error for a checkpoint that nobody can use."""
+    def refuse(self, file: str, reason: str) -> DamagedError:
+        """Make the error for a checkpoint that nobody can use."""
         return DamagedError(self.folder, f"{file} {reason}")
 
     def differs(self, reason: str) -> InputError:
-        """The error for a checkpoint of something else."""
+        """Make the error for a checkpoint of something else."""
         return InputError(f"checkpoint {self.folder}: {INDEX} {reason}; {_ANOTHER}")
 
     def check(self, share: int = 0, shares: int = 1, kind: str = "") -> None:
-        """Raise unless the files are those of the index. Contents are compared of every ``shares``-th file of the
-        ``kind``.
+        """Raise an error unless the files are those of the index.
+
+        Args:
+            share: which of ``shares`` shares of the files to read, so that ranks can divide the work among them.
+            shares: how many there are. Names and lengths of all files are compared in any case.
+            kind: ``model`` or ``optimizer``, to read only files of this kind.
         """
         found = {path.name for path in self.folder.glob("*.safetensors")}
         strangers = sorted(name for name in found - self.files.keys() if _FILE.fullmatch(name))
@@ -244,7 +260,7 @@ class Shards:
                 raise self.refuse(name, "is damaged: its content does not have the hash that the index names")
 
     def read(self, kind: str, wanted: Mapping[str, Piece]) -> None:
-        """Fill each wanted piece of the ``kind``, reading what overlaps it and no more."""
+        """Fill each wanted piece of the ``kind``, and read only what overlaps it."""
         missing = {name: piece.local.numel() for name, piece in wanted.items()}
         for file in self.files:
             if not file.startswith(f"{kind}-"):
@@ -258,22 +274,22 @@ class Shards:
                 raise self.refuse(file, f"cannot be read: {first_line(error)}") from error
         lacking = [name for name, number in missing.items() if number]
         if lacking:
-            raise self.refuse(INDEX, f"names {lacking[0]!r}, of which the files hold a part only")
+            raise self.refuse(INDEX, f"names {lacking[0]!r}, of which the files hold only a part")
 
 
 def _copy_overlap(source: Any, name: str, offsets: list[int], piece: Piece) -> int:
-    """Copy what a file has of ``piece``; how many numbers that is."""
+    """Copy what a file has of ``piece``, and return how many numbers that is."""
     if not offsets:
         piece.local.copy_(source.get_tensor(name))
         return 1
     stored = source.get_slice(name)
-    there, here = [], []
+    theirs, ours = [], []
     for begin, length, own, size in zip(offsets, stored.get_shape(), piece.offsets, piece.local.shape, strict=True):
         low, high = max(begin, own), min(begin + length, own + size)
         if low >= high:
             return 0
-        there.append(slice(low - begin, high - begin))
-        here.append(slice(low - own, high - own))
-    target = piece.local[tuple(here)]
-    target.copy_(stored[tuple(there)])
+        theirs.append(slice(low - begin, high - begin))
+        ours.append(slice(low - own, high - own))
+    target = piece.local[tuple(ours)]
+    target.copy_(stored[tuple(theirs)])
     return target.numel()

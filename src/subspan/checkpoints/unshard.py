@@ -2,40 +2,46 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from subspan.checkpoints.directory import tensor_bytes
 from subspan.checkpoints.shard_files import Shards, piece_of
 from subspan.utils.atomic_files import written
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-def write_whole(checkpoint: Path, place: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Put what ranks have saved together, as a directory ``place`` that ``from_pretrained`` loads. For one process.
+
+def write_whole(checkpoint: Path, place: Path, model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Put the shards of a model together, as a directory ``place`` that ``from_pretrained`` loads. For one process.
 
     The host holds the whole model meanwhile, once.
 
     Args:
-        model: whose it is, sharded or not; gives its configuration and the name of its class.
+        checkpoint: what ``sharded.py`` has saved.
+        place: the directory to write, or to replace.
+        model: the model that was saved, sharded or not; gives its configuration and the name of its class.
+        tokenizer: saved beside the model.
 
     Raises:
-        InputError: a file of the checkpoint is missing or damaged, or ``place`` cannot be written, for want of space
-            say.
+        InputError: a file of the checkpoint is missing or damaged, or ``place`` cannot be written, for example for
+            want of space.
     """
     shards = Shards(checkpoint)
     shards.check(kind="model")
-    tensors = {
-        name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in shards.tables["model"].items()
-    }
+    table = shards.tables["model"]
+    tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in table.items()}
     shards.read("model", {name: piece_of(tensor) for name, tensor in tensors.items()})
-    with written("model", place, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())) as scratch:
-        save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+    whole = {canonical: tensors[name] for canonical, name in shards.model_names.items()}
+    with written("model", place, tensor_bytes(whole)) as scratch:
+        save_file(whole, scratch / "model.safetensors", metadata={"format": "pt"})
         config: PretrainedConfig = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__.removeprefix("FSDP")]  # fully_shard makes a class of its own
-        config.dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+        config.dtype = next(tensor.dtype for tensor in whole.values() if tensor.is_floating_point())
         config.save_pretrained(scratch)
         generation: Any = getattr(model, "generation_config", None)
         if generation is not None:

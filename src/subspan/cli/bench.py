@@ -18,17 +18,14 @@ from subspan.cli.parser import Namespace, Parser, fail, say
 from subspan.planning.many_machines import Machines
 
 _WHAT: dict[str, tuple[type, str]] = {
-    "memory": (Setting, "bytes of a step, by kind, beside closed forms"),
-    "train": (Setting, "time of a step over fused AdamW's"),
-    "refresh": (RefreshSetting, "time and accuracy of choosing a basis, against svd"),
-    "step": (StepSetting, "time and memory of an optimizer's step, against those of other packages"),
-    "grow": (GrowSetting, "how a step and a refresh grow with width and rank, beside what the machine could do"),
-    "all": (AllSetting, "train, refresh, step and grow: the ratios that matter"),
-    "comm": (CommSetting, "bytes that a step sends between ranks, beside closed forms"),
-    "scale": (
-        Machines,
-        "memory, traffic and time of a step of 7B and 70B on many machines, computed from stated rates",
-    ),
+    "memory": (Setting, "measure the bytes of a training step, by kind, and compare them with closed forms"),
+    "train": (Setting, "measure the time of a training step as a multiple of that with fused AdamW"),
+    "refresh": (RefreshSetting, "measure the time and the accuracy of choosing a basis, compared with an SVD"),
+    "step": (StepSetting, "measure time and memory of an optimizer's step, compared with other packages"),
+    "grow": (GrowSetting, "measure how the costs of a step and a refresh grow with width and rank"),
+    "all": (AllSetting, "measure train, refresh, step and grow, and show the ratios that matter"),
+    "comm": (CommSetting, "count the bytes that a step sends between processes, and compare them with closed forms"),
+    "scale": (Machines, "compute memory, traffic and time of a step of 7B and 70B models on many machines"),
 }
 
 
@@ -43,15 +40,19 @@ def add_to(commands: Any, name: str, about: str) -> None:
         measured = Parser(
             description=f"{measures[0].upper()}{measures[1:]}.", examples=[f"subspan bench {what} --json"]
         )
-        measured.add_argument("--json", action="store_true", help="print JSON")
-        measured.add_argument("--out", type=str, default=None, help="write the JSON to a file too")
+        measured.add_argument("--json", action="store_true", help="Print JSON.")
+        measured.add_argument("--out", type=str, default=None, help="File to write the JSON to, in addition.")
         measured.add_class_arguments(setting)
         if setting in QUICK or what == "all":
-            measured.add_argument("--quick", action="store_true", help="less work, where a setting has its default")
+            measured.add_argument(
+                "--quick", action="store_true", help="Do less work. Settings that are given stay as they are."
+            )
         if what == "train":
-            measured.add_argument("--pairs", type=int, default=PAIRS, help="pairs of steps")
+            measured.add_argument("--pairs", type=int, default=PAIRS, help="Number of pairs of steps.")
         if what in ("grow", "all"):
-            measured.add_argument("--plot", type=str, default=None, help="draw how costs grow, as an .svg")
+            measured.add_argument(
+                "--plot", type=str, default=None, help="File to draw the growth of costs into, as an .svg."
+            )
         benches.add_subcommand(what, measured, help=measures)
 
 
@@ -64,16 +65,13 @@ def run(settings: Namespace) -> int:
     logging.getLogger("subspan").setLevel(logging.WARNING)
     what = settings.what
     chosen = settings[what]
-    as_json, quick, pairs = (
-        chosen.pop("json"),
-        chosen.pop("quick", False),
-        chosen.pop("pairs", PAIRS) if what == "train" else 0,
-    )
+    as_json, quick = chosen.pop("json"), chosen.pop("quick", False)
+    pairs = chosen.pop("pairs", PAIRS) if what == "train" else 0
     out, drawing = _file("out", chosen.pop("out")), _file("plot", chosen.pop("plot", None))
     if drawing and what == "all" and quick:
         fail(
-            "quick=true: measures nothing on growth to plot; leave out --quick or --plot, or use subspan bench grow "
-            "--quick"
+            "quick=true: measures nothing on growth to plot; leave out --quick or --plot, or use "
+            "subspan bench grow --quick"
         )
     measures: dict[str, tuple[Callable[[Any], dict[str, Any]], Callable[[Any], str]]] = {
         "memory": (memory.measure, report.text),
@@ -89,26 +87,23 @@ def run(settings: Namespace) -> int:
         "scale": (scale.compute, scale.tables),
     }
     measure, write = measures[what]
-    try:
-        setting: Any = _WHAT[what][0](**vars(chosen))
-        if drawing:
-            plot.check()
-        made_by = stamp()  # before: the code may be changed meanwhile
-        found = measure(together.quickened(setting) if quick else setting)
-        found |= {"command": _command(what, setting, quick, pairs), "made_by": made_by}
-        # Before any file: writing may fail, and to measure again takes minutes.
-        print(json.dumps(found) if as_json else write(found))
-        if out:
-            write_text(out, json.dumps(found, indent=1) + "\n")
-        if drawing:
-            write_text(drawing, plot.growth(found["grow"] if what == "all" else found))
-    except ValueError as error:
-        fail(str(error))
+    setting: Any = _WHAT[what][0](**vars(chosen))
+    if drawing:
+        plot.check()
+    made_by = stamp()  # first, since the code may be changed meanwhile
+    found = measure(together.quickened(setting) if quick else setting)
+    found |= {"command": _command(what, setting, quick, pairs), "made_by": made_by}
+    # Printed before any file is written: writing may fail, and to measure again takes minutes.
+    print(json.dumps(found) if as_json else write(found))
+    if out:
+        write_text(out, json.dumps(found, indent=1) + "\n")
+    if drawing:
+        write_text(drawing, plot.growth(found["grow"] if what == "all" else found))
     return 0
 
 
 def _command(what: str, setting: Any, quick: bool, pairs: int) -> str:
-    """That measures the same."""
+    """The command that measures the same."""
     changed = {
         field.name: value for field in fields(setting) if (value := getattr(setting, field.name)) != field.default
     }
@@ -118,7 +113,7 @@ def _command(what: str, setting: Any, quick: bool, pairs: int) -> str:
 
 
 def _file(name: str, value: str | None) -> Path | None:
-    """Where to write, known to be possible before minutes are spent."""
+    """The file to write, checked before minutes are spent on measuring."""
     if value is None:
         return None
     path = Path(value)

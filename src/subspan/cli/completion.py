@@ -1,9 +1,9 @@
-"""Completion scripts for shells, made by the package shtab from the parser itself."""
+"""Completion scripts for shells, which the package shtab makes from the parser."""
 
 import argparse
 from collections.abc import Iterator
 
-from subspan.cli.parser import Parser, fail
+from subspan.cli.parser import Parser, require
 
 SHELLS = ("bash", "zsh", "tcsh")
 _FILES = {"config", "file", "sources", "data", "validation_data", "plot"}
@@ -11,13 +11,13 @@ _FOLDERS = {"run", "runs", "resume"}
 
 
 def script(parser: Parser, shell: str) -> str:
-    """What ``shell`` reads to complete commands, flags, names of optimizers and models, and paths. ``parser`` is used
-    up.
+    """The script by which ``shell`` completes commands, flags, names of optimizers and models, and paths.
+
+    It uses ``parser`` up.
     """
-    try:
-        import shtab
-    except ImportError as error:
-        fail(f"{error}; completion comes with an extra: pip install 'subspan[train]'")
+    require("train", "shtab")
+    import shtab
+
     from subspan.recipes import list_optimizers
     from subspan.training.models.presets import PRESETS
 
@@ -27,7 +27,7 @@ def script(parser: Parser, shell: str) -> str:
         elif action.dest == "model":
             action.choices = list(PRESETS)
         elif action.dest in _FILES:
-            action.complete = shtab.FILE  # type: ignore[attr-defined]  # shtab looks for it
+            action.complete = shtab.FILE  # type: ignore[attr-defined]  # shtab looks for this attribute
         elif action.dest in _FOLDERS:
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
     made: str = parser.get_completion_script(f"shtab-{shell}")
@@ -35,7 +35,7 @@ def script(parser: Parser, shell: str) -> str:
 
 
 def _actions(parser: Parser) -> Iterator[argparse.Action]:
-    """Those of the parser and of all below it."""
+    """The actions of ``parser`` and of every parser below it."""
     for action in parser._actions:
         yield action
         for below in action.choices.values() if isinstance(action.choices, dict) else ():

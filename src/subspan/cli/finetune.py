@@ -1,4 +1,4 @@
-"""``subspan finetune``: a run on labelled examples, alone or one of the processes that torchrun has started."""
+"""``subspan finetune``: fine-tune a model, in one process or as one of those that torchrun has started."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,6 +1,7 @@
-"""What ``--help`` looks like: what a command does, how it is called, its settings, examples."""
+"""The look of ``--help``: what a command does, how it is called, its settings, examples."""
 
 import argparse
+import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,16 +9,17 @@ from typing import Any
 
 from jsonargparse import DefaultHelpFormatter
 
-_ENDS = (
-    "`subspan COMMAND --help` says more.",
-    "Exit status: 0 done; 1 failed, or the run diverged; 2 a setting is wrong; 130 Ctrl-C and 143 SIGTERM, where "
-    "there was a "
-    "run with a checkpoint; 141 the reader of the output has gone.",
-)
+_STATUS = {
+    "0": "done",
+    "1": "something failed, or the run diverged",
+    "2": "a setting or an input is wrong",
+    "130, 143": "stopped by Ctrl-C or SIGTERM, after a run was saved",
+    "141": "the reader of the output has gone",
+}
 
 
 class Formatter(DefaultHelpFormatter):
-    """A usage line of what must be given, since a list of sixty flags helps nobody."""
+    """A usage line that shows only what must be given, and settings with their types and defaults in plain words."""
 
     def _format_usage(self, usage: Any, actions: Iterable[argparse.Action], groups: Any, prefix: str | None) -> str:
         words = [("usage: " if prefix is None else prefix) + plain(self._prog)]
@@ -38,24 +40,42 @@ class Formatter(DefaultHelpFormatter):
             return super()._format_action(action)
         return "".join(map(self._format_action, action._get_subactions()))  # without a title of their own
 
+    def _get_help_string(self, action: argparse.Action) -> str:
+        # A flag that takes no value is off by default.
+        return (
+            action.help or ""
+            if action.nargs == 0 and not isinstance(action, argparse._HelpAction)
+            else super()._get_help_string(action)
+        )
+
+    def _get_type_str(self, action: argparse.Action) -> str | None:
+        if str(action.metavar).startswith("{"):  # the choices say it
+            return None
+        kind = super()._get_type_str(action)
+        return kind and re.sub(r"^Optional\[(.*)\]$", r"\1 | null", kind)
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        shown = super()._expand_help(action)
+        return re.sub(r"default: (True|False)\)$", lambda found: found[0].lower(), shown)
+
 
 def plain(prog: str) -> str:
-    """The words of a command: jsonargparse puts "[options]" between them."""
+    """The words of a command, without the "[options]" that jsonargparse puts between them."""
     return " ".join(prog.replace("[options]", "").split())
 
 
 def width() -> int:
-    """As argparse has it."""
+    """The width that argparse uses."""
     return shutil.get_terminal_size().columns - 2
 
 
 def filled(text: str) -> str:
-    """``text`` in lines that fit."""
+    """Wrap ``text`` to lines that fit."""
     return textwrap.fill(text, width())
 
 
 def framed(about: str, body: str, examples: Sequence[str]) -> str:
-    """The help of a command: what it does first, examples last."""
+    """The help of a command, with what it does first and examples last."""
     parts = [filled(about), body.strip("\n")]
     if examples:
         parts.append("\n".join([f"example{'s' * (len(examples) > 1)}:", *(f"  {example}" for example in examples)]))
@@ -65,10 +85,10 @@ def framed(about: str, body: str, examples: Sequence[str]) -> str:
 def overview(
     about: str, commands: Mapping[str, Mapping[str, str]], options: Mapping[str, str], examples: Sequence[str]
 ) -> str:
-    """The help of ``subspan`` itself: ``commands`` are grouped, a line each."""
-    names = [name for group in commands.values() for name in group] + list(options)
-    column = max(map(len, names)) + 2
-    lines = ["usage: subspan COMMAND [options]"]
-    for title, rows in {**commands, "options": options}.items():
+    """The help of ``subspan`` itself: the ``commands`` in groups, the options and what an exit status means."""
+    groups = {**commands, "options": options, "exit status": _STATUS}
+    column = max(len(name) for rows in groups.values() for name in rows) + 2
+    lines = ["usage: subspan COMMAND [options]", "", "`subspan COMMAND --help` shows the settings of a command."]
+    for title, rows in groups.items():
         lines += ["", f"{title}:", *(f"  {name:{column}s}{what}" for name, what in rows.items())]
-    return framed(about, "\n".join([*lines, "", *map(filled, _ENDS)]), examples)
+    return framed(about, "\n".join(lines), examples)

@@ -1,4 +1,4 @@
-"""``subspan list``: what is known by name."""
+"""``subspan list``: the optimizers and the models that are known by name."""
 
 import json
 from dataclasses import asdict
@@ -11,12 +11,17 @@ from subspan.recipes import list_optimizers
 
 
 def add_to(commands: Any, name: str, about: str) -> None:
-    listing = Parser(description="List what is known by name.", examples=["subspan list", "subspan list models --json"])
-    listing.add_argument(
-        "--json", action="store_true", help="print JSON: of optimizers, parts, paper and state formula"
+    listing = Parser(
+        description="List the optimizers or the models that are known by name.",
+        examples=["subspan list", "subspan list models --json"],
     )
     listing.add_argument(
-        "what", nargs="?", choices=["optimizers", "models"], default="optimizers", help="optimizers or models"
+        "--json",
+        action="store_true",
+        help="Print JSON. It holds more: for optimizers their parts, paper and size of the state.",
+    )
+    listing.add_argument(
+        "what", nargs="?", choices=["optimizers", "models"], default="optimizers", help="What to list."
     )
     commands.add_subcommand(name, listing, help=about)
 

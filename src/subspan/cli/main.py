@@ -12,12 +12,12 @@ from subspan.cli import bench, finetune, inspect, plan, pretrain, report, study,
 from subspan.cli import list as listing
 from subspan.cli.completion import SHELLS, script
 from subspan.cli.help_text import overview
-from subspan.cli.parser import Command, Parser, fail, say, spelled
-from subspan.utils.errors import unexpected
+from subspan.cli.parser import Command, Parser, fail, say
+from subspan.utils.errors import UserError, unexpected
 
 
 class Entry(NamedTuple):
-    """A command, and what the list of commands says of it."""
+    """A command, and what the list of commands says about it."""
 
     module: Any
     group: str
@@ -25,12 +25,12 @@ class Entry(NamedTuple):
 
 
 COMMANDS = {
-    "plan": Entry(plan, "before training", "tell whether a model fits in memory"),
-    "list": Entry(listing, "before training", "list optimizers or models"),
+    "plan": Entry(plan, "before training", "compute whether a model fits in memory"),
+    "list": Entry(listing, "before training", "list the optimizers or the models"),
     "pretrain": Entry(pretrain, "train", "pretrain a language model"),
     "finetune": Entry(finetune, "train", "fine-tune a model on a task"),
     "inspect": Entry(inspect, "look and compare", "look at the subspaces of a run"),
-    "study": Entry(study, "look and compare", "run many runs, and compare them with paired tests"),
+    "study": Entry(study, "look and compare", "run many runs and compare them with paired tests"),
     "report": Entry(report, "look and compare", "write a page of studies, runs and measurements"),
     "bench": Entry(bench, "measure and test", "measure memory, time and traffic of training steps"),
     "theory": Entry(theory, "measure and test", "put a theoretical claim to the test"),
@@ -62,8 +62,8 @@ class Top(Parser):
 def make_parser() -> Parser:
     """The parser of every command."""
     parser = Top(prog="subspan", description=_ABOUT, version=__version__, allow_abbrev=False)
-    parser.add_argument("--print_completion", choices=SHELLS, help="print a completion script")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--print_completion", choices=SHELLS, help="Print a completion script.")
+    parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
     commands = parser.add_subcommands(required=True, dest="command")
     for name, entry in COMMANDS.items():
         entry.module.add_to(commands, name, entry.about)
@@ -72,7 +72,7 @@ def make_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, or raises ``SystemExit``."""
-    return _ended(lambda: _run(spelled(sys.argv[1:] if argv is None else argv)))
+    return _ended(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
 
 
 def _run(words: list[str]) -> int:
@@ -82,7 +82,7 @@ def _run(words: list[str]) -> int:
     if not words:
         fail(f"expected a command: {', '.join(COMMANDS)}; see subspan --help")
     parser = make_parser()
-    if words[0].partition("=")[0] == "--print_completion":
+    if words[0].partition("=")[0] in ("--print-completion", "--print_completion"):
         shell = (words[0].partition("=")[2] or " ".join(words[1:])).strip()
         if shell not in SHELLS:
             fail(f"print_completion={shell!r}: expected {', '.join(SHELLS)}")
@@ -90,21 +90,23 @@ def _run(words: list[str]) -> int:
         return 0
     try:
         given = parser.parse_args(words)
-    except (TypeError, ValueError) as error:  # a config file that is no text
-        fail(f"the settings cannot be read: {error}")
+    except UnicodeDecodeError as error:
+        fail(f"a file of settings cannot be read as text: {error}; save it in UTF-8")
     begun()
-    return cast(Command, COMMANDS[given.command].module).run(given[given.command])
+    try:
+        return cast(Command, COMMANDS[given.command].module).run(given[given.command])
+    except UserError as error:  # every other error is a fault of the program
+        fail(str(error))
 
 
 def _ended(run: Callable[[], int]) -> int:
-    """The status of ``run``, however it ends."""
+    """The exit status of ``run``, however it ends."""
     try:
         status = run()
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of the output has gone, as ``| head`` does: the status is that of a process which this has ended.
-        # Python
-        # flushes once more as it ends.
+        # The reader of the output has gone, as ``| head`` does. The status is that of a process that such a pipe ends.
+        # Python flushes once more as it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:

@@ -1,16 +1,18 @@
-"""Parsers that say which names are near an unknown one, in one line, and exit with 2."""
+"""Parsers of the command line: every flag in either spelling, every boolean setting a switch, errors in one line."""
 
 import difflib
+import importlib.util
 import os
 import re
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Literal, NoReturn, Protocol, get_args, get_origin
 
 try:
     import jsonargparse
+    import yaml
     from jsonargparse import ArgumentParser
     from jsonargparse import Namespace as Namespace
 except ImportError as error:  # the library was installed without the harness
@@ -19,37 +21,73 @@ except ImportError as error:  # the library was installed without the harness
     ) from error
 
 from subspan.cli.help_text import Formatter, framed, plain
-from subspan.utils.errors import debugging
+from subspan.utils.errors import debugging, user_error
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+_read_yaml = jsonargparse.get_loader("yaml")
+
+
+def _load_yaml(text: str) -> Any:
+    """Read YAML. What its tags announce, PyYAML converts without a check, and a failure has a class of its own."""
+    try:
+        return _read_yaml(text)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise yaml.YAMLError(str(error)) from error
+
+
+jsonargparse.set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
 
 
 class Command(Protocol):
     """A module of this package that is a command. Importing one is cheap; what takes seconds is imported in ``run``."""
 
     def add_to(self, commands: Any, name: str, about: str) -> None:
-        """Add a parser of its arguments, known as ``about``; nested ones after it, as jsonargparse wants."""
+        """Add a parser of its arguments to ``commands``. Parsers below it are added after it, as jsonargparse needs."""
 
     def run(self, settings: Namespace) -> int:
-        """Do it; returns the exit status."""
+        """Carry out the command; returns the exit status."""
 
 
 class Parser(ArgumentParser):
-    """Exits with 2 after one line; where a name is unknown the line holds those near it.
+    """A parser that exits with 2 after one line, which names known names near a mistyped one.
+
+    A flag may have hyphens or underscores. A boolean setting may stand without a value, which is then true.
 
     Args:
-        description: what the command does, with which its help begins.
-        examples: commands, with which it ends.
+        description: what the command does; the help begins with it.
+        examples: commands; the help ends with them.
     """
 
     def __init__(self, *args: Any, examples: Sequence[str] = (), **settings: Any) -> None:
-        super().__init__(*args, **{"formatter_class": Formatter, **settings})
+        super().__init__(*args, **{"formatter_class": Formatter, "allow_abbrev": False, **settings})
         self.examples = examples
+
+    def add_class_arguments(self, *args: Any, **settings: Any) -> list[str]:
+        added: list[str] = super().add_class_arguments(*args, **settings)
+        for action in self._actions:
+            kind = getattr(action, "_typehint", None)
+            if kind is bool or bool in get_args(kind):
+                action.nargs, action.const = "?", "true"
+            elif any(get_origin(option) is Literal for option in get_args(kind)):  # shown as if it could not be null
+                action.metavar = "{" + ",".join([*_choices(kind), "null"]) + "}"
+            elif action.help == "Path to a configuration file.":
+                action.help = "A YAML file with the settings of this group."
+        return added
+
+    def instantiate(self, *args: Any, **settings: Any) -> Any:
+        try:
+            return super().instantiate(*args, **settings)
+        except (TypeError, ValueError) as error:  # jsonargparse wraps what a class of settings raises
+            cause = user_error(error)
+            if cause is None:
+                raise
+            raise cause from error
 
     def format_help(self, formatter: Any = None) -> str:
         about, self.description = self.description or "", None
         for group in self._action_groups:
-            if group.title and about.rstrip(".") == group.title.rstrip("."):  # jsonargparse names it after the class
+            title = " ".join((group.title or "").split())
+            if title and about.startswith(title.rstrip(".")):  # jsonargparse takes the docstring of the class for it
                 group.title = "settings"
         try:
             body = super().format_help()
@@ -58,6 +96,9 @@ class Parser(ArgumentParser):
         return framed(about, body, self.examples)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        cause = user_error(ex) if ex else None
+        if cause:
+            fail(str(cause))
         command = plain(self.prog)
         wrong = re.search(
             r'Parser key "([^"]+)":(.*?)(?:Given value type: \S+ \S+ )?(?:Given|Got) value: (.*)',
@@ -80,8 +121,15 @@ class Parser(ArgumentParser):
         hint = f" (did you mean {' or '.join(sorted(near))}?)" if near else ""
         fail(message + hint)
 
+    def _parse_optional(self, arg_string: str) -> Any:
+        # Only what argparse takes for a flag comes out of here changed: values and positional arguments do not.
+        name, equals, value = arg_string.partition("=")
+        if name.startswith("--"):
+            arg_string = "--" + name[2:].replace("-", "_") + equals + value
+        return super()._parse_optional(arg_string)
+
     def _names(self) -> list[str]:
-        """Flags, and the words that choose a command or a thing, of this parser and those below it."""
+        """The flags, and the words that choose a command or a thing, of this parser and of those below it."""
         found = []
         for action in self._actions:
             choices = list(action.choices or ())
@@ -91,46 +139,39 @@ class Parser(ArgumentParser):
         return found
 
 
+def _choices(kind: Any) -> list[str]:
+    """The values of the literals in a union."""
+    return [str(value) for option in get_args(kind) if get_origin(option) is Literal for value in get_args(option)]
+
+
 def fail(message: str) -> NoReturn:
-    """End with status 2 and one line on stderr."""
-    if (
-        os.environ.get("LOCAL_RANK", "0") == "0"
-    ):  # of many processes that read the same settings, one says what is wrong
+    """Write one line to stderr, and exit with status 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of many processes with the same settings, one says what is wrong
         trace()
         say(f"error: {' '.join(message.split())}")
     raise SystemExit(2)
 
 
+def require(extra: str, *packages: str) -> None:
+    """End unless ``packages`` are installed, which come with the ``extra`` of this package."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        fail(f"{' and '.join(missing)} is not installed; it comes with an extra: pip install 'subspan[{extra}]'")
+
+
 def trace() -> None:
-    """When debugging, show where an error comes from."""
+    """Show where an error comes from, if tracebacks are wanted."""
     if debugging():
         print(traceback.format_exc() if sys.exc_info()[0] else "".join(traceback.format_stack()), file=sys.stderr)
 
 
 def path_of(name: str, given: str) -> Path:
-    """The path in the argument ``name``. A blank one is refused: it would be the working directory."""
+    """The path in the argument ``name``. A blank one is refused, since it would be the working directory."""
     if not given.strip():
         fail(f"{name}={given!r}: is blank; expected a path")
     return Path(given)
 
 
 def say(message: str) -> None:
-    """A line on stderr."""
+    """Write a line to stderr."""
     print(f"subspan: {message}", file=sys.stderr, flush=True)
-
-
-_SWITCHES = ("--backward_side", "--checkpointing", "--step_in_backward")
-
-
-def spelled(argv: Sequence[str]) -> list[str]:
-    """Flags as jsonargparse has them: with underscores, and a switch such as ``--backward_side`` without a value is
-    true.
-    """
-    words = []
-    for position, word in enumerate(argv):
-        name, equals, value = word.partition("=")
-        if word.startswith("--"):
-            word = name.replace("-", "_").replace("_", "-", 2) + equals + value
-        following = argv[position + 1] if position + 1 < len(argv) else "--"
-        words.append(f"{word}=true" if word in _SWITCHES and following.startswith("--") else word)
-    return words

@@ -5,22 +5,25 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from subspan.cli.parser import Namespace, Parser, fail, say
+from subspan.cli.parser import Namespace, Parser, fail, require, say
 from subspan.planning.setting import PlanSetting
 
 
 def add_to(commands: Any, name: str, about: str) -> None:
     parser = Parser(
-        description="The memory of a training step, computed on shapes alone: no weights, no device.",
+        description="Compute the memory of a training step from the shapes of a model, without its weights and without a GPU.",
         examples=[
             "subspan plan --model llama-7b --optimizer sara_adamw --rank 1024 --backward_side --gpu 24GiB",
             "subspan plan --model llama-7b --rank 1024 --compare",
         ],
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--compare", action="store_true", help="a table over methods, beside what papers report")
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+    parser.add_argument("--compare", action="store_true", help="Print a table of all methods, with what papers report.")
     parser.add_argument(
-        "--out", type=str, default=None, help="with --compare: draw the bars into this file, such as memory.svg"
+        "--out",
+        type=str,
+        default=None,
+        help="With --compare: file to draw the memory of each method into, such as memory.svg.",
     )
     parser.add_class_arguments(PlanSetting)
     commands.add_subcommand(name, parser, help=about)
@@ -29,29 +32,39 @@ def add_to(commands: Any, name: str, about: str) -> None:
 def run(settings: Namespace) -> int:
     logging.getLogger("subspan").setLevel(logging.WARNING)
     as_json, comparing, out = settings.pop("json"), settings.pop("compare"), settings.pop("out")
-    if out is not None and not comparing:
-        fail(f"out={out!r}: the bars are those of a comparison; add --compare")
-    if out is not None and not Path(out).absolute().parent.is_dir():
-        fail(f"out={out!r}: {Path(out).parent} is no directory; make it, or give another --out")
-    try:
-        setting = PlanSetting(**vars(settings))
-        if not comparing:
-            from subspan.planning import plan, report
+    if out is not None:
+        _check_picture(out, comparing)
+    setting = PlanSetting(**vars(settings))
+    if not comparing:
+        from subspan.planning import plan, report
 
-            found = plan.plan(setting)
-            print(json.dumps(found) if as_json else report.text(found))
-            return 0
-        from subspan.planning import compare, report
+        found = plan.plan(setting)
+        print(json.dumps(found) if as_json else report.text(found))
+        return 0
+    from subspan.planning import compare, report
 
-        found = compare.compare(setting)
-        if out is not None:
-            from subspan.planning import figure
+    found = compare.compare(setting)
+    if out is not None:
+        from subspan.planning import figure
 
+        try:
             figure.draw(found, Path(out))
-            say(f"wrote {out}")
-    except ImportError as error:
-        fail(f"{error}; the picture comes with an extra: pip install 'subspan[study]'")
-    except ValueError as error:
-        fail(str(error))
+        except OSError as error:
+            fail(f"out={out!r}: cannot be written: {error.strerror}; give another --out")
+        say(f"wrote {out}")
     print(json.dumps(found) if as_json else report.comparison(found))
     return 0
+
+
+def _check_picture(out: str, comparing: bool) -> None:
+    """End unless the picture ``out`` can be drawn, before anything is computed."""
+    if not comparing:
+        fail(f"out={out!r}: the picture compares methods; add --compare")
+    if not Path(out).absolute().parent.is_dir():
+        fail(f"out={out!r}: {Path(out).parent} is no directory; make it, or give another --out")
+    require("study", "matplotlib")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if Path(out).suffix.lstrip(".").lower() not in formats:
+        fail(f"out={out!r}: no picture has this ending; expected one of .{', .'.join(sorted(formats))}")

@@ -1,4 +1,4 @@
-"""``subspan pretrain``: a run, alone or one of the processes that torchrun has started."""
+"""``subspan pretrain``: pretrain a model, in one process or as one of those that torchrun has started."""
 
 from collections.abc import Callable
 from typing import Any

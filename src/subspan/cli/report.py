@@ -1,8 +1,8 @@
-"""``subspan report``: one page of studies, runs and measurements."""
+"""``subspan report``: one HTML page of studies, runs and measurements."""
 
 from typing import Any
 
-from subspan.cli.parser import Namespace, Parser, fail, path_of, say
+from subspan.cli.parser import Namespace, Parser, fail, path_of, require, say
 
 
 def add_to(commands: Any, name: str, about: str) -> None:
@@ -14,27 +14,22 @@ def add_to(commands: Any, name: str, about: str) -> None:
         "sources",
         type=str,
         nargs="+",
-        help="study files (.yaml), directories of them or of runs, results of bench memory (.json)",
+        help="Study files (.yaml), directories of them or of runs, or results of bench memory (.json).",
     )
-    parser.add_argument("--out", type=str, default="report.html", help="the page to write")
-    parser.add_argument("--title", type=str, default="subspan report", help="its title")
+    parser.add_argument("--out", type=str, default="report.html", help="Page to write.")
+    parser.add_argument("--title", type=str, default="subspan report", help="Title of the page.")
     commands.add_subcommand(name, parser, help=about)
 
 
 def run(settings: Namespace) -> int:
-    try:
-        from subspan.study.report import gather, render
-    except ImportError as error:
-        fail(f"{error}; the report comes with an extra: pip install 'subspan[study]'")
+    require("study", "jinja2", "matplotlib", "scipy")
+    from subspan.study.report import gather, render
     from subspan.utils.atomic_files import write_text
 
     out, sources = path_of("out", settings.out), [str(path_of("source", source)) for source in settings.sources]
-    try:
-        page = render(gather(sources), settings.title)
-        if not out.parent.is_dir():
-            fail(f"out={settings.out!r}: {out.parent} is no directory; make it, or give another --out")
-        write_text(out, page)
-    except ValueError as error:
-        fail(str(error))
+    if not out.parent.is_dir():
+        fail(f"out={settings.out!r}: {out.parent} is no directory; make it, or give another --out")
+    page = render(gather(sources), settings.title)
+    write_text(out, page)
     say(f"wrote {settings.out}, {len(page.encode()) / 1e6:.1f} MB")
     return 0

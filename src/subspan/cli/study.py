@@ -1,12 +1,12 @@
-"""``subspan study``: run a grid of runs, and compare them."""
+"""``subspan study``: run many runs, and compare them with paired statistics."""
 
 from dataclasses import replace
 from typing import Any
 
-from subspan.cli.parser import Namespace, Parser, fail, path_of
+from subspan.cli.parser import Namespace, Parser, path_of
 
 _METRICS = ["val_loss", "val_ppl", "accuracy", "f1", "matthews", "pearson", "spearman"]
-_ABOUT = {"run": "Run what is missing of a study.", "table": "Compare the rows of a study over its seeds."}
+_ABOUT = {"run": "Run the missing runs of a study.", "table": "Compare the rows of a study over its seeds."}
 _EXAMPLES = {
     "run": "subspan study run studies/table1_nano.yaml --jobs 2",
     "table": "subspan study table studies/table1_nano.yaml --json",
@@ -19,18 +19,20 @@ def add_to(commands: Any, name: str, about: str) -> None:
     kinds = study.add_subcommands(required=True, dest="what", title="what to do", description=None)
     for what, does in _ABOUT.items():
         parser = Parser(description=does, examples=[_EXAMPLES[what]])
-        parser.add_argument("file", type=str, help="a study file, such as studies/table1_nano.yaml")
+        parser.add_argument("file", type=str, help="Study file, such as studies/table1_nano.yaml.")
         parser.add_argument(
-            "--results", type=str, help="the record; results/NAME.jsonl beside the study's folder if not given"
+            "--results", type=str, help="File of results. By default results/NAME.jsonl beside the folder of the study."
         )
         if what == "run":
-            parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-            parser.add_argument("--runs", type=str, default="runs/studies", help="where the runs' directories go")
+            parser.add_argument("--jobs", type=int, default=2, help="Number of runs at a time, with one thread each.")
+            parser.add_argument(
+                "--runs", type=str, default="runs/studies", help="Directory for the directories of the runs."
+            )
         else:
-            parser.add_argument("--metric", choices=_METRICS, default="val_loss", help="what is compared")
+            parser.add_argument("--metric", choices=_METRICS, default="val_loss", help="Score to compare.")
             form = parser.add_mutually_exclusive_group()
-            form.add_argument("--json", action="store_true", help="print JSON")
-            form.add_argument("--latex", action="store_true", help="print a LaTeX table")
+            form.add_argument("--json", action="store_true", help="Print JSON.")
+            form.add_argument("--latex", action="store_true", help="Print a LaTeX table.")
         kinds.add_subcommand(what, parser, help=does[0].lower() + does[1:-1])
 
 
@@ -39,18 +41,15 @@ def run(settings: Namespace) -> int:
 
     what = settings.what
     chosen = settings[what]
-    try:
-        study = load_study(path_of("file", chosen.file))
-        if chosen.results is not None:
-            study = replace(study, results=path_of("results", chosen.results))
-        if what == "run":
-            from subspan.study.runner import Runner
+    study = load_study(path_of("file", chosen.file))
+    if chosen.results is not None:
+        study = replace(study, results=path_of("results", chosen.results))
+    if what == "run":
+        from subspan.study.runner import Runner
 
-            return Runner(study, path_of("runs", chosen.runs), chosen.jobs).run()
-        from subspan.study.table import as_json, as_latex, as_text, compare
+        return Runner(study, path_of("runs", chosen.runs), chosen.jobs).run()
+    from subspan.study.table import as_json, as_latex, as_text, compare
 
-        found = compare(study, chosen.metric)
-    except ValueError as error:
-        fail(str(error))
+    found = compare(study, chosen.metric)
     print(as_json(found) if chosen.json else as_latex(found) if chosen.latex else as_text(found))
     return 0

@@ -1,4 +1,4 @@
-"""``subspan theory``: the papers' claims as experiments."""
+"""``subspan theory``: claims of the papers as experiments."""
 
 import json
 import logging
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from subspan.cli.parser import Namespace, Parser, fail
+from subspan.cli.parser import Namespace, Parser
 from subspan.theory import EXPERIMENTS
 from subspan.utils.tables import aligned
 
@@ -20,9 +20,9 @@ def add_to(commands: Any, name: str, about: str) -> None:
     commands.add_subcommand(name, theory, help=about)
     experiments = theory.add_subcommands(required=True, dest="what", title="claims", description=None)
     for what, experiment in EXPERIMENTS.items():
-        claim = (experiment.__doc__ or "").strip()
+        claim = " ".join((experiment.__doc__ or "").split())
         parser = Parser(description=claim, examples=[f"subspan theory {what} --json"])
-        parser.add_argument("--json", action="store_true", help="print JSON")
+        parser.add_argument("--json", action="store_true", help="Print JSON.")
         parser.add_class_arguments(experiment)
         experiments.add_subcommand(what, parser, help=claim)
 
@@ -31,11 +31,8 @@ def run(settings: Namespace) -> int:
     chosen = settings[settings.what]
     as_json = chosen.pop("json")
     logging.getLogger("subspan").setLevel(logging.WARNING)
-    torch.set_num_threads(1)  # for matrices as small as these a second thread only costs
-    try:
-        found = EXPERIMENTS[settings.what](**vars(chosen)).run()
-    except ValueError as error:
-        fail(str(error))
+    torch.set_num_threads(1)  # with matrices this small, a second thread only costs time
+    found = EXPERIMENTS[settings.what](**vars(chosen)).run()
     print(json.dumps(found) if as_json else _text(found))
     return 0
 

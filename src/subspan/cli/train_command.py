@@ -1,4 +1,4 @@
-"""What the commands that train have in common: settings, ranks, and how a run ends."""
+"""The part that the commands that train have in common: settings, processes, and how a run ends."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from subspan.cli.parser import Namespace, Parser, fail, say, trace
 from subspan.training.config.settings import FinetuneConfig, PretrainConfig
 from subspan.training.signals import RunInterruptedError, interrupt_ends_process
-from subspan.utils.errors import InputError
+from subspan.utils.errors import UserError
 
 if TYPE_CHECKING:
     from subspan.training.loop import Training
@@ -19,10 +19,16 @@ Config = type[PretrainConfig] | type[FinetuneConfig]
 
 
 def run_parser(kind: Config, about: str, examples: Sequence[str] = ()) -> Parser:
-    """A parser of the settings ``kind``."""
+    """A parser of settings of the class ``kind``."""
     parser = Parser(description=about, examples=examples, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="a YAML file of settings; later flags override it")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON last")
+    parser.add_argument("--config", action="config", help="A YAML file of settings. Later flags override it.")
+    for action in parser._actions:
+        if "--print_config" in action.option_strings:  # jsonargparse has added it
+            action.help = (
+                "Print all settings in the form that --config reads, and exit. With =skip_default, only those "
+            )
+            action.help += "that differ from their defaults."
+    parser.add_argument("--json", action="store_true", help="Print the result as one line of JSON.")
     parser.add_class_arguments(kind)
     return parser
 
@@ -37,25 +43,19 @@ def run_training(
     """Train with ``settings``; returns the exit status.
 
     Args:
-        load: imports the class of the run, which takes seconds: --help and mistyped flags need not wait.
+        load: imports the class of the run. This takes seconds, so that --help and mistyped flags need not wait.
     """
     as_json = settings.pop("json")
     settings.pop("config", None)
     for field in fields(kind):
         if is_dataclass(field.default) and not isinstance(settings[field.name], Namespace):
-            fail(f"{field.name}={settings[field.name]!r}: expected settings of its own; see subspan {command} --help")
-    try:
-        config = kind(**vars(run_parser(kind, about).instantiate(settings)))
-    except (TypeError, ValueError) as error:  # a config file that is no text
-        fail(f"the settings cannot be read: {error}")
+            fail(f"{field.name}={settings[field.name]!r}: expected a group of settings; see subspan {command} --help")
+    config = kind(**vars(run_parser(kind, about).instantiate(settings)))
     logging.getLogger("subspan").setLevel(logging.WARNING)  # the run shows the table itself
     with interrupt_ends_process():
         from subspan.training import processes as parallel
 
-        try:
-            ranks = parallel.join(config.parallel, config.device)
-        except InputError as error:
-            fail(str(error))
+        ranks = parallel.join(config.parallel, config.device)
     return parallel.run_joined(ranks, lambda: _train(config, as_json, ranks, load))
 
 
@@ -78,11 +78,11 @@ def _train(
 
         try:
             run = kind(config, ranks)
-        except (ValueError, OSError) as error:
+        except UserError as error:
             raise SystemExit(end(2, f"error: {' '.join(str(error).split())}")) from None
     try:
         summary = run.run()
-    except InputError as error:  # found late: data that breaks off, a directory taken meanwhile
+    except UserError as error:  # found late: data that breaks off, a directory taken meanwhile
         raise SystemExit(end(2, f"error: {' '.join(str(error).split())}")) from None
     except KeyboardInterrupt:  # twice, or before the first step
         return end(130, "stopped at once; what was saved before stands")

@@ -1,1 +1,1 @@
-"""Closed forms and counters of memory, traffic and work that planning, benchmarks and training share."""
+"""Closed forms and counters of memory and traffic, which planning, benchmarks and training share."""

@@ -1,5 +1,6 @@
-"""What is sent between ranks, counted as it is sent: on a fake process group one process stands for a world of any
-size.
+"""Counters of what ranks send to each other, at the moment when they send it.
+
+On a fake process group one process stands for a world of any size.
 """
 
 import contextlib
@@ -24,10 +25,10 @@ _PAYLOAD = {
 
 
 def wire_share(operation: str, world: int) -> float:
-    """Bytes that each rank sends, for each byte of payload, under the ring algorithms.
+    """Number of bytes that each rank sends for each byte of payload, under the ring algorithms.
 
-    The payload of an all-gather is what comes out of it, that of a reduce-scatter what goes in. A broadcast passes the
-    payload on from rank to rank.
+    The payload of an all-gather is what comes out of it, and the payload of a reduce-scatter is what goes into it. A
+    broadcast passes the payload on from rank to rank.
     """
     around = (world - 1) / world
     return {"all_reduce": 2 * around, "all_gather": around, "reduce_scatter": around, "broadcast": 1.0}[operation]
@@ -35,10 +36,12 @@ def wire_share(operation: str, world: int) -> float:
 
 @dataclass
 class Sent:
-    """Payloads in bytes, by operation."""
+    """The payloads that were sent, by operation."""
 
     bytes: dict[str, int] = field(default_factory=dict)
+    """Bytes of all payloads of an operation."""
     calls: dict[str, int] = field(default_factory=dict)
+    """How often the operation was called."""
 
     def add(self, operation: str, size: int) -> None:
         """Count a call of ``operation`` with ``size`` bytes."""
@@ -46,7 +49,7 @@ class Sent:
         self.calls[operation] = self.calls.get(operation, 0) + 1
 
     def payload(self) -> int:
-        """Of all operations."""
+        """Bytes of the payloads of all operations."""
         return sum(self.bytes.values())
 
     def wire(self, world: int) -> float:
@@ -54,7 +57,7 @@ class Sent:
         return sum(size * wire_share(operation, world) for operation, size in self.bytes.items())
 
     def report(self, world: int) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """Everything that was counted, for JSON."""
         return {
             "payload_bytes": self.payload(),
             "wire_bytes": round(self.wire(world)),
@@ -63,10 +66,10 @@ class Sent:
 
 
 class CountCollectives(TorchDispatchMode):
-    """Counts every collective operation under it in ``sent``.
+    """Counts every collective operation that is called under it, in ``sent``.
 
     Raises:
-        NotImplementedError: an operation that it does not know.
+        NotImplementedError: an operation is called that it does not know.
     """
 
     def __init__(self) -> None:
@@ -88,9 +91,10 @@ class CountCollectives(TorchDispatchMode):
 
 @contextlib.contextmanager
 def fake_world(size: int) -> Iterator[None]:
-    """A process group of ``size`` ranks of which this process is rank 0 and the others are not there: nothing is waited
-    for,
-    a sum is what rank 0 has, and everything gathered is copies of it."""
+    """Make a process group of ``size`` ranks in which this process is rank 0 and the other ranks do not exist.
+
+    Nothing waits for the others. A sum over ranks is what rank 0 has, and what is gathered is copies of it.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():

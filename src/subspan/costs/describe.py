@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from subspan.costs.state_formulas import formulas
+from subspan.costs.state_costs import StateCosts
 from subspan.recipes import find
 
 
 def describe(name: str) -> dict[str, Any]:
-    """A recipe in primitives: its parts, paper, defaults, and the bytes of state it holds.
+    """Describe a recipe in primitives: its parts, paper and defaults, and the bytes of state that it holds.
 
     The formulas are in the names of ``state_formulas.VARIABLES``.
     """
@@ -24,5 +24,5 @@ def describe(name: str) -> dict[str, Any]:
         "backward_side": recipe.backward_side,
         "lr": recipe.lr,
         "scale": recipe.scale if recipe.selector is not None else None,
-        "state_formula": formulas(recipe.selector, recipe.rule, recipe.residual, recipe.state_dtype),
+        "state_formula": StateCosts.of_recipe(name).formulas(),
     }

@@ -1,4 +1,4 @@
-"""What lives in memory during a step, counted storage by storage, on any device."""
+"""A counter of the tensors that are alive during a step. It counts storages, on any device."""
 
 import weakref
 from collections.abc import Iterable
@@ -10,16 +10,22 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all tensor storages alive, and their peak after any operation.
+    """Counts the bytes of all tensor storages that are alive, and their peak after any operation.
 
-    Exact but for what an operation allocates and frees within itself, such as the workspace of a factorisation.
+    The count is exact, except for what an operation allocates and frees within itself. The workspace of a factorisation
+    is an example.
     """
 
     def __init__(self, held: Iterable[Tensor], device: str | None = None) -> None:
-        """``held``: what is there before. ``device``: its kind; tensors elsewhere do not count."""
+        """Start with the tensors that are there before.
+
+        Args:
+            held: those tensors.
+            device: kind of the device whose tensors count; ``None`` counts the tensors of every device.
+        """
         super().__init__()
         self._device = device
-        self._storages: dict[int, Any] = {}  # of those alive, a reference that says when one has gone
+        self._storages: dict[int, Any] = {}  # a reference to each storage alive, which says when it has gone
         self.now = self.peak = 0
         for tensor in held:
             self._add(tensor)

@@ -1,39 +1,43 @@
-"""The shapes of a LLaMA, from five numbers: no model is built."""
+"""The shapes of a LLaMA. They follow from a few numbers, and no model is built."""
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-VOCABULARY = 32_000  # T5's, as in the papers' models
+VOCABULARY = 32_000  # that of T5, which the papers' models have
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer of a block: ``W (out, inputs)``."""
+    """A linear layer of a block, with the weight ``W (out, inputs)``."""
 
     out: int
     inputs: int
 
     @property
     def numel(self) -> int:
-        """Numbers in its weight."""
+        """Number of entries of its weight."""
         return self.out * self.inputs
 
 
 @dataclass(frozen=True)
 class Llama:
-    """``d`` wide, an MLP of ``f``, keys and values of ``kv`` in all, ``v`` words."""
+    """The sizes of a LLaMA."""
 
     d: int
+    """Width of the model."""
     f: int
+    """Width of the MLP."""
     layers: int
     heads: int
     kv: int
+    """Width of the keys of all heads together, and of the values."""
     v: int = VOCABULARY
+    """Tokens in the vocabulary."""
 
     def config(self, sequence_length: int) -> Any:
-        """Of transformers' LLaMA, with as many positions as the sequences need."""
+        """The config of transformers' LLaMA, with as many positions as the sequences need."""
         from transformers import LlamaConfig
 
         return LlamaConfig(
@@ -49,7 +53,7 @@ class Llama:
 
     @property
     def sharing(self) -> list[list[Layer]]:
-        """The linear layers of a block, those fed by one tensor together: q, k, v; o; gate, up; down."""
+        """The linear layers of a block. Those that are fed by one tensor are together: q, k, v; o; gate, up; down."""
         d, f, kv = self.d, self.f, self.kv
         return [
             [Layer(d, d), Layer(kv, d), Layer(kv, d)],
@@ -65,17 +69,17 @@ class Llama:
 
     @property
     def block_vectors(self) -> list[tuple[int, ...]]:
-        """Its other parameters."""
+        """The shapes of the other parameters of a block."""
         return [(self.d,)] * 2
 
     @property
     def outside(self) -> list[tuple[int, ...]]:
-        """Embedding, last norm, head."""
+        """The shapes of the parameters outside of blocks: embedding, last norm, head."""
         return [(self.v, self.d), (self.d,), (self.v, self.d)]
 
     @property
     def buffers(self) -> int:
-        """Numbers in the buffers: the frequencies of the rotary embedding, which transformers keeps twice."""
+        """Number of entries of the buffers: the frequencies of the rotary embedding, which transformers keeps twice."""
         return 2 * (self.d // self.heads // 2)
 
     def parameters(self) -> Iterator[tuple[int, ...]]:
@@ -87,10 +91,10 @@ class Llama:
 
     @property
     def numel(self) -> int:
-        """Numbers in all parameters."""
+        """Number of entries of all parameters."""
         return sum(map(math.prod, self.parameters()))
 
 
 def padded(shape: Sequence[int], world: int) -> int:
-    """Numbers in a parameter whose rows are filled up to a multiple of the world, as ``fully_shard`` does."""
+    """Number of entries of a parameter whose rows are filled up to a multiple of ``world``, as ``fully_shard`` does."""
     return -(-shape[0] // world) * world * math.prod(shape[1:])

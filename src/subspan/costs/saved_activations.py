@@ -1,4 +1,4 @@
-"""What a forward pass keeps for the backward pass, counted storage by storage, on any device."""
+"""A counter of what a forward pass keeps for the backward pass. It counts storages, on any device."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,14 +8,16 @@ from torch import Tensor, nn
 
 
 class SavedBytes:
-    """What autograd saves for the backward pass, parameters apart: all of it, and that of ``layers``.
+    """Counts the bytes that autograd saves for the backward pass, without those of parameters and buffers.
 
-    A storage counts once in each; what ``layers`` save others may save too. Use around the forward pass.
+    Use it around the forward pass. ``total`` is everything, ``by_layers`` is what ``layers`` save. Each of the two
+    counts a storage once; what ``layers`` save others may save too.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[nn.Module], also_held: Iterable[Tensor] = ()) -> None:
+        """Count for ``model``, leaving out its tensors and those of ``also_held``."""
         self.total = self.by_layers = 0
-        # Kept, so that no address is used twice while this counts.
+        # The storages are kept, so that no address is used twice while this counts.
         self._kept: dict[int, Any] = {}
         self._kept_by_layers: set[int] = set()
         self._held = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers(), *also_held)}

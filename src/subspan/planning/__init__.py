@@ -1,3 +1,4 @@
-"""``subspan plan``: the memory of a training step, before anything is trained: the step's own code, run on shapes
-alone.
+"""``subspan plan``: the memory of a training step, before anything is trained.
+
+It runs the code of the step itself, on shapes without memory.
 """

@@ -1,10 +1,9 @@
-"""The memory of one step under many methods, and what a paper reports, which stands apart."""
+"""The memory of one step under many methods. What a paper reports stands in a column of its own."""
 
 from dataclasses import replace
 from typing import Any
 
-from subspan.costs.describe import describe
-from subspan.costs.state_formulas import evaluate_groups
+from subspan.costs.state_costs import StateCosts
 from subspan.costs.traffic import Way
 from subspan.planning.many_machines import groups
 from subspan.planning.model import with_vocabulary
@@ -27,7 +26,7 @@ METHODS = (
     ("sara_adam_mini", False),
     ("rso_adamw", True),
 )
-"""Optimizers, and whether the backward pass makes their low-rank gradient."""
+"""The optimizers, each with whether the backward pass makes its low-rank gradient."""
 
 SOURCE = "GaLore, arXiv 2403.03507, table 2: an estimate of weights and optimizer states in bf16, at ranks 128, 256, 256 and 512"
 REPORTED = {  # GB
@@ -37,17 +36,17 @@ REPORTED = {  # GB
 
 
 def compare(setting: PlanSetting) -> dict[str, Any]:
-    """A row for each of ``METHODS``.
+    """Plan one row for each of ``METHODS``.
 
     Raises:
-        ValueError: ``setting`` says what the rows say: the optimizer, its state or its side.
+        SettingError: ``setting`` gives what the rows give themselves: the optimizer, its state or its side.
     """
     for key in ("optimizer", "state", "backward_side"):
         if (given := getattr(setting, key)) != getattr(PlanSetting, key):
             raise SettingError(
                 f"{key}={given!r}: a comparison has a row for each method; leave it out, or leave out --compare"
             )
-    found: dict[Any, int] = {}  # passes that methods share
+    found: dict[Any, int] = {}  # results of passes that methods share
     rows = []
     for name, backward_side in METHODS:
         stepping = setting.step_in_backward and name != "adamw"
@@ -81,16 +80,15 @@ def compare(setting: PlanSetting) -> dict[str, Any]:
 
 
 def papers_way(model: str, optimizer: str, rank: int) -> int | None:
-    """Weights, moments and bases as GaLore's table counts them, two bytes a number.
+    """Count weights, moments and bases as GaLore's table does, two bytes for each number.
 
-    ``None`` where moments have one byte, and of a model that is no preset.
+    Returns ``None`` where moments have one byte, and for a model that is no preset.
     """
-    formula = describe(optimizer)
-    if model not in PRESETS or formula["parts"]["state_dtype"] != "float32":
+    costs = StateCosts.of_recipe(optimizer)
+    if model not in PRESETS or costs.state_dtype != "float32":
         return None
-    way = Way(optimizer)
-    held = evaluate_groups(formula["state_formula"], groups(with_vocabulary(PRESETS[model]), rank, way))
-    return (held["weights"] + held["states"] + held["bases"]) // 2  # of fp32, as all closed forms are
+    held = costs.bytes_held(groups(with_vocabulary(PRESETS[model]), rank, Way(optimizer)))
+    return (held["weights"] + held["states"] + held["bases"]) // 2  # they are counted in fp32
 
 
 def _reported(model: str, optimizer: str, rank: int) -> int | None:

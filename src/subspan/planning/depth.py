@@ -1,12 +1,9 @@
-"""Models whose blocks are alike, planned from a few of them.
+"""Models whose blocks are alike are planned from a few of them.
 
-What a block adds is the same for each, so every count is linear in their number. The peak of a backward pass is not:
-while
-block ``i`` of ``L`` is gone through, ``i`` blocks' activations are there (``a`` bytes each), and the gradients of ``L -
-i``
-(``g`` each; 0 where they go as they come). So it lies at one of the ends, and with ``s_j`` the peak while the ``j``-th
-of
-four blocks from the top is gone through,
+Each block adds the same, so every count is linear in the number of blocks. The peak of a backward pass is not. While it
+goes through block ``i`` of ``L``, the activations of ``i`` blocks are there (``a`` bytes each), and the gradients of
+``L - i`` blocks (``g`` bytes each; 0 where gradients go as they come). So the peak lies at one of the two ends. With
+``s_j`` the peak while the pass goes through the ``j``-th of four blocks from the top,
 
     a = g + s_1 - s_2
     peak = max(s_0 + (L - 4) a, s_1 + (L - 4) a, s_2 + (L - 4) g, s_3 + (L - 4) g)
@@ -25,7 +22,7 @@ Key = TypeVar("Key")
 
 
 def shortened(config: Any, model: nn.Module) -> int | None:
-    """The number of blocks of ``model``, if they are alike and worth leaving out; ``None`` if all must be run."""
+    """The number of blocks of ``model``, or ``None`` if all of them must be run: they differ, or are too few."""
     blocks = blocks_of(model)
     number = getattr(config, "num_hidden_layers", None)
     kinds = {str([(name, tuple(p.shape)) for name, p in block.named_parameters()]) for block in blocks}
@@ -36,7 +33,7 @@ def shortened(config: Any, model: nn.Module) -> int | None:
 
 
 def with_blocks(config: Any, number: int) -> Any:
-    """``config`` with so many blocks."""
+    """A copy of ``config`` with ``number`` blocks."""
     short = copy.deepcopy(config)
     if getattr(short, "layer_types", None):
         short.layer_types = short.layer_types[:number]
@@ -45,14 +42,17 @@ def with_blocks(config: Any, number: int) -> Any:
 
 
 def extended(few: Mapping[Key, int], fewer: Mapping[Key, int], number: int) -> dict[Key, int]:
-    """Counts of ``number`` blocks from those of ``FEW``, and of one less."""
+    """The counts of ``number`` blocks, from those of ``FEW`` blocks and those of one block less."""
     return {key: value + (number - FEW) * (value - fewer[key]) for key, value in few.items()}
 
 
 def peak_of(segments: Sequence[int], gradients: int, number: int) -> int:
-    """The peak of ``number`` blocks from those of ``FEW``, block by block from the top.
+    """The peak with ``number`` blocks, from what was found with ``FEW``.
 
-    ``gradients``: bytes of a block's that stay.
+    Args:
+        segments: the peaks while the pass goes through each of the few blocks, from the top.
+        gradients: bytes of the gradients of one block that stay.
+        number: blocks of the model.
     """
     first, second, third, last = segments
     activations, more = gradients + second - third, number - FEW

@@ -1,4 +1,4 @@
-"""Bars of a comparison as a picture."""
+"""A comparison drawn as bars."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from subspan.utils.figures import COLOURS, GREY, style
 
 
 def draw(found: Mapping[str, Any], out: Path) -> None:
-    """Stacked bars of the peaks, one for each method, in the format that the ending of ``out`` names."""
+    """Draw the peaks as stacked bars, one for each method, in the format that the ending of ``out`` names."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -21,7 +21,7 @@ def draw(found: Mapping[str, Any], out: Path) -> None:
         left = [0.0] * len(rows)
         for kind, colour in zip(parts_of(rows[0]), COLOURS, strict=False):
             sizes = [parts_of(row)[kind] / 2**30 for row in rows]
-            if max(sizes) * 2**30 < largest / 1000:  # could not be seen
+            if max(sizes) * 2**30 < largest / 1000:  # too small to be seen
                 continue
             label = "gradients, activations, temporaries" if kind == "passing" else kind
             axes.barh([name_of(row) for row in rows], sizes, left=left, label=label, color=colour)

@@ -1,34 +1,29 @@
-"""A model of a training step on many machines: memory, bytes sent, FLOPs and time, *computed* from shapes and stated
-rates.
+"""A model of a training step on many machines, *computed* from shapes and stated rates.
 
-Nothing here is measured. Bytes are those of ``traffic`` and ``memory``, which tests hold to counted ones; FLOPs are
-those of
-matrix products, which tests hold to ``torch.utils.flop_counter``. A step takes
+It gives memory, bytes sent, FLOPs and time. Nothing in it is measured. The bytes are those of ``costs.traffic`` and
+``costs.state_costs``, which tests compare with counted ones. The FLOPs are those of matrix products, which tests
+compare with ``torch.utils.flop_counter``. A step takes
 
     compute + optimizer + factorising + max(0, sending - overlap * compute)
 
-Left out: elementwise work, latency, the gradients that backward-side layers form in a refresh, activations: their
-memory, and
-computing them anew.
+The model leaves out elementwise work, latency, the gradients that backward-side layers form in a refresh, and
+activations: their memory, and the time to recompute them.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from subspan.costs.describe import describe
 from subspan.costs.llama import Layer, Llama
-from subspan.costs.state_formulas import evaluate_groups
+from subspan.costs.state_costs import ParameterShape, StateCosts
 from subspan.costs.traffic import WAYS, Traffic, Way, amortised
 from subspan.linalg import gram_flops
-from subspan.step.carriers import mark
 from subspan.utils.errors import SettingError
 
-MODELS = {  # LLaMA-2's shapes; the rank is a quarter of the width
+MODELS = {  # the shapes of LLaMA-2; the rank is a quarter of the width
     "7B": (Llama(4096, 11008, 32, 32, kv=4096), 1024),
     "70B": (Llama(8192, 28672, 80, 64, kv=1024), 2048),
 }
@@ -37,32 +32,32 @@ WORLDS = (8, 64, 1024)
 
 @dataclass(frozen=True)
 class Machines:
-    """What the accelerators are assumed to do."""
+    """Assumptions about the accelerators and about the step."""
 
     flops: float = 989e12
-    """bf16 FLOPs a second of one accelerator: an H100 SXM, dense, by its data sheet."""
+    """FLOPs per second of one accelerator in bf16. The default is that of an H100 SXM, dense, by its data sheet."""
     tf32_flops: float = 495e12
-    """TF32 FLOPs a second: products with fp32 bases, after ``torch.set_float32_matmul_precision("high")``."""
+    """FLOPs per second in TF32, for products with fp32 bases (`torch.set_float32_matmul_precision("high")`)."""
     mfu: float = 0.4
-    """What is reached of either."""
+    """Share of these two rates that is reached."""
     eigh_flops: float = 1e12
-    """FLOPs a second of an eigendecomposition, counted as 9 n^3: a guess."""
+    """FLOPs per second of an eigendecomposition, counted as 9 n^3 FLOPs. The default is a guess."""
     memory: float = 80e9
-    """Bytes of memory of one accelerator."""
+    """Memory of one accelerator in bytes."""
     node: int = 8
-    """Accelerators in a node."""
+    """Number of accelerators in a node."""
     nvlink: float = 450e9
-    """Bytes a second that one accelerator sends within its node."""
+    """Bytes per second that one accelerator sends within its node."""
     links: tuple[float, ...] = (400, 25, 10)
-    """Gbit a second between nodes, for each accelerator."""
+    """Gbit per second that each accelerator sends between nodes; a table has a column for each value."""
     overlap: float = 0.6
-    """Share of the forward and backward pass behind which sending hides."""
+    """Share of the forward and backward pass during which sending costs no time."""
     tokens: int = 8192
-    """Tokens of a step on each rank."""
+    """Number of tokens in a step on each rank."""
     sequence_length: int = 4096
-    """Tokens of a sequence."""
+    """Number of tokens in a sequence."""
     period: int = 200
-    """Steps between refreshes; what one costs is averaged over them."""
+    """Number of steps between refreshes, over which the cost of a refresh is averaged."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -74,12 +69,15 @@ class Machines:
                 raise SettingError(f"{name}={getattr(self, name)}: expected a share from 0 to 1")
 
     def rate(self, world: int, link: float) -> float:
-        """Bytes a second of a ring: as many rings as a node has accelerators, each leaves it over a link of its own."""
+        """Bytes per second of a ring.
+
+        There are as many rings as a node has accelerators, and each leaves the node over a link of its own.
+        """
         return self.nvlink if world <= self.node else min(self.nvlink, self.node * link * 1e9 / 8)
 
 
 def compute(machines: Machines) -> dict[str, Any]:
-    """Every way to take a step of every model, in every world and over every link."""
+    """Compute every way to take a step of every model, in every world and over every link."""
     models = []
     for name, (model, rank) in MODELS.items():
         rows = [row for way in WAYS for world in WORLDS for row in _rows(machines, model, rank, way, world)]
@@ -125,9 +123,11 @@ def _seconds(machines: Machines, traffic: Traffic) -> dict[str, float]:
 
 
 def matmul_flops(traffic: Traffic, batch: Any) -> float:
-    """Of a forward and a backward pass over ``batch.tokens`` in sequences of ``batch.sequence_length``."""
+    """FLOPs of a forward and a backward pass over ``batch.tokens`` in sequences of ``batch.sequence_length``."""
     model, T = traffic.model, batch.tokens
-    attention = 12 * T * batch.sequence_length * model.d  # QKᵀ and its product with V; twice that in the backward pass
+    attention = (
+        12 * T * batch.sequence_length * model.d
+    )  # QKᵀ and its product with V, and twice that in the backward pass
     weights = sum(layer.numel for layer in model.block)
     block = 6 * T * weights
     if traffic.way.backward_side:  # dyᵀ (x Q) in place of dyᵀ x
@@ -136,33 +136,26 @@ def matmul_flops(traffic: Traffic, batch: Any) -> float:
 
 
 def into_bases_flops(traffic: Traffic, batch: Any) -> float:
-    """Of these, ``x Q`` of backward-side layers, once for those that share it."""
+    """The part of these FLOPs that is ``x Q`` of backward-side layers, once for the layers that share it."""
     if not traffic.way.backward_side:
         return 0.0
-    return (
-        2.0
-        * batch.tokens
-        * traffic.rank
-        * traffic.model.layers
-        * sum(group[0].inputs for group in traffic.model.sharing)
-    )
+    inputs = sum(group[0].inputs for group in traffic.model.sharing)
+    return 2.0 * batch.tokens * traffic.rank * traffic.model.layers * inputs
 
 
 def optimizer_flops(traffic: Traffic, period: int) -> float:
-    """Of products with bases in a step, and a step's share of the Gram matrices of a period."""
+    """FLOPs of products with bases in a step, and its share of the Gram matrices of a period."""
     model, way, r = traffic.model, traffic.way, traffic.rank
     if way.optimizer == "adamw":
         return 0.0
-    here = model.layers / (traffic.world if way.sharded else 1)
-    if way.backward_side:  # W <- W - U Qᵀ. A Gram matrix is its owner's alone, and the others wait
+    local = model.layers / (traffic.world if way.sharded else 1)
+    if way.backward_side:  # W <- W - U Qᵀ. Only the owner of a basis makes the Gram matrix, and the others wait
         grams = sum(_gram(sum(layer.numel for layer in group), _smaller(group)) for group in model.sharing)
-        return 2 * r * sum(layer.numel for layer in model.block) * here + grams * model.layers / period
+        return 2 * r * sum(layer.numel for layer in model.block) * local + grams * model.layers / period
     projected = [(layer.numel, n) for layer in model.block if (n := traffic.compressed(layer)) is not None]
-    products = 8 if way.hook else 4  # G Q and U Qᵀ; before them the hook's own G Q and R Qᵀ
-    refresh = sum(
-        _gram(numel, n) + 2 * n * r * r for numel, n in projected
-    )  # the Gram matrix; the new basis on the old one
-    return here * (sum(products * numel * r for numel, _ in projected) + refresh / period)
+    products = 8 if way.hook else 4  # G Q and U Qᵀ; the hook makes a G Q and an R Qᵀ of its own before
+    refresh = sum(_gram(numel, n) + 2 * n * r * r for numel, n in projected)  # and the new basis on the old one
+    return local * (sum(products * numel * r for numel, _ in projected) + refresh / period)
 
 
 def _gram(numel: int, n: int) -> int:
@@ -170,9 +163,11 @@ def _gram(numel: int, n: int) -> int:
 
 
 def eigh_flops(traffic: Traffic) -> float:
-    """Of the eigendecompositions that a rank waits for in a period. Data-parallel ranks each factorise every matrix; of
-    backward-side layers one rank does after the other, and the backward pass waits; sharded ones are factorised at
-    once."""
+    """FLOPs of the eigendecompositions that a rank waits for in a period.
+
+    Data-parallel ranks each factorise every matrix. For backward-side layers one rank factorises after the other, and
+    the backward pass waits. Sharded matrices are factorised at the same time, each by another rank.
+    """
     model, way, at_once = traffic.model, traffic.way, 1
     if way.optimizer == "adamw":
         return 0.0
@@ -193,12 +188,13 @@ def _smaller(group: list[Layer]) -> int:
 
 
 def memory(traffic: Traffic) -> dict[str, int]:
-    """What rank 0 holds: weights and gradients in fp32, as mixed precision has it; and what ``fully_shard`` gathers,
-    two blocks
-    and what is outside of them, in bf16."""
+    """The bytes that rank 0 holds, by kind.
+
+    Weights and gradients are in fp32, as in mixed precision. ``gathered`` is what ``fully_shard`` gathers in bf16: two
+    blocks, and what is outside of blocks.
+    """
     model, way = traffic.model, traffic.way
-    held = evaluate_groups(
-        describe(way.optimizer)["state_formula"],
+    held = StateCosts.of_recipe(way.optimizer).bytes_held(
         groups(model, traffic.rank, way),
         parallel="fsdp" if way.sharded else "ddp",
         world=traffic.world,
@@ -210,17 +206,15 @@ def memory(traffic: Traffic) -> dict[str, int]:
 
 
 def groups(model: Llama, rank: int, way: Way) -> list[dict[str, Any]]:
-    """Groups as an optimizer would have them, of tensors without memory."""
-    projected, others = [], [torch.empty(shape, device="meta") for shape in model.outside]
-    for _ in range(model.layers):
-        others += [torch.empty(shape, device="meta") for shape in model.block_vectors]
-        for group in model.sharing:
-            for number, layer in enumerate(group):
-                weight = torch.empty(layer.out, layer.inputs, device="meta")
-                if way.backward_side:
-                    carrier = torch.empty(layer.out, rank, device="meta")
-                    mark(carrier, SimpleNamespace(weight=weight, number=number))
-                projected.append(carrier if way.backward_side else weight)
+    """The groups that an optimizer would have, with shapes in place of parameters."""
+    others = [ParameterShape(shape) for shape in model.outside + model.layers * model.block_vectors]
+    projected = []
+    for layers in model.layers * model.sharing:
+        for number, layer in enumerate(layers):
+            p = ParameterShape((layer.out, layer.inputs))
+            if way.backward_side:  # the first of the layers that share a basis keeps it
+                p = ParameterShape((layer.out, rank), weight=p, keeps_basis=number == 0)
+            projected.append(p)
     own = None if way.optimizer == "adamw" else rank
     return [{"params": projected, "rank": own, "proj_type": way.proj_type}, {"params": others, "rank": None}]
 
@@ -229,7 +223,7 @@ def groups(model: Llama, rank: int, way: Way) -> list[dict[str, Any]]:
 
 
 def tables(found: dict[str, Any]) -> str:
-    """Markdown: of each model the memory, what is sent and computed, and the time of a step."""
+    """Write tables in Markdown: for each model the memory, what is sent and computed, and the time of a step."""
     parts = [
         "| assumption | value |\n|---|---|\n"
         + "\n".join(f"| `{k}` | {_plain(v)} |" for k, v in found["assumptions"].items())

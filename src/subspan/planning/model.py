@@ -1,4 +1,4 @@
-"""The model and its optimizer without memory, and what they hold."""
+"""The model and its optimizer on ``meta``, and what they hold."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from subspan.backward import Handle, project_backward
 from subspan.costs.llama import VOCABULARY, Llama
-from subspan.costs.state_formulas import evaluate_groups, formulas
+from subspan.costs.state_costs import StateCosts
 from subspan.factory import create
 from subspan.optimizer import SubspaceOptimizer
 from subspan.planning.many_machines import MODELS
@@ -24,12 +24,12 @@ from subspan.utils.errors import InputError, first_line
 
 LARGER = {"llama-70b": MODELS["70B"]}
 """Models that are no presets of a run: their shapes, and a rank."""
-_STEPS = 10_000  # of the run: a hybrid wants to know, and its memory does not depend on it
+_STEPS = 10_000  # length of the run, which a hybrid asks for; its memory does not depend on it
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A model's config, and what a setting leaves to it."""
+    """A model's config, and the values of the settings that were left to the model."""
 
     config: Any
     rank: int
@@ -37,10 +37,10 @@ class Chosen:
 
 
 def choose(setting: PlanSetting) -> Chosen:
-    """Find the model.
+    """Find the model of a setting.
 
     Raises:
-        InputError: there is none of this name, or it has too few positions.
+        InputError: there is no model of this name, or it has too few positions.
     """
     if setting.model in LARGER:
         llama, rank = LARGER[setting.model]
@@ -54,11 +54,10 @@ def choose(setting: PlanSetting) -> Chosen:
     path = Path(setting.model)
     try:
         config = AutoConfig.from_pretrained(path if path.exists() else setting.model)
-    except Exception as error:  # configs can be wrong in a dozen ways, each with an error class of its own
+    except Exception as error:  # a config can be wrong in many ways, each with an error class of its own
         raise InputError(
             f"model {setting.model!r} cannot be read: {first_line(error)}; give a config.json, a directory with one, "
-            "or one of "
-            f"{', '.join(PRESETS)}"
+            f"or one of {', '.join(PRESETS)}"
         ) from error
     positions = positions_of(shapes_of(setting, config))
     if setting.seq and positions is not None and positions < setting.seq:
@@ -67,15 +66,16 @@ def choose(setting: PlanSetting) -> Chosen:
 
 
 def with_vocabulary(preset: Preset) -> Llama:
-    """The shapes of a preset, with the vocabulary of its runs; where T5's, which is on the hub, that of the papers'
-    models.
+    """The shapes of a preset, with the vocabulary of its runs.
+
+    The tokenizer of T5 is on the hub; a preset that has it gets the vocabulary of the papers' models.
     """
     ours = preset.tokenizer in ("bytes", "embedded")
     return replace(llama_of(preset), v=len(load_tokenizer(preset.tokenizer)) if ours else VOCABULARY)
 
 
 def shapes_of(setting: PlanSetting, config: Any) -> nn.Module:
-    """The model, in the dtype of its weights, on ``meta``."""
+    """Build the model on ``meta``, in the dtype of its weights."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -83,19 +83,19 @@ def shapes_of(setting: PlanSetting, config: Any) -> nn.Module:
     causal = any(getattr(config, key, False) for key in ("is_decoder", "is_encoder_decoder", "causal"))
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not causal:
         raise InputError(
-            f"model {setting.model!r}: {kind} reads both ways, and a plan is of a causal LM; for what fine-tuning it "
-            f"takes, measure two steps: subspan finetune --model {setting.model} --optimizer {setting.optimizer} "
-            "--steps 2 --json"
+            f"model {setting.model!r}: {kind} reads both ways, and only a causal LM can be planned; to see what "
+            f"fine-tuning it takes, measure two steps: subspan finetune --model {setting.model} --optimizer "
+            f"{setting.optimizer} --steps 2 --json"
         )
     try:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
         raise InputError(
-            f"model {setting.model!r} cannot be built: {first_line(error)}; give that of a causal LM"
+            f"model {setting.model!r} cannot be built: {first_line(error)}; give the config of a causal LM"
         ) from error
     if setting.dtype == "bf16":
-        for p in model.parameters():  # not the buffers, as in a run
+        for p in model.parameters():  # buffers stay as they are, as in a run
             p.data = p.data.to(torch.bfloat16)
     return model.train()
 
@@ -104,10 +104,10 @@ class Planned:
     """A model and its optimizer at one rank, on ``meta``.
 
     Attributes:
-        held: bytes that one rank holds, by kind (``memory.evaluate_groups``), and of the buffers.
-        step: most that a step of the optimizer has beside that, whatever the parameter.
-        refresh: likewise, where a basis is chosen; 0 if there is none.
-        sides: of each matrix that is to be projected, the largest rank that leaves it projected.
+        held: bytes that one rank holds, by kind (``StateCosts.bytes_held``), and those of the buffers.
+        step: the most bytes that a step of the optimizer on one parameter adds.
+        refresh: the most bytes that it adds where a basis is chosen; 0 if none is.
+        sides: for each matrix that is to be projected, the largest rank at which it still is.
     """
 
     def __init__(self, setting: PlanSetting, config: Any, rank: int) -> None:
@@ -133,19 +133,19 @@ class Planned:
         if isinstance(optimizer, SubspaceOptimizer):
             selector = None if find(setting.optimizer).selector is None else optimizer.selector
             state_dtype = optimizer.param_groups[0]["state_dtype"]
-            formula = formulas(selector, optimizer.rule, optimizer.residual, state_dtype)
+            costs = StateCosts(selector, optimizer.rule, optimizer.residual, state_dtype)
             for group in optimizer.param_groups if setting.sharded else ():
                 for p in group["params"]:
                     optimizer.check_shardable(p, group)
         else:  # torch's AdamW
             recipe = find(setting.optimizer)
             width = next(self.model.parameters()).element_size()
-            formula = formulas(None, recipe.rule, recipe.residual, "float32", width)
-        held = evaluate_groups(formula, optimizer.param_groups, parallel=setting.parallel, world=setting.world)
+            costs = StateCosts(None, recipe.rule, recipe.residual, width=width)
+        held = costs.bytes_held(optimizer.param_groups, parallel=setting.parallel, world=setting.world)
         return held | {"buffers": sum(b.numel() * b.element_size() for b in self.model.buffers())}
 
     def _sides(self) -> list[int]:
-        """Of every matrix that is to be projected, the largest rank that leaves it projected."""
+        """For each matrix that is to be projected, the largest rank at which it still is."""
         if self.handle is not None:
             return [layer.in_features for layer in self.handle.layers]
         groups = [group for group in self.optimizer.param_groups if group.get("rank") is not None]
@@ -153,7 +153,7 @@ class Planned:
         return [min(shape[-2:]) - 1 for shape in shapes]
 
     def counts(self) -> dict[str, int]:
-        """Everything that is linear in the number of blocks."""
+        """All counts that are linear in the number of blocks."""
         full = sum(side < self.rank for side in self.sides)
         return self.held | {"step": self.step, "refresh": self.refresh, "full": full, "matrices": len(self.sides)}
 
@@ -180,7 +180,7 @@ class Planned:
         return step, refresh
 
     def _representatives(self) -> list[tuple[Tensor, bool]]:
-        """One parameter of each shape in each group, and whether it is projected by the optimizer."""
+        """One parameter of each shape in each group, and whether the optimizer projects it."""
         found: dict[Any, tuple[Tensor, bool]] = {}
         for number, group in enumerate(self.optimizer.param_groups):
             for p in group["params"]:
@@ -195,19 +195,19 @@ class Planned:
         return live.peak - before
 
     def _step_of_torch(self) -> int:
-        """Its way on an accelerator: all parameters at once."""
+        """The most bytes that a step of torch's AdamW adds, on all parameters at once as on an accelerator."""
         for group in self.optimizer.param_groups:
             group["foreach"] = True
         for p in self.model.parameters():
             p.grad = torch.empty_like(p)
-        self.optimizer.step()  # makes its state
+        self.optimizer.step()  # the first step makes the state
         states = [value for state in self.optimizer.state.values() for value in state.values()]
         taken = self._stepping([*(p.grad for p in self.model.parameters() if p.grad is not None), *states])
         self.optimizer.zero_grad(set_to_none=True)
         return taken // (self.setting.world if self.setting.sharded else 1)
 
     def _kinds(self) -> list[list[Any]]:
-        """The shared bases, those that are alike together."""
+        """The projections, in lists of those that are alike."""
         assert self.handle is not None
         kinds: dict[Any, list[Any]] = {}
         for projection in self.handle.projections:
@@ -215,11 +215,12 @@ class Planned:
         return list(kinds.values())
 
     def costly_projections(self) -> list[Any]:
-        """Those of which one has the highest peak in a step that chooses it: the last and the first of a kind, for the
-        peak
-        lies at one of the ends of the backward pass. A kind is left out where another takes no less to be chosen, from
-        an
-        input no narrower: of that a gradient is formed, so it is saved whole from the forward pass on."""
+        """The projections among which is the one whose choice makes the peak of a step highest.
+
+        They are the last and the first of each kind, because the peak lies at one of the ends of the backward pass. A
+        kind is left out where another takes no less to be chosen, from an input no narrower. The input counts because
+        a gradient is formed from it, so it is saved whole from the forward pass on.
+        """
         assert isinstance(self.optimizer, SubspaceOptimizer)
         saves = self.optimizer.selector.needs_gradient
         kinds = self._kinds()
@@ -232,7 +233,7 @@ class Planned:
         return [projection for kind in costly for projection in dict.fromkeys((kind[-1], kind[0]))]
 
     def _choosing(self, projection: Any) -> int:
-        """Bytes to choose its basis: the gradients of its layers, those stacked, and what the selector takes."""
+        """Bytes that choosing its basis takes: its layers' gradients, the same stacked, and what the selector needs."""
         optimizer = self.optimizer
         assert isinstance(optimizer, SubspaceOptimizer)
         if not optimizer.selector.needs_gradient:
@@ -243,11 +244,11 @@ class Planned:
 
     @property
     def _formed(self) -> torch.dtype:
-        """Of a gradient that the backward pass forms: that of activations."""
+        """The dtype of a gradient that the backward pass forms, which is that of activations."""
         return torch.float32 if self.setting.dtype == "fp32" else torch.bfloat16
 
     def selecting(self, projection: Any) -> int:
-        """Of these, what the selector takes, and the moments as they follow."""
+        """The part of these bytes that the selector takes, and the moments when they follow it."""
         optimizer, first = self.optimizer, projection.layers[0].weight
         assert isinstance(optimizer, SubspaceOptimizer)
         G = None

@@ -1,9 +1,8 @@
-"""Forward and backward passes on shapes alone: what autograd saves, and what lives at the peak."""
+"""Forward and backward passes on tensors without memory: what autograd saves, and what is alive at the peak."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from subspan.utils.errors import InputError, first_line
 
 
 class Passes:
-    """The passes of a planned model, which is of no use for anything else from here on."""
+    """The passes of a planned model. The model is of no use for anything else afterwards."""
 
     def __init__(self, planned: Planned, seq: int) -> None:
         self.planned, self.setting, self.seq = planned, planned.setting, seq
@@ -42,9 +41,10 @@ class Passes:
             self._bases = [] if self._chooser is None else self._chooser.bind()
 
     def saved(self, batch: int) -> int:
-        """Bytes that autograd keeps for the backward pass of an ordinary step, parameters apart. With checkpointing, of
-        those
-        of the blocks their inputs, and one block's whole."""
+        """Bytes that autograd keeps for the backward pass of an ordinary step, without those of parameters.
+
+        With checkpointing it keeps the inputs of the blocks, and everything of the one block that is run again.
+        """
         with self._fake, self._as_in_a_run():
             self._checkpoint(False)
             if self._chooser is not None:
@@ -56,11 +56,13 @@ class Passes:
             return self._forward(batch)[0] + within
 
     def peaks(self, batch: int) -> list[list[int]]:
-        """Most that lives at once beside what was there before the forward pass: until the gradients of the last block
-        are
-        there, then of the one before, ... Backward-side of several steps: in each one basis is chosen, and the highest
-        peak is
-        that of one of them."""
+        """The most bytes that the passes add to what was there before the forward pass.
+
+        Returns:
+            For each step a list: the peak until the gradients of the last block are there, then until those of the
+            block before are there, and so on. Backward-side there are several steps, each of which chooses one basis;
+            the highest peak is that of one of them.
+        """
         with self._fake, self._as_in_a_run():
             self._checkpoint(self.setting.checkpointing)
             if self._chooser is None:
@@ -92,14 +94,16 @@ class Passes:
         return segments
 
     def of_a_block(self) -> int:
-        """Bytes of the gradients of a block that stay."""
+        """Bytes of the gradients of a block that stay after the block has been gone through."""
         trained = [p.numel() * p.element_size() for p in self.blocks[0].parameters() if p.requires_grad]
         return sum(trained) if self.setting.keeps_gradients else 0
 
     def gathered(self) -> int:
-        """Bytes that ``fully_shard`` has of other ranks' parts at most: two blocks' weights, and what is outside of
-        blocks;
-        the whole gradients of a block and of what is outside, and a copy of the block's to send."""
+        """The most bytes that ``fully_shard`` has of other ranks' parts.
+
+        They are the weights of two blocks and of what is outside of blocks, the whole gradients of one block and of
+        what is outside, and a copy of the block's gradients to send.
+        """
         inside = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in self.blocks]
         trained = [
             sum(p.numel() * p.element_size() for p in block.parameters() if p.requires_grad) for block in self.blocks
@@ -108,7 +112,7 @@ class Passes:
         return 2 * max(inside, default=0) + 2 * outside + 2 * max(trained, default=0)
 
     def _forward(self, batch: int) -> tuple[int, int]:
-        """Saved bytes of all, and of the first block but for its input."""
+        """Saved bytes of the whole model, and those of the first block without its input."""
         model, entered, block = self.planned.model, [0], self.blocks[:1]
         given = self._batch(batch)
 
@@ -117,7 +121,7 @@ class Passes:
             entered[0] = hidden.numel() * hidden.element_size()
 
         hooks = [part.register_forward_pre_hook(enter, with_kwargs=True) for part in block]
-        # The mode answers where code asks for a value.
+        # This mode answers where code asks for a value.
         with ShapesOnly([]), SavedBytes(model, block, self._bases) as saved, self._autocast():
             token_losses(model, given)
         for hook in hooks:
@@ -133,28 +137,24 @@ class Passes:
             return
         model: Any = self.planned.model
         how = "enable" if wanted else "disable"
-        # The second name is that of transformers before 5.
+        # The second name is the one that transformers had before version 5.
         change = getattr(model, f"activation_checkpointing_{how}", None) or getattr(
             model, f"gradient_checkpointing_{how}", None
         )
         if change is None:
-            raise InputError(f"checkpointing=True: {type(model).__name__} knows none; leave it out")
+            raise InputError(f"checkpointing=True: {type(model).__name__} has no checkpointing; leave it out")
         change()
         self._checkpointing = wanted
 
     @contextlib.contextmanager
     def _as_in_a_run(self) -> Iterator[None]:
-        from transformers.utils import import_utils
-
         try:
-            # Of fake tensors transformers thinks that they are traced, and then makes masks that a real step does
-            # without.
-            with mock.patch.object(import_utils, "is_fake_tensor", return_value=False, create=True):
+            with _taken_for_real():
                 yield
         except (RuntimeError, TypeError) as error:  # NotImplementedError is one of the first
             raise InputError(
-                f"model {self.setting.model!r} does not run on shapes alone: {first_line(error)}; measure a step of "
-                "it instead"
+                f"model {self.setting.model!r} cannot run on tensors without memory: {first_line(error)}; measure a "
+                "step of it instead"
             ) from error
 
     def _autocast(self) -> torch.autocast:
@@ -162,8 +162,9 @@ class Passes:
 
 
 class _Chooser:
-    """Stands in for the optimizer where a backward-side layer wants a basis: it takes the memory that choosing one
-    takes.
+    """Stands in for the optimizer where a backward-side layer needs a basis.
+
+    It takes the memory that choosing a basis takes, and chooses none.
     """
 
     def __init__(self, planned: Planned) -> None:
@@ -188,14 +189,33 @@ class _Chooser:
             projection.expect("keep")
 
     def choose(self, projection: Any) -> None:
-        """Let it choose this one."""
+        """Let the next pass choose this basis, and no other."""
         self.keep()
         projection.expect("form" if self._selector.needs_gradient else "draw")
 
     def refresh_projection(self, projection: Any, G: Tensor | None) -> None:
-        """Take the memory, and let the basis be as it was."""
+        """Take the memory, and leave the basis as it is."""
         torch.empty(self._takes[projection], dtype=torch.uint8)
         projection.plan = "keep"
+
+
+@contextlib.contextmanager
+def _taken_for_real() -> Iterator[None]:
+    """Let transformers take fake tensors for real ones.
+
+    It takes them for tensors that are traced, and would make attention masks that a real step does without.
+    """
+    from transformers.utils import import_utils
+
+    own = getattr(import_utils, "is_fake_tensor", None)
+    if own is None:  # a transformers that does not look
+        yield
+        return
+    import_utils.is_fake_tensor = lambda _: False
+    try:
+        yield
+    finally:
+        import_utils.is_fake_tensor = own
 
 
 def _forget(p: Tensor) -> None:
@@ -203,7 +223,7 @@ def _forget(p: Tensor) -> None:
 
 
 def _when_done(block: nn.Module, then: Callable[[], None]) -> list[Any]:
-    """Hooks that call ``then`` once all gradients of ``block`` have come."""
+    """Add hooks that call ``then`` once all gradients of ``block`` are there."""
     waiting = {id(p) for p in block.parameters() if p.requires_grad}
 
     def receive(p: Tensor) -> None:

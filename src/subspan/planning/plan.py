@@ -1,4 +1,4 @@
-"""The plan: bytes by kind, the peak of a step, whether it fits, and the largest batch and rank that do."""
+"""The plan: bytes by kind, the peak of a step, whether it fits, and the largest batch and rank that fit."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from subspan.recipes import find
 from subspan.training.models.presets import PRESETS
 
 ALWAYS = ("weights", "carriers", "states", "bases", "buffers", "communication")
-"""Kinds of what is there all the time."""
+"""The kinds of bytes that are there all the time."""
 _MOST_SEQUENCES = 2**20
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Bytes of one rank.
+    """The bytes of one rank.
 
     Attributes:
-        bytes: by kind.
-        backward: the most in a forward and backward pass.
-        step: the most in the step of the optimizer.
+        bytes: bytes by kind.
+        backward: the most that is alive in a forward and backward pass.
+        step: the most that is alive in the step of the optimizer.
     """
 
     bytes: dict[str, int]
@@ -37,19 +37,21 @@ class Costs:
 
 
 def plan(setting: PlanSetting) -> dict[str, Any]:
-    """The plan of a setting.
+    """Plan a setting.
 
     Raises:
-        ValueError: a model, method or rank that there is not, or that do not go together.
+        SettingError: a model, method or rank is unknown or out of range, or they do not go together.
+        InputError: the model cannot be read, built or run.
     """
     return Planner(setting).report()
 
 
 class Planner:
-    """Plans one setting, and others that differ in rank and batch alone.
+    """Plans one setting, and others that differ only in rank and batch.
 
     Args:
-        passes: what was found for settings that differ in the optimizer alone.
+        setting: what is planned.
+        passes: what was found for settings that differ only in the optimizer. Results are added to it.
     """
 
     def __init__(self, setting: PlanSetting, passes: dict[Any, int] | None = None) -> None:
@@ -61,26 +63,30 @@ class Planner:
         self._at: dict[int, _AtRank] = {}
 
     def at(self, rank: int) -> "_AtRank":
-        """What does not depend on the batch."""
+        """The setting at a rank: everything that does not depend on the batch."""
         if rank not in self._at:
             self._at[rank] = _AtRank(self.setting, self._config, rank, self.seq, self.blocks)
         return self._at[rank]
 
     def costs(self, rank: int, batch: int) -> Costs:
-        """Of one rank of the world, the first."""
-        setting, here = self.setting, self.at(rank)
-        peak = self._once(("peak", batch, rank), lambda: here.peak(batch))
-        held = {kind: here.counts[kind] for kind in ("weights", "carriers", "gradients", "states", "bases", "buffers")}
+        """The bytes of the first rank of the world."""
+        setting, planned = self.setting, self.at(rank)
+        peak = self._once(("peak", batch, rank), lambda: planned.peak(batch))
+        held = {
+            kind: planned.counts[kind] for kind in ("weights", "carriers", "gradients", "states", "bases", "buffers")
+        }
         sending = 0
         if setting.world > 1:
-            sending = here.gathered if setting.sharded else held["gradients"]  # ddp's buckets
+            sending = planned.gathered if setting.sharded else held["gradients"]  # ddp's buckets
         in_backward = setting.step_in_backward and setting.accumulate == 1
         gradients = 0 if in_backward else held["gradients"]
         there = sum(value for kind, value in held.items() if kind != "gradients") + sending
-        # Backward-side layers choose their bases in the backward pass, and the peak of that has it already.
-        stepping = here.counts["step"] if setting.is_backward_side else max(here.counts["step"], here.counts["refresh"])
+        # Backward-side layers choose their bases in the backward pass, whose peak includes that.
+        stepping, refresh = planned.counts["step"], planned.counts["refresh"]
+        if not setting.is_backward_side:
+            stepping = max(stepping, refresh)
         backward = there + peak + (0 if setting.keeps_gradients else gradients) + stepping * setting.step_in_backward
-        found = held | {"gradients": gradients, "refresh_peak": here.counts["refresh"], "communication": sending}
+        found = held | {"gradients": gradients, "refresh_peak": refresh, "communication": sending}
         return Costs(found, backward, there + gradients + stepping)
 
     def saved(self, rank: int, batch: int) -> int:
@@ -97,11 +103,11 @@ class Planner:
         return self._passes[key]
 
     def largest_batch(self, budget: int) -> int:
-        """Sequences in a forward pass; 0 if not even one fits."""
+        """The most sequences in a forward pass that fit; 0 if not even one does."""
         return largest(lambda batch: self.costs(self.rank, batch).total, budget, self.setting.batch, _MOST_SEQUENCES)
 
     def largest_rank(self, budget: int) -> int | None:
-        """The largest rank at which something is projected; 0 if none fits, ``None`` of a full-rank method."""
+        """The largest rank that fits and projects something; 0 if none fits, ``None`` for a full-rank method."""
         if find(self.setting.optimizer).selector is None:
             return None
         sides = self.at(self.rank).sides
@@ -109,7 +115,7 @@ class Planner:
         return largest(lambda rank: self.costs(rank, self.setting.batch).total, budget, min(self.rank, top), top)
 
     def report(self) -> dict[str, Any]:
-        """As ``subspan plan --json`` prints it."""
+        """The plan as ``subspan plan --json`` prints it."""
         setting = self.setting
         costs = self.costs(self.rank, setting.batch)
         budget = setting.budget
@@ -137,7 +143,7 @@ class Planner:
         }
 
     def notes(self) -> list[str]:
-        """What became of the rank."""
+        """Remarks on what became of the rank."""
         full, matrices = (self.at(self.rank).counts[key] for key in ("full", "matrices"))
         if not full or self.setting.is_backward_side:
             return []
@@ -148,20 +154,19 @@ class Planner:
         ]
 
     def assumptions(self) -> list[str]:
-        """What the figures rest on, and what they leave out."""
+        """The assumptions under the figures, and what the figures leave out."""
         setting = self.setting
         found = [
-            "not counted: the CUDA context, workspaces of cuBLAS and cuSOLVER (an eigendecomposition's among them), "
-            "NCCL's "
-            "buffers, and what the allocator loses to fragments; leave room",
+            "not counted: the CUDA context, workspaces of cuBLAS and cuSOLVER (also that of an eigendecomposition), "
+            "NCCL's buffers, and what the allocator loses to fragments; leave room",
             "attention by a fused kernel, which keeps no scores; the loss as in subspan pretrain, from all logits, in fp32",
-            "the peak is of a step in which the basis that takes most memory is chosen, in fp32",
+            "the peak is that of a step which chooses the basis that takes most memory, in fp32",
         ]
         if setting.model in PRESETS or setting.model in LARGER:
             found.append(f"a vocabulary of {self._config.vocab_size:,} tokens")
         if self.blocks:
             found.append(
-                f"{self.blocks} blocks that are alike: {FEW} are run, and what the others add is what one of those does"
+                f"{self.blocks} blocks that are alike: {FEW} are run, and each of the others adds what one of those adds"
             )
         if setting.dtype == "bf16-mixed":
             found.append("autocast as on a CPU, whose list of operations in fp32 differs a little from CUDA's")
@@ -170,25 +175,26 @@ class Planner:
         if setting.checkpointing:
             found.append("activations: the inputs of the blocks, and all that one block saves when it is run again")
         if setting.world > 1 and not setting.sharded:
-            found.append("ddp: a copy of all gradients in its buckets")
+            found.append("ddp: its buckets hold a copy of all gradients")
         if setting.sharded:
             found.append(
-                "fsdp: an upper bound; weights of two blocks and of what is outside of blocks gathered, gradients of "
-                "one block "
-                "and of what is outside whole, and a copy of the block's to send; projected matrices step as if they "
-                "were whole"
+                "fsdp: an upper bound; gathered are the weights of two blocks and of what is outside of blocks; "
+                "whole are the gradients of one block and of what is outside, with a copy of the block's to send; "
+                "projected matrices step as if they were whole"
             )
         if setting.accumulate > 1:
-            found.append("gradients of earlier passes are there in later ones")
+            found.append("gradients of earlier passes are still there in later ones")
         if setting.step_in_backward:
-            found.append("steps in the backward pass: an upper bound, the largest while most activations live")
+            found.append(
+                "steps in the backward pass: an upper bound, the largest step while most activations are alive"
+            )
             if setting.accumulate > 1:
-                found.append("all gradients are there, as in a step in which all bases are chosen")
+                found.append("all gradients are there, as in a step that chooses all bases")
         return found
 
 
 class _AtRank:
-    """A setting at one rank, from all of its blocks or a few."""
+    """A setting at one rank, from all blocks of its model or from a few of them."""
 
     def __init__(self, setting: PlanSetting, config: Any, rank: int, seq: int, blocks: int | None) -> None:
         self._blocks, self._seq = blocks, seq
@@ -206,7 +212,7 @@ class _AtRank:
 
     @property
     def gathered(self) -> int:
-        """What ``fully_shard`` has of other ranks' parts."""
+        """Bytes that ``fully_shard`` has of other ranks' parts."""
         return self._passes().gathered()
 
     def saved(self, batch: int) -> int:
@@ -215,7 +221,7 @@ class _AtRank:
         return found[0]["saved"] if self._blocks is None else extended(found[0], found[1], self._blocks)["saved"]
 
     def peak(self, batch: int) -> int:
-        """Of the passes, beside what was there before."""
+        """The bytes that the passes add at their peak."""
         passes = self._passes()
         if self._blocks is None:
             return max(max(segments) for segments in passes.peaks(batch))
@@ -225,8 +231,8 @@ class _AtRank:
 def largest(total: Callable[[int], int], budget: int, start: int, top: int) -> int:
     """The largest number from 1 to ``top`` with ``total <= budget``; 0 if there is none.
 
-    ``total`` grows, nearly along straight lines: they say where it is evaluated next, and where they mislead, halving
-    does.
+    ``total`` grows, nearly along straight lines. They say where it is evaluated next. Where they mislead, halving says
+    it.
     """
     known = {start: total(start)}
     if known[start] > budget and start > 1:

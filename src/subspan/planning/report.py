@@ -1,4 +1,4 @@
-"""Plans as text, and their bars."""
+"""Plans and comparisons as text, with bars."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,12 +20,12 @@ _ABOUT = {
     "carriers": "carriers, which stand for weights in the backward pass",
     "communication": "buffers to send",
     "refresh_peak": "choosing a basis",
-    "activations": "activations saved",
+    "activations": "saved activations",
 }
 
 
 def text(found: Mapping[str, Any]) -> str:
-    """One plan."""
+    """Write one plan."""
     method = found["optimizer"] + (", backward-side" if found["backward_side"] else "")
     method += "" if found["rank"] is None else f", rank {found['rank']}"
     cells = [["GiB", ""]]
@@ -45,7 +45,7 @@ def text(found: Mapping[str, Any]) -> str:
 
 
 def _head(found: Mapping[str, Any], method: str) -> str:
-    """Everything that was set."""
+    """One line with everything that was set."""
     step = f"{found['batch']} x {found['seq']} tokens"
     step += f", {found['accumulate']} passes a step" if found["accumulate"] > 1 else ""
     step += ", checkpointing" if found["checkpointing"] else ""
@@ -65,24 +65,24 @@ def _verdict(found: Mapping[str, Any]) -> str:
 
 
 def gib(size: int) -> str:
-    """To the last hundredth, and small ones further."""
+    """Bytes as GiB with two decimals, and with more for a small size."""
     small = f"{size / 2**30:.5f}"
     return f"{size / 2**30:.2f}" if size >= 2**30 // 100 or not float(small) else small
 
 
 def parts_of(row: Mapping[str, Any]) -> dict[str, int]:
-    """What the peak is made of: what is always there, and ``passing``, gradients, activations and temporaries."""
+    """The parts of the peak: what is always there, and ``passing`` (gradients, activations and temporaries)."""
     there = {kind: row["bytes"][kind] for kind in ALWAYS}
     return there | {"passing": row["bytes"]["total"] - sum(there.values())}
 
 
 def name_of(row: Mapping[str, Any]) -> str:
-    """Of a method."""
+    """The name of a method in a table."""
     return row["name"] + (" backward-side" if row["backward_side"] else "")
 
 
 def comparison(found: Mapping[str, Any]) -> str:
-    """The table over methods, bars, and what papers report beside the same sum computed."""
+    """Write the table over methods, bars, and what papers report beside the same sum as computed."""
     head = _head(found, f"rank {found['rank']}")
     kinds = [
         "weights",
@@ -100,7 +100,7 @@ def comparison(found: Mapping[str, Any]) -> str:
         fits = ["yes" if row["fits"] else "no"] if found["gpu_bytes"] else []
         cells.append([name_of(row), *(gib(row["bytes"][kind]) for kind in kinds), *fits])
     parts = [f"{head}\n{aligned(cells)}", _bars(found["rows"])]
-    cells = [["weights and states in bf16, GB", "computed here", "reported"]]
+    cells = [["weights and states in bf16, GB", "computed", "reported"]]
     for row in found["rows"]:
         if row["reported_bytes"] is not None:
             cells.append([name_of(row), f"{row['papers_way_bytes'] / 1e9:.2f}", f"{row['reported_bytes'] / 1e9:.2f}"])
@@ -114,7 +114,7 @@ def _bars(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         bar, reached = "", 0
-        for kind, size in parts_of(row).items():  # the ends are rounded, so that a bar is as long as its sum
+        for kind, size in parts_of(row).items():  # ends are rounded, not lengths, so that a bar is as long as its sum
             reached += size
             bar += _LETTERS[kind] * (round(_WIDTH * reached / widest) - len(bar))
         lines.append(f"{name_of(row):{longest}} {bar} {gib(row['bytes']['total'])}")

@@ -1,4 +1,4 @@
-"""What is planned: a model, a method, a batch, the ranks, and the memory there is."""
+"""The setting of a plan: a model, a method, a batch, the ranks, and the memory that is available."""
 
 import re
 from dataclasses import dataclass
@@ -12,36 +12,37 @@ _UNITS = {"GiB": 2**30, "MiB": 2**20, "TiB": 2**40, "GB": 10**9, "MB": 10**6, "T
 
 @dataclass(frozen=True)
 class PlanSetting:
-    """A training step, and the memory it is to fit in."""
+    """A training step, and the memory in which it should fit."""
 
     model: str
-    """A preset (`subspan list models`), a config.json, a directory with one, or OWNER/NAME on the Hugging Face hub."""
+    """Model: a preset (`subspan list models`), a config.json, a directory with one, or OWNER/NAME on the Hugging Face
+    hub."""
     optimizer: str = "sara_adamw"
-    """A name from `subspan list optimizers`."""
+    """Name of an optimizer from `subspan list optimizers`."""
     rank: int | None = None
-    """Of the subspaces; null is the preset's, or 128."""
+    """Rank of the subspaces; null takes the preset's, or 128."""
     backward_side: bool | None = None
-    """Let the backward pass make the low-rank gradient; null is the optimizer's own."""
+    """Let the backward pass make the low-rank gradient; null takes the optimizer's default."""
     batch: int = 1
-    """Sequences in a forward pass of one rank."""
+    """Number of sequences in a forward pass of one rank."""
     seq: int | None = None
-    """Tokens in a sequence; null is the preset's, or as many as the model has positions, 1024 at most."""
+    """Number of tokens in a sequence; null takes the preset's, or the number of the model's positions, at most 1024."""
     accumulate: int = 1
-    """Forward passes in a step."""
+    """Number of forward passes in a step."""
     dtype: Literal["bf16", "bf16-mixed", "fp32"] = "bf16"
-    """bf16 keeps bf16 weights; bf16-mixed computes in bf16 and keeps fp32 weights."""
+    """Precision: bf16 keeps bf16 weights; bf16-mixed computes in bf16 and keeps fp32 weights."""
     state: Literal["32bit", "8bit"] | None = None
-    """How moments are kept; null is the optimizer's own. Torch's own AdamW keeps them as the weights are."""
+    """Precision of the moments; null takes the optimizer's default. Torch's AdamW keeps them in that of the weights."""
     world: int = 1
-    """Ranks."""
+    """Number of ranks (processes)."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """ddp, each rank holds the model; fsdp, each holds a part of it."""
+    """How ranks share the model: with ddp each rank holds all of it, with fsdp each holds a part."""
     checkpointing: bool = False
     """Recompute the activations of each block in the backward pass."""
     step_in_backward: bool = False
     """Step on each parameter in the backward pass and free its gradient (`enable_step_in_backward`)."""
     gpu: str | None = None
-    """Memory of a device, such as 24GiB or 80GB; null gives no verdict."""
+    """Memory of a device, such as 24GiB or 80GB; with null the plan does not say whether the step fits."""
 
     def __post_init__(self) -> None:
         recipe = find(self.optimizer)
@@ -54,14 +55,12 @@ class PlanSetting:
         if self.state == "8bit" and not recipe.rule.moments:
             raise SettingError(
                 f"state='8bit': {self.optimizer} keeps no moments that could be in 8 bits; leave it out, or use a "
-                "method that "
-                "does, such as sara_adamw"
+                "method that does, such as sara_adamw"
             )
         if self.backward_side and recipe.selector is None:
             raise SettingError(
                 f"backward_side=True: {self.optimizer} is full rank, and there is no low-rank gradient to make; "
-                "leave it out, "
-                "or use a method with a subspace, such as sara_adamw"
+                "leave it out, or use a method with a subspace, such as sara_adamw"
             )
         if self.step_in_backward and (self.optimizer == "adamw" or (self.parallel == "ddp" and self.world > 1)):
             why = (
@@ -69,18 +68,17 @@ class PlanSetting:
             )
             raise SettingError(
                 f"step_in_backward=True: {self.optimizer} {why}; leave it out, or use an optimizer with a subspace "
-                "in one "
-                "process or with parallel='fsdp'"
+                "in one process or with parallel='fsdp'"
             )
 
     @property
     def is_backward_side(self) -> bool:
-        """What ``backward_side`` comes to."""
+        """Whether the backward pass makes the low-rank gradient, once the default is known."""
         return find(self.optimizer).backward_side if self.backward_side is None else self.backward_side
 
     @property
     def budget(self) -> int | None:
-        """``gpu`` in bytes."""
+        """The memory of the device in bytes."""
         return None if self.gpu is None else bytes_of(self.gpu)
 
     @property
@@ -90,12 +88,12 @@ class PlanSetting:
 
     @property
     def keeps_gradients(self) -> bool:
-        """Whether gradients pile up during the backward pass. Else they are there before it, or go as they come."""
+        """Whether gradients pile up during the backward pass. If not, they are there before it, or go as they come."""
         return self.accumulate == 1 and not self.sharded and not self.step_in_backward
 
 
 def bytes_of(size: str) -> int:
-    """``"24GiB"`` in bytes."""
+    """Read a size such as ``"24GiB"`` as a number of bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", size.strip())
     units = {unit.casefold(): number for unit, number in _UNITS.items()}
     if not found or found[2].casefold() not in units or float(found[1]) == 0:

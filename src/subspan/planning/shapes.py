@@ -1,10 +1,8 @@
-"""A step on shapes alone: tensors without memory, counted as if they had it.
+"""A step on tensors without memory, which are counted as if they had it.
 
-The optimizer steps on the ``meta`` device, where it takes the way it takes on an accelerator: factorisations in fp32,
-random
-numbers drawn on the host. Models run in torch's fake-tensor mode, as on a CPU, for there is no autocast on ``meta``.
-What an
-operation of a CUDA library takes for itself is unknown in both.
+The optimizer steps on the ``meta`` device. There it takes the same way as on an accelerator: factorisations in fp32,
+random numbers drawn on the host. Models run in torch's fake-tensor mode, as on a CPU, because there is no autocast on
+``meta``. Neither knows what an operation of a CUDA library takes for itself.
 """
 
 from typing import Any
@@ -15,7 +13,7 @@ from subspan.costs.live_bytes import LiveBytes
 
 
 class ShapesOnly(LiveBytes):
-    """``LiveBytes`` that answers where code asks for a value: true, one, or zeros on the host.
+    """Counts as ``LiveBytes`` does, and answers where code asks for a value: true, one, or zeros on the host.
 
     So every gradient is finite and not zero, a basis that is due is chosen, and no step is skipped.
     """

@@ -1,5 +1,6 @@
-"""Residuals: what becomes of the gradient outside the subspace? A new one is one file here and one line in
-``RESIDUALS``.
+"""Residuals answer the question "what becomes of the gradient outside the subspace?".
+
+A new one is one file here and one line in ``RESIDUALS``.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,6 @@ from subspan.residuals.error_feedback import ErrorFeedback
 from subspan.residuals.fira import Fira
 
 RESIDUALS: dict[str, Callable[[], Residual]] = {"discard": Discard, "fira": Fira, "error_feedback": ErrorFeedback}
-"""By name, with their papers' settings."""
+"""Residuals by name, with the settings of their papers."""
 
 __all__ = ["RESIDUALS", "Discard", "ErrorFeedback", "Fira"]

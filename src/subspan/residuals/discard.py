@@ -1,4 +1,9 @@
-"""Drop what lies outside the subspace: ``D = scale * U Qᵀ``. GaLore, SARA, GoLore. Deviations: none."""
+"""Drop what lies outside the subspace, as GaLore, SARA and GoLore do.
+
+    D = scale * U Qᵀ
+
+Deviations: none.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,16 +1,20 @@
-"""Add what was left out of one step's gradient to the next one's.
+"""Add what was left out of the gradient of one step to the gradient of the next step.
 
-    G̃  = G + E                                       what every other part takes for the gradient
+    G̃  = G + E                                       the gradient for every other part
     E  <- G̃ - R Qᵀ                                   where R = G̃ Q
-    E  <- E + w (M_old Q_oldᵀ - M_new Q_newᵀ)        where a change of basis put momentum outside; w = beta1 / (1 -
-    beta1)
+    E  <- E + w (M_old Q_oldᵀ - M_new Q_newᵀ)        w = beta1 / (1 - beta1)
     D   = scale * U Qᵀ
 
-``E`` is of the size of the weight, in fp32.
+The third line applies where a change of basis put momentum outside the subspace.
 
-Source: LDAdam (Robert et al. 2024, arXiv 2410.16103): its generalised error feedback. Deviations from the published
-code: ``E`` is kept in the state and not in ``.grad``, where clipping, gradient scaling and ``zero_grad`` destroy it. A
-gradient that is not finite leaves ``E`` alone.
+``E`` is as large as the weight, in fp32.
+
+Source: LDAdam (Robert et al. 2024, arXiv 2410.16103), its generalised error feedback.
+
+Deviations from the published code:
+
+- ``E`` is kept in the state, and not in ``.grad``, where clipping, gradient scaling and ``zero_grad`` would destroy it.
+- A gradient that is not finite does not change ``E``.
 """
 
 from collections.abc import Callable
@@ -30,17 +34,14 @@ class ErrorFeedback(Plain):
     keeps_momentum = True
     needs_orthonormal = True
     needs_gradient = True
-    takes_rows = False  # a rank whose rows are finite would not know that the step is void
+    takes_rows = False  # a rank with finite rows would not know that the step is void
 
     def init(self, G: Tensor) -> State:
         return {"error": allocate(G, G.shape)}
 
-    def memory(self, m: str, n: str) -> dict[str, str]:
-        return {"error": f"4*{m}*{n}"}
-
     def receive(self, G: Tensor, state: State) -> Tensor:
         total = state["error"] + G
-        state["error"].mul_(~total.isfinite().all())  # its place is free for ``lose_``, unless this step is void
+        state["error"].mul_(~total.isfinite().all())  # now ``lose_`` can add to zero, unless this step is void
         return total
 
     def lose_(self, momentum: Tensor, state: State) -> None:

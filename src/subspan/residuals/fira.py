@@ -1,4 +1,4 @@
-"""Follow the gradient outside the subspace too, row by row at the step size Adam takes inside it.
+"""Follow the gradient outside the subspace too, row by row, with the step size that Adam takes inside it.
 
     S     = G - a R Qᵀ                        a = 1 (orthogonal) or a = scale (official)
     phi_i = ||U_i|| / (||R_i|| + 1e-8)        row i of the oriented matrices
@@ -6,15 +6,22 @@
     T    <- T * gamma / max(||T|| / (||T_prev|| + 1e-8), gamma)      the norm-growth limiter; none at the first step
     D     = scale * U Qᵀ + T                                         scale * T with ``scaled``
 
-Neither ``S`` nor ``T`` is formed: ``||S_i||² = ||G_i||² - (2a - a²) ||R_i||²`` as ``QᵀQ = I``, and ``D`` is
-``(scale * U - a phi * R) Qᵀ + phi * G``. ``||T_prev||`` is the norm after limiting, of each matrix of a stack by
-itself. ``U`` is Adam's direction without bias correction, which the optimizer applies to all of ``D``.
+``U`` is Adam's direction without bias correction, which the optimizer applies to all of ``D``. ``||T_prev||`` is the
+norm after limiting. Each matrix of a stack has its own.
 
-Source: Fira (Chen et al. 2024, arXiv 2410.01623): norm-based scaling and the norm-growth limiter. Deviations from the
-paper: none for ``mode="orthogonal"``. ``mode="official"`` is what the authors' code computes: its ``project_back``
-carries the scale, so a share ``1 - scale`` of the gradient *inside* the subspace stays in the residual. The published
-tables were presumably made with it. ``scaled=True`` is an addition: the row outside the subspace then moves as far, in
-proportion to its gradient, as the row inside; unscaled it moves ``1 / scale`` times as far.
+Neither ``S`` nor ``T`` is formed. As ``QᵀQ = I``, ``||S_i||² = ||G_i||² - (2a - a²) ||R_i||²``, and ``D`` is
+``(scale * U - a phi * R) Qᵀ + phi * G``.
+
+Source: Fira (Chen et al. 2024, arXiv 2410.01623), norm-based scaling and the norm-growth limiter.
+
+Deviations from the paper:
+
+- None for ``mode="orthogonal"``.
+- ``mode="official"`` is what the authors' code computes. Its ``project_back`` carries the scale, so a share
+  ``1 - scale`` of the gradient *inside* the subspace stays in the residual. The authors presumably made their
+  tables with it.
+- ``scaled=True`` is an addition. With it, the part of a row outside the subspace moves as far, in proportion to its
+  gradient, as the part inside. Without it, the part outside moves ``1 / scale`` times as far.
 """
 
 from collections.abc import Callable
@@ -39,7 +46,7 @@ class Fira(Plain):
     Args:
         mode: ``"orthogonal"`` (the paper) or ``"official"`` (the authors' code).
         limiter: largest growth of the residual's norm from one step to the next, > 0; ``None`` turns it off.
-        scaled: multiply the residual by ``scale`` too; the paper does not.
+        scaled: whether to multiply the residual by ``scale`` too; the paper does not.
     """
 
     needs_orthonormal = True
@@ -62,9 +69,6 @@ class Fira(Plain):
     def init(self, G: Tensor) -> State:
         return {} if self.limiter is None else {"residual_norm": allocate(G, G.shape[:-2])}
 
-    def memory(self, m: str, n: str) -> dict[str, str]:
-        return {} if self.limiter is None else {"residual_norm": "4"}
-
     def combine(
         self,
         G: Tensor,
@@ -79,8 +83,8 @@ class Fira(Plain):
         inside = _row_norms(R, R.dtype)
         phi = _row_norms(U, R.dtype) / (inside + _TINY)
         if self.limiter is not None:
-            # ||S_i||² by Pythagoras: no S is formed. Norms in the precision of R: what cancels must not be rounded
-            # before.
+            # ||S_i||² by Pythagoras, so that no S is formed. The norms are in the precision of R: what cancels must not
+            # be rounded before.
             squares = (_row_norms(G, R.dtype).square() - (2 - a) * a * inside.square()).clamp_min(0)
             norm = rows.total((phi.square() * squares).sum((-2, -1))).sqrt()
             phi = phi * self._limit_(norm, state["residual_norm"])[..., None, None]
@@ -89,7 +93,7 @@ class Fira(Plain):
         return U.mul_(scale).addcmul_(phi, R, value=-a), phi
 
     def _limit_(self, norm: Tensor, previous: Tensor) -> Tensor:
-        """The factor for this step. Stores the limited norm, unless it is zero or not finite (contract R4)."""
+        """Return the factor for this step, and store the limited norm unless it is zero or not finite (contract R4)."""
         assert self.limiter is not None
         factor = self.limiter / (norm / (previous + _TINY)).clamp_min(self.limiter)
         factor = torch.where(previous > 0, factor, 1.0)

@@ -1,4 +1,4 @@
-"""Rules: which step inside the subspace? A new one is one file here and one line in ``RULES``."""
+"""Rules answer the question "which step inside the subspace?". A new one is one file here and one line in ``RULES``."""
 
 from collections.abc import Callable
 
@@ -17,6 +17,6 @@ RULES: dict[str, Callable[[], Rule]] = {
     "msgd": MSGD,
     "lion": Lion,
 }
-"""By name, with their papers' settings."""
+"""Rules by name, with the settings of their papers."""
 
 __all__ = ["MSGD", "RULES", "SGD", "Adafactor", "AdamMini", "AdamW", "Lion"]

@@ -1,4 +1,4 @@
-"""Adafactor on the low-rank gradient ``R (m, r)``: a second moment of one row and one column, and a clipped update.
+"""Adafactor on the low-rank gradient ``R (m, r)``: a factored second moment, and an update of limited size.
 
     b     = 1 - step^(-decay)
     row  <- b row + (1 - b) mean over columns of (R² + eps)        (m,)
@@ -7,14 +7,16 @@
     U     = R / sqrt(V);   U <- U / max(1, rms(U) / clip)
     M    <- beta1 M + (1 - beta1) U,   U = M                       with beta1 > 0
 
-Vectors keep a whole second moment. There is no bias correction, no relative step, no scaling by the size of the weight.
+Vectors keep a whole second moment. There is no bias correction, relative step or scaling by the size of the weight.
 
-Sources: Adafactor (Shazeer & Stern 2018, arXiv 1804.04235), Algorithm 4, in the form GaLore trains (arXiv 2403.03507;
-    its
-``GaLoreAdafactor`` with ``relative_step=False, scale_parameter=False``). SARA (arXiv 2502.05790) sets ``beta1 = 0.9``.
-Deviations: GaLore's code averages ``lr * U`` in the momentum, here it averages ``U`` (the same while lr is constant).
-    In a
-stack each matrix is clipped by its own rms.
+Sources: Adafactor (Shazeer & Stern 2018, arXiv 1804.04235), Algorithm 4, in the form that GaLore trains (arXiv
+2403.03507; its ``GaLoreAdafactor`` with ``relative_step=False, scale_parameter=False``). SARA (arXiv 2502.05790) sets
+``beta1 = 0.9``.
+
+Deviations:
+
+- GaLore's code averages ``lr * U`` in the momentum. Here ``U`` is averaged, which is the same while lr is constant.
+- Each matrix of a stack is limited by its own root mean square.
 """
 
 from collections.abc import Mapping
@@ -36,10 +38,10 @@ class Adafactor(Rule):
     """Adafactor's update.
 
     Args:
-        beta1: decay of the running update, in [0, 1); 0 keeps none.
-        decay: the second moment's rate of decay is ``1 - step^(-decay)``; > 0.
-        eps: added to the squared gradient; > 0.
-        clip: largest root mean square of an update; > 0.
+        beta1: decay of the running average of updates, in [0, 1). 0 keeps no average.
+        decay: exponent of the second moment's decay ``1 - step^(-decay)``, > 0.
+        eps: number added to the squared gradient, > 0.
+        clip: largest root mean square of an update, > 0.
     """
 
     beta1: float = 0.9
@@ -68,22 +70,14 @@ class Adafactor(Rule):
         row, col = allocate(like, shape[:-1]), allocate(like, (*shape[:-2], shape[-1]))
         return state | {"exp_avg_sq_row": row, "exp_avg_sq_col": col}
 
-    def memory(self, shape: tuple[str, ...], row_dim: int) -> dict[str, str]:
-        second = (
-            {"exp_avg_sq": f"4*{shape[0]}"}
-            if len(shape) < 2
-            else {"exp_avg_sq_row": f"4*{shape[-2]}", "exp_avg_sq_col": f"4*{shape[-1]}"}
-        )
-        return {"step": "4"} | ({"exp_avg": f"M({'*'.join(shape)})"} if self.beta1 else {}) | second
-
     def transfer_(self, state: State, change: Tensor, how: Transfer) -> None:
         if how == "reset":
-            for name in _HELD & state.keys():  # the state holds other parts' tensors too
+            for name in _HELD & state.keys():  # the state also holds tensors of other parts
                 state[name].zero_()
             return
-        if self.beta1 and "exp_avg" in state:  # else ``update_`` will speak of it
+        if self.beta1 and "exp_avg" in state:  # if it is missing, ``update_`` raises
             state["exp_avg"].copy_(state["exp_avg"] @ change)
-        if how == "moments":  # the rows' means do not depend on the basis; the columns' move as squares do
+        if how == "moments":  # means over a row do not depend on the basis; means over a column move as squares do
             col = state["exp_avg_sq_col"]
             col.copy_((col.unsqueeze(-2) @ change.square()).squeeze(-2))
 
@@ -111,7 +105,8 @@ class Adafactor(Rule):
         if self.beta1:
             if "exp_avg" not in state:
                 raise SettingError(
-                    f"beta1={self.beta1}: it was 0 when the optimizer was built, so no momentum is kept; build it anew"
+                    f"beta1={self.beta1}: was 0 when the optimizer was built, so no momentum is kept; build "
+                    "the optimizer again"
                 )
             U = state["exp_avg"].mul_(self.beta1).add_(U, alpha=1 - self.beta1).clone()
         return U, torch.ones((), dtype=torch.float64)

@@ -3,14 +3,14 @@
     M <- beta1 M + (1 - beta1) R        V <- beta2 V + (1 - beta2) R²
     U  = M / (sqrt(V) + eps sqrt(c2)),  step-size factor sqrt(c2) / c1,      c_i = 1 - beta_i^step
 
-which is ``(M / c1) / (sqrt(V / c2) + eps)``: torch's placement of epsilon. The factor is returned apart because Fira's
-limiter (``residuals/fira.py``) compares norms of uncorrected updates.
+``U`` times the factor is ``(M / c1) / (sqrt(V / c2) + eps)``, with epsilon where torch has it. The factor is returned
+separately, because Fira's limiter (``residuals/fira.py``) compares norms of updates without bias correction.
 
-Sources: Adam (Kingma & Ba 2015, arXiv 1412.6980), Algorithm 1; decoupled decay (Loshchilov & Hutter 2019, arXiv
-1711.05101) is the optimizer's; moment transport (Robert et al. 2024, LDAdam, arXiv 2410.16103). Deviations: none from
-``torch.optim.AdamW``. GaLore's code adds epsilon before the bias correction, so its effective
-    epsilon is
-``eps / sqrt(c2)``.
+Sources: Adam (Kingma & Ba 2015, arXiv 1412.6980), Algorithm 1. Decoupled weight decay (Loshchilov & Hutter 2019, arXiv
+1711.05101) is done by the optimizer. The transport of moments is that of LDAdam (Robert et al. 2024, arXiv 2410.16103).
+
+Deviations: none from ``torch.optim.AdamW``. GaLore's code adds epsilon before the bias correction, so its effective
+epsilon is ``eps / sqrt(c2)``.
 """
 
 from collections.abc import Mapping
@@ -30,8 +30,8 @@ class AdamW(Adam):
     """Adam's update.
 
     Args:
-        betas: decay of the first and second moment, each in [0, 1).
-        eps: added to the root of the second moment; >= 0.
+        betas: decay of the first and the second moment, each in [0, 1).
+        eps: number added to the root of the second moment, >= 0.
     """
 
     @property
@@ -45,14 +45,10 @@ class AdamW(Adam):
         M, V = state["exp_avg"], state["exp_avg_sq"]
         if R.device.type != "cpu" or not R.dtype == M.dtype == V.dtype or not R.is_contiguous():
             return super().update_(R, state, rows)
-        # One pass of torch's fused kernel in place of seven: to a weight of zero it adds -lr (M / c1) / (sqrt(V / c2) +
-        # eps).
+        # One pass of torch's fused kernel, in place of seven. To a weight of zero the kernel adds
+        # -lr (M / c1) / (sqrt(V / c2) + eps).
         (beta1, beta2), step, U = self.betas, state["step"], torch.zeros_like(M)
         c1, root_c2 = correction(beta1, step + 1), correction(beta2, step + 1).sqrt()
         adamw([U], [R], [M], [V], [], [step], fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=-c1 / root_c2,
               weight_decay=0.0, eps=self.eps, maximize=False)  # fmt: skip
         return U, root_c2 / c1
-
-    def memory(self, shape: tuple[str, ...], row_dim: int) -> dict[str, str]:
-        size = "*".join(shape)
-        return {"step": "4", "exp_avg": f"M({size})", "exp_avg_sq": f"M({size})"}

@@ -1,4 +1,8 @@
-"""What Adam and Adam-mini share: they differ in the entries over which the second moment is averaged."""
+"""The class to derive a relative of Adam from. Any other rule derives from ``parts.Rule``.
+
+Adam, Adam-mini and their relatives keep the same two moments. They differ in the entries over which the second moment
+is averaged. "Adding a rule" in the documentation has a complete example of a rule, and what to know for one.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -15,7 +19,14 @@ from subspan.utils.errors import SettingError
 
 @dataclass(frozen=True)
 class Adam(Rule, ABC):
-    """``M``, ``V``, and the direction ``M / (sqrt(V) + eps sqrt(c2))`` with the factor ``sqrt(c2) / c1``."""
+    """Moments ``M`` and ``V``, and the direction ``M / (sqrt(V) + eps sqrt(c2))`` with the factor ``sqrt(c2) / c1``.
+
+    A subclass is a frozen dataclass that writes two members. ``blocks`` says over which entries the second moment is
+    averaged. ``moments`` says which entries of the state may be kept in 8 bits. The subclass may give the fields other
+    defaults, and it may override ``update_`` with a faster form.
+
+    The state holds ``step``, ``exp_avg`` (``M``) and ``exp_avg_sq`` (``V``).
+    """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -28,15 +39,18 @@ class Adam(Rule, ABC):
     @property
     @abstractmethod
     def moments(self) -> Mapping[str, bool]:
-        """See ``parts.Rule``."""
+        """The entries of the state that may be kept in 8 bits, and whether they are signed."""
 
     @abstractmethod
     def blocks(self, shape: tuple[int, ...], row_dim: int) -> tuple[int, ...]:
-        """Shape of ``V``: 1 where the squares are averaged."""
+        """Return the shape of ``V`` for gradients of ``shape``, with a 1 for each dimension that is averaged over.
+
+        ``row_dim`` is the dimension along which the rows of the weight lie, see ``parts.Rule.init``.
+        """
 
     def init(self, like: Tensor, shape: tuple[int, ...], row_dim: int) -> State:
         return {
-            # On the CPU, as torch keeps it: it enters kernels as a scalar, so no device waits for it.
+            # On the CPU, where torch keeps it too: it enters kernels as a scalar, so no device waits for it.
             "step": torch.zeros((), dtype=torch.float32),
             "exp_avg": allocate(like, shape),
             "exp_avg_sq": allocate(like, self.blocks(shape, row_dim)),
@@ -47,11 +61,11 @@ class Adam(Rule, ABC):
         if how == "rotate":
             M.copy_(M @ C)
         elif how == "moments":
-            # V - M² is a variance, so it moves with C². Both are unbiased first. Before the first step all is 0 / tiny
-            # = 0.
+            # V - M² is a variance, so it moves with C². The bias of both is removed first. Before the first step
+            # everything is 0 / tiny = 0.
             c1, c2 = (correction(beta, state["step"]).clamp_min(1e-30) for beta in self.betas)
             mean = M / c1
-            if V.shape[-1] == M.shape[-1]:  # else it is averaged over the basis, and knows nothing of it
+            if V.shape[-1] == M.shape[-1]:  # otherwise it is averaged over the basis, and does not depend on it
                 variance = V / c2 - pool(mean.square(), V)
                 V.copy_((variance @ C.square() + pool((mean @ C).square(), V)).abs_().mul_(c2))
             M.copy_(M @ C)
@@ -79,11 +93,11 @@ class Adam(Rule, ABC):
 
 
 def pool(A: Tensor, V: Tensor) -> Tensor:
-    """``A``, averaged over the dimensions in which ``V`` has one entry."""
+    """Return the mean of ``A`` over the dimensions in which ``V`` has one entry."""
     dims = [d for d in range(A.ndim) if V.shape[d] == 1 and A.shape[d] != 1]
     return A.mean(dims, keepdim=True) if dims else A
 
 
 def correction(beta: float, step: Tensor) -> Tensor:
-    """``1 - beta^step``, in fp64: in fp32 the difference is off by 1e-5 of its value at the first step."""
+    """Return ``1 - beta^step`` in fp64. In fp32 it would be off by 1e-5 of its value at the first step."""
     return 1 - beta ** step.double()

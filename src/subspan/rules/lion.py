@@ -22,7 +22,7 @@ class Lion(Rule):
     """Lion's update.
 
     Args:
-        betas: weight of the momentum in the update, and its decay; each in [0, 1).
+        betas: weight of the momentum in the update, and decay of the momentum, each in [0, 1).
     """
 
     betas: tuple[float, float] = (0.9, 0.99)
@@ -36,9 +36,6 @@ class Lion(Rule):
 
     def init(self, like: Tensor, shape: tuple[int, ...], row_dim: int) -> State:
         return {"step": torch.zeros((), dtype=torch.float32), "exp_avg": allocate(like, shape)}
-
-    def memory(self, shape: tuple[str, ...], row_dim: int) -> dict[str, str]:
-        return {"step": "4", "exp_avg": f"M({'*'.join(shape)})"}
 
     def transfer_(self, state: State, change: Tensor, how: Transfer) -> None:
         if how == "reset":

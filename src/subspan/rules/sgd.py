@@ -1,13 +1,15 @@
-"""SGD with momentum on the low-rank gradient ``R (m, r)``, in two spellings.
+"""SGD with momentum on the low-rank gradient ``R (m, r)``, with two ways to write its settings.
 
     M <- decay M + gain R,    U = M
 
-- ``SGD(momentum, dampening)``, torch's: ``decay = momentum, gain = 1 - dampening``;
-- ``MSGD(beta1)``, that of GoLore's and SARA's theory: ``decay = 1 - beta1, gain = beta1``. There beta1 weighs the *new*
-  gradient, so ``MSGD(0.1)`` is ``SGD(0.9, 0.9)``.
+- ``SGD(momentum, dampening)`` is torch's: ``decay = momentum, gain = 1 - dampening``.
+- ``MSGD(beta1)`` is that of GoLore's and SARA's theory: ``decay = 1 - beta1, gain = beta1``. Here beta1 is the weight
+  of the *new* gradient, so ``MSGD(0.1)`` is ``SGD(0.9, 0.9)``.
 
-Source: GoLore (He et al. 2024, arXiv 2410.11289), MSGD. Deviations: the momentum starts at zero, where
-``torch.optim.SGD`` starts at the first gradient; the same while ``dampening=0``.
+Source: GoLore (He et al. 2024, arXiv 2410.11289), MSGD.
+
+Deviations: the momentum starts at zero. That of ``torch.optim.SGD`` starts at the first gradient, which is the same
+while ``dampening=0``.
 """
 
 from abc import ABC, abstractmethod
@@ -27,12 +29,12 @@ class _MomentumSGD(Rule, ABC):
     @property
     @abstractmethod
     def decay(self) -> float:
-        """What is kept of ``M`` at each step."""
+        """Factor on ``M`` at each step."""
 
     @property
     @abstractmethod
     def gain(self) -> float:
-        """What a new gradient adds to ``M``, as a factor on it."""
+        """Factor on the new gradient that is added to ``M``."""
 
     @property
     def moments(self) -> Mapping[str, bool]:
@@ -41,9 +43,6 @@ class _MomentumSGD(Rule, ABC):
     def init(self, like: Tensor, shape: tuple[int, ...], row_dim: int) -> State:
         state: State = {"step": torch.zeros((), dtype=torch.float32)}
         return state | {"exp_avg": allocate(like, shape)} if self.decay else state
-
-    def memory(self, shape: tuple[str, ...], row_dim: int) -> dict[str, str]:
-        return {"step": "4"} | ({"exp_avg": f"M({'*'.join(shape)})"} if self.decay else {})
 
     def transfer_(self, state: State, change: Tensor, how: Transfer) -> None:
         if how == "reset":
@@ -54,9 +53,9 @@ class _MomentumSGD(Rule, ABC):
             state["exp_avg"].copy_(state["exp_avg"] @ change)
 
     def first_moment(self, state: State) -> Momentum | None:
-        if not self.decay or "exp_avg" not in state:  # of which ``update_`` will speak
+        if not self.decay or "exp_avg" not in state:  # in the second case ``update_`` raises
             return None
-        # What all past gradients weigh in M: gain * (1 + decay + decay² + ...).
+        # The sum of the weights of all past gradients in M: gain * (1 + decay + decay² + ...).
         weight = (1 - self.decay ** state["step"].double()).clamp_min(1e-30) * self.gain / (1 - self.decay)
         return Momentum(state["exp_avg"], state["exp_avg"] / weight, self.decay / self.gain)
 
@@ -67,17 +66,19 @@ class _MomentumSGD(Rule, ABC):
         elif "exp_avg" in state:
             U = state["exp_avg"].mul_(self.decay).add_(R, alpha=self.gain).clone()
         else:
-            raise SettingError(f"{self}: without momentum when the optimizer was built, so none is kept; build it anew")
+            raise SettingError(
+                f"{self}: had no momentum when the optimizer was built, so no momentum is kept; build the optimizer again"
+            )
         return U, torch.ones((), dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class SGD(_MomentumSGD):
-    """SGD with momentum, as torch spells it.
+    """SGD with momentum, with torch's settings.
 
     Args:
-        momentum: decay of the running gradient, in [0, 1); 0 keeps none.
-        dampening: what is held back of each new gradient, in [0, 1).
+        momentum: decay of the momentum, in [0, 1). 0 keeps no momentum.
+        dampening: share of each new gradient that is left out, in [0, 1).
     """
 
     momentum: float = 0.9
@@ -100,10 +101,10 @@ class SGD(_MomentumSGD):
 
 @dataclass(frozen=True)
 class MSGD(_MomentumSGD):
-    """SGD with momentum, as the theory spells it.
+    """SGD with momentum, with the setting of the theory.
 
     Args:
-        beta1: weight of the new gradient, in (0, 1]; 1 keeps no momentum.
+        beta1: weight of the new gradient, in (0, 1]. 1 keeps no momentum.
     """
 
     beta1: float = 0.1

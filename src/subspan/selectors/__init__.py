@@ -1,4 +1,4 @@
-"""Selectors: which subspace? A new one is one file here and one line in ``SELECTORS``."""
+"""Selectors answer the question "which subspace?". A new one is one file here and one line in ``SELECTORS``."""
 
 from collections.abc import Callable
 
@@ -26,7 +26,7 @@ SELECTORS: dict[str, Callable[[], Selector]] = {
     "stratified": Stratified,
     "cyclic": Cyclic,
 }
-"""By name, with their papers' settings. ``Switch`` and ``Lazy`` are made of others."""
+"""Selectors by name, with the settings of their papers. ``Switch`` and ``Lazy``, which hold others, are not here."""
 
 __all__ = [
     "SELECTORS",

@@ -1,19 +1,25 @@
-"""r columns of the gradient: projecting gathers, projecting back scatters, nothing is multiplied.
+"""r coordinates: to project gathers r columns of the gradient, and to project back scatters them.
 
-``Q = [e_i for i in I] diag(rho)``, ``I`` chosen from the column norms ``c_i = ||G_i||`` and sorted ascending:
+No matrices are multiplied. The basis is
 
-    uniform  I drawn without replacement, each column alike
-    top      the r largest c_i
-    norm     drawn without replacement, one after another, with probability q_i = c_i^power / sum_j c_j^power
+    Q = [e_i for i in I] diag(rho)
 
-``rho = 1``; with ``scaled``, I is drawn with replacement and ``rho_i = 1 / sqrt(r q_i)``, so that ``E[Q Qᵀ] = I``.
+The indices ``I`` are sorted ascending. ``sample`` says how they are chosen from the column norms ``c_i = ||G_i||``:
 
-Sources: GoLore (He et al. 2024, arXiv 2410.11289) names GaSare (top) and GoSare (uniform); GRASS (Muhamed et al. 2024,
-    arXiv
-2406.17660): top, or norm with power 2 and scaled. Deviations: GaSare and GoSare mask single entries, here a mask is
-whole columns, so that the state is a matrix like any
-    other.
-GRASS has no published code; written from its equations.
+    uniform  drawn without replacement, each column with the same probability
+    top      the r columns with the largest c_i
+    norm     drawn one after another without replacement, with probability q_i = c_i^power / sum_j c_j^power
+
+``rho`` is 1. With ``scaled`` the indices are drawn with replacement, and ``rho_i = 1 / sqrt(r q_i)``, so that
+``E[Q Qᵀ] = I``.
+
+Sources: GoLore (He et al. 2024, arXiv 2410.11289) has GaSare (``top``) and GoSare (``uniform``). GRASS (Muhamed et al.
+2024, arXiv 2406.17660) has ``top``, and ``norm`` with ``power=2, scaled=True``.
+
+Deviations:
+
+- GaSare and GoSare mask single entries. Here a mask covers whole columns, so that the state is a matrix like any other.
+- GRASS has no published code. This is written from its equations.
 """
 
 from dataclasses import dataclass
@@ -39,8 +45,8 @@ class Coordinates(Scheduled):
 
     Args:
         sample: ``"uniform"``, ``"top"`` or ``"norm"``.
-        power: exponent on the column norms, >= 0; for ``"norm"``.
-        scaled: draw with replacement and scale to ``E[Q Qᵀ] = I``; not for ``"top"``.
+        power: exponent of the column norms, >= 0; only for ``"norm"``.
+        scaled: whether to draw with replacement and scale to ``E[Q Qᵀ] = I``; not for ``"top"``.
     """
 
     sample: Literal["uniform", "top", "norm"] = "uniform"
@@ -70,7 +76,7 @@ class Coordinates(Scheduled):
         return not self.scaled
 
     def init(self, G: Tensor, rank: int) -> State:
-        # The first columns, until a gradient tells better.
+        # The first columns, until the first refresh chooses.
         index = torch.arange(rank, device=G.device).expand(*G.shape[:-2], rank).clone()
         state: State = {"indices": index, "columns": G.shape[-1]}
         if self.scaled:
@@ -78,9 +84,6 @@ class Coordinates(Scheduled):
                 index.shape, device=G.device, dtype=torch.promote_types(G.dtype, torch.float32)
             )
         return state
-
-    def memory(self, n: str, r: str) -> dict[str, str]:
-        return {"indices": f"8*{r}"} | ({"weights": f"4*{r}"} if self.scaled else {})
 
     def refresh_(self, G: Tensor | Gram, state: State, key: Key) -> Tensor:
         old = {name: state[name].clone() for name in ("indices", "weights") if name in state}
@@ -97,7 +100,7 @@ class Coordinates(Scheduled):
         return change
 
     def _choose(self, norms: Tensor, rank: int, key: Key) -> tuple[Tensor, Tensor]:
-        """Indices, ascending, and ``rho``, both ``(..., r)``, from column norms ``(..., n)``."""
+        """Return indices, ascending, and ``rho``, both ``(..., r)``, given the column norms ``(..., n)``."""
         if self.sample == "top":
             index = norms.sort(dim=-1, descending=True, stable=True).indices[..., :rank]
             return index.sort(-1).values, torch.ones(())
@@ -105,7 +108,7 @@ class Coordinates(Scheduled):
         log_q = torch.xlogy(0.0 if self.sample == "uniform" else self.power, norms)
         if not self.scaled:
             return linalg.sample_without_replacement(log_q, rank, generator), torch.ones(())
-        # A column of norm zero has nothing to lose; where all are, each is as good.
+        # A column of norm zero is never drawn; if all are zero, they are equally likely.
         q = (log_q - log_q.amax(-1, keepdim=True)).exp().nan_to_num(1.0)
         q = q / q.sum(-1, keepdim=True)
         index = torch.multinomial(q.flatten(0, -2) if q.ndim > 1 else q, rank, replacement=True, generator=generator)

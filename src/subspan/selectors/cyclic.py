@@ -1,16 +1,17 @@
-"""r singular vectors of the gradient, every place of the spectrum visited once in a cycle of ``ceil(k / r)`` refreshes.
+"""r singular vectors of the gradient, chosen so that ``ceil(k / r)`` refreshes, a cycle, visit every one of them.
 
-With ``G = S diag(sigma) Vᵀ (m, n)``, sigma falling, and ``k = min(m, n)``: each cycle draws a permutation ``pi`` of the
-``k`` places, and its refresh number ``t`` takes the next ``r`` of them,
+With ``G = S diag(sigma) Vᵀ (m, n)``, ``sigma`` descending, and ``k = min(m, n)``: each cycle draws a permutation ``pi``
+of the ``k`` places of the spectrum. Its refresh number ``t`` takes the next ``r`` of them:
 
     Q = V[:, I],    I = { pi[(t r + j) mod k] : 0 <= j < r },    sorted ascending
 
-so what uniform sampling visits on average is visited for certain: no place waits for more than two cycles. The last
-refresh of a cycle begins ``pi`` anew where ``r`` does not divide ``k``.
+Uniform sampling visits each place on average. Here this is certain: no place waits for more than two cycles. Where
+``r`` does not divide ``k``, the last refresh of a cycle also takes the first places of ``pi``.
 
 Source: sampling without replacement over time (random reshuffling), in place of SARA's weighted draw (Zhang et al.
-    2025,
-arXiv 2502.05790, Alg. 2). Deviations: none; no paper has it.
+2025, arXiv 2502.05790, Alg. 2).
+
+Deviations: none, since no paper has this selector.
 """
 
 from dataclasses import dataclass
@@ -39,9 +40,8 @@ class Cyclic(DrawnSelector):
         return {**super().init(G, rank), "turn": 0}
 
     def refresh_(self, G: Tensor | Gram, state: State, key: Key) -> Tensor:
-        change = super().refresh_(
-            G, state, key._replace(step=state["turn"])
-        )  # the draw hangs on the turn, not on the step
+        # The draw depends on the number of the refresh, and not on the step.
+        change = super().refresh_(G, state, key._replace(step=state["turn"]))
         state["turn"] += 1
         return change
 

@@ -1,10 +1,13 @@
-"""The span of the r leading singular vectors of the gradient.
+"""The r leading singular vectors of the gradient.
 
-``Q = V[:, :r]`` where ``G = S diag(sigma) Vᵀ (m, n)``, ``sigma`` descending.
+    Q = V[:, :r],    G = S diag(sigma) Vᵀ (m, n),    sigma descending
 
-Source: GaLore (Zhao et al. 2024, arXiv 2403.03507), Algorithm 2. Deviations from the paper: the spectrum comes from the
-Gram matrix unless ``method="svd"``; each vector takes the sign of the one it replaces, where GaLore takes whatever sign
-its SVD returns.
+Source: GaLore (Zhao et al. 2024, arXiv 2403.03507), Algorithm 2.
+
+Deviations from the paper:
+
+- The spectrum comes from the Gram matrix, unless ``method="svd"``.
+- Each vector takes the sign of the one that it replaces. GaLore takes whatever sign its SVD returns.
 """
 
 from dataclasses import dataclass

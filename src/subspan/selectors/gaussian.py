@@ -1,12 +1,15 @@
-"""A Gaussian subspace, drawn anew from its key at every use: ``Q (n, r)``, entries ``N(0, 1/r)``, so ``E[Q Qᵀ] = I``.
+"""A Gaussian subspace: ``Q (n, r)`` with entries ``N(0, 1/r)``, so that ``E[Q Qᵀ] = I``.
 
-The columns are not orthonormal; ``E[QᵀQ] = (n/r) I``. To ``rotate`` the moments therefore multiplies their squared norm
-by ``n/r`` on average, at each refresh: the period must be long against the memory of the momentum, ``1 / (1 - beta1)``
-steps.
+Only a seed is stored, from which every use draws ``Q`` again. The columns are not orthonormal: ``E[QᵀQ] = (n/r) I``. To
+``rotate`` the moments therefore multiplies their squared norm by ``n/r`` on average, at each refresh. The period must
+be long compared with the memory of the momentum, ``1 / (1 - beta1)`` steps.
 
-Source: FLora (Hao et al. 2024, arXiv 2402.03293): random down-projection, its seed stored instead of itself. Deviations
-from the paper: FLora projects the momentum alone, here the gradient is projected, and so every moment; the draw is
-keyed by the parameter's name and step.
+Source: FLora (Hao et al. 2024, arXiv 2402.03293): a random down-projection, of which only the seed is stored.
+
+Deviations from the paper:
+
+- FLora projects only the momentum. Here the gradient is projected, and so every moment.
+- The draw is keyed by the parameter's name and the step.
 """
 
 from dataclasses import dataclass
@@ -23,7 +26,7 @@ from subspan.storage.allocation import State
 
 @dataclass(frozen=True)
 class Gaussian(Scheduled):
-    """Independent normal entries. Nothing is stored but a seed; each projection draws ``n * r`` numbers on the CPU."""
+    """Independent normal entries. Only a seed is stored; each projection draws ``n * r`` numbers on the CPU."""
 
     @property
     def needs_gradient(self) -> bool:
@@ -34,14 +37,8 @@ class Gaussian(Scheduled):
         return False
 
     def init(self, G: Tensor, rank: int) -> State:
-        return {
-            "basis_seed": -1,
-            "basis_rows": G.shape[-1],
-            "basis_rank": rank,
-        }  # a seed of -1: before the first refresh
-
-    def memory(self, n: str, r: str) -> dict[str, str]:
-        return {}
+        # A seed of -1 says that there has been no refresh.
+        return {"basis_seed": -1, "basis_rows": G.shape[-1], "basis_rank": rank}
 
     def refresh_(self, G: Tensor | Gram, state: State, key: Key) -> Tensor:
         old = self._basis(state, G)
@@ -55,7 +52,7 @@ class Gaussian(Scheduled):
         return R @ self._basis(state, R).mT
 
     def _basis(self, state: State, like: Tensor | Gram) -> Tensor:
-        """``Q`` with the stack, device and precision (fp32 at least) of ``like``."""
+        """Return ``Q`` with the leading dimensions, device and precision (fp32 at least) of ``like``."""
         shape = (*like.shape[:-2], state["basis_rows"], state["basis_rank"])
         dtype = torch.promote_types(like.dtype, torch.float32)
         if state["basis_seed"] < 0:

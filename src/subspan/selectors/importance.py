@@ -1,17 +1,24 @@
-"""r singular vectors of the gradient, sampled without replacement with probability proportional to singular value.
+"""r singular vectors of the gradient, drawn without replacement: the larger the singular value, the likelier.
 
-With ``G = S diag(sigma) Vᵀ (m, n)``: ``Q = V[:, I]``, ``I`` drawn one index after another, without replacement, with
+With ``G = S diag(sigma) Vᵀ (m, n)`` and ``k = min(m, n)`` the basis is ``Q = V[:, I]``. The indices ``I`` are drawn one
+after another, without replacement, with probability proportional to
 
-    w_i = (1 - floor) * sigma_i^power / sum_j sigma_j^power + floor / k,        k = min(m, n)
+    w_i = (1 - floor) * sigma_i^power / sum_j sigma_j^power + floor / k
 
-and sorted ascending, so that column j of the new basis stays close in rank to column j of the old one.
+They are sorted ascending, so that column j of the new basis stays close in the spectrum to column j of the old one.
 
-Source: SARA (Zhang et al. 2025, arXiv 2502.05790), Algorithm 2, is ``power=1, floor=0``. Deviations from the paper: the
-spectrum comes from the Gram matrix unless ``method="svd"``; the draw is keyed, not taken from a live generator; where
-fewer than r singular values are positive the rest of the basis is filled up from the others (``torch.multinomial``
-would raise); signs are aligned with the old basis; ``power`` and ``floor`` are additions. Off the CPU, and on it where
-the Gram matrix is of side 512 or more, that is in fp32, where a sigma below 3e-4 of the largest is noise of that size:
-such directions are drawn a little too often.
+Source: SARA (Zhang et al. 2025, arXiv 2502.05790), Algorithm 2, is ``power=1, floor=0``.
+
+Deviations from the paper:
+
+- The spectrum comes from the Gram matrix, unless ``method="svd"``. This is in fp32 off the CPU, and also on the CPU
+  where the Gram matrix is of side 512 or more. There a sigma below 3e-4 of the largest is noise of that size, so such
+  directions are drawn a little too often.
+- The draw is keyed, and not taken from a live generator.
+- Where fewer than r singular values are positive, other singular vectors fill up the basis. ``torch.multinomial`` would
+  raise.
+- Signs are aligned with the old basis.
+- ``power`` and ``floor`` are additions.
 """
 
 import math
@@ -32,12 +39,13 @@ class Importance(DrawnSelector):
     """Importance-sampled singular vectors (SARA).
 
     The paper's convergence constant ``delta`` is the least probability with which a direction is selected. With
-    ``floor=0`` it falls to zero with the smallest singular value, and the guarantee with it; with ``floor > 0`` one
-    draw already picks each direction with probability at least ``floor / k``, so ``delta >= floor / k``.
+    ``floor=0`` it falls to zero with the smallest singular value, and so does the guarantee. With ``floor > 0`` a
+    single draw already picks each direction with probability at least ``floor / k``, so ``delta >= floor / k``.
 
     Args:
-        power: exponent on the singular values, >= 0: 1 is the paper, 0 uniform, a large one nearly dominant.
-        floor: share of the probability spread evenly over all directions, in [0, 1].
+        power: exponent of the singular values, >= 0. 1 is the paper's, 0 samples uniformly, and a large one nearly
+            always takes the leading vectors.
+        floor: share of the probability that is the same for all directions, in [0, 1].
         method: ``"gram"`` or ``"svd"``, see ``linalg.right_singular``.
     """
 
@@ -55,10 +63,10 @@ class Importance(DrawnSelector):
             raise SettingError(f"floor={self.floor!r}: expected a share between 0 and 1")
 
     def log_weights(self, sigma: Tensor) -> Tensor:
-        """``log w (..., k)`` for singular values ``sigma (..., k)``. In logarithms: a large power would underflow."""
+        """Return ``log w (..., k)`` for singular values ``sigma (..., k)``; at large powers ``w`` would underflow."""
         log_w = torch.xlogy(self.power, sigma.double())  # 0 * log 0 = 0, so power 0 is uniform over zeros too
         total = log_w.logsumexp(-1, keepdim=True)
-        # A zero matrix in a stack of others leaves nothing to go by.
+        # A matrix of zeros in a stack says nothing about its directions.
         log_w = torch.where(total.isneginf(), -math.log(sigma.shape[-1]), log_w - total)
         if self.floor == 0:
             return log_w

@@ -1,15 +1,20 @@
 """A selector whose period grows while its subspace stands still.
 
-At each refresh the overlap of the old and the new subspace is measured,
+Each refresh measures the overlap of the old and the new subspace:
 
-    overlap = ||Q_oldᵀ Q_new||² / r,     1 for the same subspace, r/n on average for a random one
+    overlap = ||Q_oldᵀ Q_new||² / r        1 for the same subspace, r/n on average for a random one
 
-and where it reaches ``threshold`` the period doubles, up to ``longest`` times ``update_proj_gap``; otherwise it is
-``update_proj_gap`` again. Each parameter has its own. The next refresh falls on the next multiple of the new period.
+Where the overlap reaches ``threshold``, the period doubles, up to ``longest`` times ``update_proj_gap``. Otherwise it
+is ``update_proj_gap`` again. Each parameter has a period of its own. The next refresh falls on the next multiple of the
+new period.
 
-Source: Q-GaLore (Zhang et al. 2024, arXiv 2407.08296), whose idea it is. Deviations from the paper: it measures the
-cosine of the first singular vector alone, averaged over five refreshes, which a flip of that vector's sign defeats, and
-its period never shrinks.
+Source: the idea is that of Q-GaLore (Zhang et al. 2024, arXiv 2407.08296).
+
+Deviations from the paper:
+
+- Q-GaLore measures the cosine of only the first singular vector, averaged over five refreshes. A flip of that vector's
+  sign defeats the measure.
+- Its period never shrinks.
 """
 
 from dataclasses import dataclass
@@ -25,12 +30,12 @@ from subspan.utils.errors import SettingError
 
 @dataclass(frozen=True)
 class Lazy(Selector):
-    """``selector``, refreshed less often where its subspace stands still.
+    """Another selector, refreshed less often where its subspace stands still.
 
     Args:
-        selector: what chooses the subspace.
-        threshold: least overlap at which it counts as standing still, in [0, 1].
-        longest: limit of the growth, as a multiple of the period, >= 1.
+        selector: chooses the subspace.
+        threshold: least overlap at which the subspace counts as standing still, in [0, 1].
+        longest: largest period, as a multiple of ``update_proj_gap``, >= 1.
     """
 
     selector: Selector
@@ -41,11 +46,12 @@ class Lazy(Selector):
         check_selector(self.selector, "selector")
         if self.selector.tracks:
             raise SettingError(
-                f"selector={self.selector!r}: moves at every step, so there is no period to lengthen; use it alone"
+                f"selector={self.selector!r}: moves at every step, so there is no period to lengthen; use it without Lazy"
             )
         if not self.selector.orthonormal:
             raise SettingError(
-                f"selector={self.selector!r}: overlap is measured between orthonormal bases; give one that has them"
+                f"selector={self.selector!r}: overlap is measured between orthonormal bases, and this one has none; give "
+                "another, such as selectors.Dominant()"
             )
         if not is_number(self.threshold) or not 0 <= self.threshold <= 1:
             raise SettingError(f"threshold={self.threshold!r}: expected an overlap between 0 and 1")
@@ -70,9 +76,6 @@ class Lazy(Selector):
 
     def init(self, G: Tensor, rank: int) -> State:
         return {**self.selector.init(G, rank), "stretch": 1}
-
-    def memory(self, n: str, r: str) -> dict[str, str]:
-        return self.selector.memory(n, r)
 
     def period(self, gap: int, state: State) -> int | None:
         inner = self.selector.period(gap, state)

@@ -1,4 +1,4 @@
-"""A basis that follows the gradients by one step of gradient descent on the reconstruction error, at every step.
+"""A basis that follows the gradient: at every step, one step of gradient descent on the reconstruction error.
 
     L(Q)  = ||Ĝ Q Qᵀ - Ĝ||²,   Ĝ = G / ||G||                     Y = Ĝ Q
     dL/dQ = 2 (Q YᵀY + ĜᵀY (QᵀQ - 2 I))
@@ -6,12 +6,14 @@
 
 The first basis is that of the leading singular vectors.
 
-Source: Online Subspace Descent (Liang et al. 2024, arXiv 2408.12857); "online PCA" in SARA's table 3. Deviations from
-    the
-published code: the basis is re-orthonormalised after each step, which the code leaves out (its columns drift together;
-``orthonormalise=False, weight_decay=0.01`` is its literal form, the decay being the default of its inner optimizer);
-the inner learning rate is constant, where the code multiplies ``1 / period`` by the schedule of the outer one; the
-basis moves before the gradient is projected, not after.
+Source: Online Subspace Descent (Liang et al. 2024, arXiv 2408.12857); "online PCA" in SARA's table 3.
+
+Deviations from the published code:
+
+- The basis is orthonormalised again after each step. The code leaves this out, and its columns drift together. Its
+  literal form is ``orthonormalise=False, weight_decay=0.01``; this decay is the default of its inner optimizer.
+- The inner learning rate is constant. The code multiplies ``1 / period`` by the schedule of the outer learning rate.
+- The basis moves before the gradient is projected, and not after.
 """
 
 from dataclasses import dataclass
@@ -32,8 +34,8 @@ class OnlinePCA(TrackingSelector):
     """Adam on the basis.
 
     Args:
-        lr: learning rate of the basis, >= 0; the published code's is one over its period, 200.
-        betas: decay of the basis's own moments, each in [0, 1).
+        lr: learning rate of the basis, >= 0. The published code has one over its period, which is 200.
+        betas: decay of the two moments of the basis, each in [0, 1).
         weight_decay: decoupled decay of the basis, >= 0.
         orthonormalise: whether the basis is made orthonormal after each step.
     """
@@ -57,11 +59,8 @@ class OnlinePCA(TrackingSelector):
     def init(self, G: Tensor, rank: int) -> State:
         shape = (*G.shape[:-2], G.shape[-1], rank)
         moments = {"basis_exp_avg": allocate(G, shape), "basis_exp_avg_sq": allocate(G, shape)}
-        # A tensor, of each matrix its own: a gradient that tells nothing is not counted, and no device is waited for.
+        # A tensor with one count for each matrix: unusable gradients are not counted, and no device is waited for.
         return {**super().init(G, rank), **moments, "basis_step": allocate(G, (*G.shape[:-2], 1, 1))}
-
-    def memory(self, n: str, r: str) -> dict[str, str]:
-        return dict.fromkeys(("basis", "basis_exp_avg", "basis_exp_avg_sq"), f"4*{n}*{r}") | {"basis_step": "4"}
 
     def track_(self, G: Tensor, state: State, momentum: Momentum | None) -> Tensor | None:
         beta1, beta2 = self.betas
@@ -81,7 +80,7 @@ class OnlinePCA(TrackingSelector):
 
     @staticmethod
     def slope(G: Tensor, Q: Tensor) -> Tensor:
-        """``dL/dQ (n, r)``."""
+        """Return ``dL/dQ (n, r)``."""
         Y = linalg.project(G, Q)
         # In fp64: the square of a small gradient would underflow.
         norm = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True, dtype=torch.float64).to(Q.dtype)

@@ -1,14 +1,15 @@
-"""One block power iteration at every step, started from the last basis.
+"""One block power iteration at every step, which starts from the last basis.
 
     B  = rho * M̂ Qᵀ + (1 - rho) G          M̂: the mean of the first moment, in the old basis
     Q <- orth(Bᵀ (B Q))
 
-The first basis is that of the leading singular vectors. ``B`` is never formed.
+``B`` is never formed. The first basis is that of the leading singular vectors. With a rule that has no momentum,
+``rho`` is 0.
 
-Source: LDAdam (Robert et al. 2024, arXiv 2410.16103). Deviations: none known. With a rule that has no momentum, ``rho``
-is 0. LDAdam as a whole is this selector, the
-    ``moments``
-transfer and ``residuals.ErrorFeedback``.
+Source: LDAdam (Robert et al. 2024, arXiv 2410.16103). The whole of LDAdam is this selector, the ``moments`` transfer
+and ``residuals.ErrorFeedback``.
+
+Deviations: none known.
 """
 
 from dataclasses import dataclass
@@ -26,10 +27,10 @@ from subspan.utils.errors import SettingError
 
 @dataclass(frozen=True)
 class PowerIteration(TrackingSelector):
-    """Warm-started power iteration.
+    """Power iteration that starts from the last basis.
 
     Args:
-        rho: share of the momentum in what is iterated on, in [0, 1].
+        rho: share of the momentum in ``B``, in [0, 1].
     """
 
     rho: float = 0.908
@@ -54,5 +55,5 @@ class PowerIteration(TrackingSelector):
 
 
 def _scaled(A: Tensor) -> Tensor:
-    """``A`` with a largest entry of one: the product of two small gradients would underflow."""
+    """Scale ``A`` to a largest entry of one, because the product of two small gradients would underflow."""
     return A / torch.linalg.vector_norm(A, ord=torch.inf, dim=(-2, -1), keepdim=True)

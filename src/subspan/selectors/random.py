@@ -1,11 +1,12 @@
-"""A subspace drawn without looking at the gradient: ``Q (n, r)`` uniform on the Stiefel manifold, ``E[Q Qᵀ] = (r/n)
-I``.
+"""A random subspace, drawn without a look at the gradient: ``Q (n, r)`` is uniform on the Stiefel manifold.
 
-``scaled`` multiplies it by ``sqrt(n / r)``, so that ``E[Q Qᵀ] = I`` and ``QᵀQ = (n/r) I``.
+Then ``QᵀQ = I`` and ``E[Q Qᵀ] = (r/n) I``. ``scaled`` multiplies the basis by ``sqrt(n / r)``, so that ``E[Q Qᵀ] = I``
+and ``QᵀQ = (n/r) I``.
 
-Sources: GoLore (He et al. 2024, arXiv 2410.11289); scaled, RSO (Chen et al. 2025, arXiv 2502.07222). Deviations from
-the paper: none. (Its code draws from the process's own generator and takes a polar factor; here the draw is keyed and
-factorised by QR, which has the same distribution.)
+Sources: GoLore (He et al. 2024, arXiv 2410.11289); with ``scaled``, RSO (Chen et al. 2025, arXiv 2502.07222).
+
+Deviations from the papers: none. GoLore's code draws from the generator of the process and takes a polar factor. Here
+the draw is keyed and factorised by QR, which has the same distribution.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class Random(MatrixSelector):
     """Haar-random columns.
 
     Args:
-        scaled: to ``E[Q Qᵀ] = I``, instead of orthonormal.
+        scaled: whether to scale to ``E[Q Qᵀ] = I``. The columns are then not orthonormal.
     """
 
     scaled: bool = False

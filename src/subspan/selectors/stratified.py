@@ -1,16 +1,18 @@
 """r singular vectors of the gradient, one from each of r parts of the spectrum.
 
-With ``G = S diag(sigma) Vᵀ (m, n)``, sigma falling, and ``k = min(m, n)``: part ``j`` holds the indices
+With ``G = S diag(sigma) Vᵀ (m, n)``, ``sigma`` descending, and ``k = min(m, n)``: part ``j`` holds the indices
 ``ceil(j k / r)`` to ``ceil((j + 1) k / r) - 1``, and
 
     Q = V[:, I],    I_j uniform on part j
 
-So large and small singular values are in every basis, each direction with probability ``1 / ceil(k / r)`` to
-``1 / floor(k / r)``, near the ``r / k`` of uniform sampling without its luck: two bases are alike in their spectrum.
+So every basis has large and small singular values. Each direction is drawn with a probability between
+``1 / ceil(k / r)`` and ``1 / floor(k / r)``, near the ``r / k`` of uniform sampling. But uniform sampling may by chance
+draw mostly large or mostly small values, while here any two bases are alike in their spectrum.
 
-Source: stratified sampling (Neyman 1934), in place of SARA's weighted draw (Zhang et al. 2025, arXiv 2502.05790, Alg.
-    2).
-Deviations: none; no paper has it.
+Source: stratified sampling (Neyman 1934), in place of SARA's weighted draw (Zhang et al. 2025, arXiv 2502.05790,
+Alg. 2).
+
+Deviations: none, since no paper has this selector.
 """
 
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from subspan.selectors.base import DrawnSelector
 
 @dataclass(frozen=True)
 class Stratified(DrawnSelector):
-    """Singular vectors spread over the spectrum.
+    """Singular vectors from all parts of the spectrum.
 
     Args:
         method: ``"gram"`` or ``"svd"``, see ``linalg.right_singular``.

@@ -1,8 +1,9 @@
-"""One selector until a step of the run, another from there on.
+"""One selector up to some step of the run, and another from then on.
 
 Source: GoLore (He et al. 2024, arXiv 2410.11289): "GoLore@x%" is ``Switch(Dominant(), Random(), at=1 - x / 100)``.
-Deviations from the paper: none. (Its SGD code leaves the momentum as it is at the switch; here the switch is a refresh
-like any other, and the transfer applies.)
+
+Deviations from the paper: none. In its SGD code the momentum stays as it is at the switch. Here the switch is a refresh
+like any other, and the transfer applies.
 """
 
 import math
@@ -20,15 +21,16 @@ from subspan.utils.errors import SettingError
 
 @dataclass(frozen=True)
 class Switch(Selector):
-    """``first``, then ``second`` from the first refresh at or past the switch.
+    """``first``, then ``second`` from the first refresh at or after the switch.
 
     Selectors that keep their basis under the same name share its memory.
 
     Args:
-        first: the selector at the start.
-        second: the one that takes over.
-        at: when, as a step (an integer >= 0) or as a share of ``total_steps`` (a float in [0, 1]).
-        total_steps: length of the run; ``create`` fills it in from its own argument. Not needed for a step.
+        first: selector at the start.
+        second: selector after the switch.
+        at: time of the switch, as a step (an integer >= 0) or as a share of ``total_steps`` (a float in [0, 1]).
+        total_steps: length of the run, in steps. It is needed only if ``at`` is a share; ``create`` fills it in from
+            its own argument.
     """
 
     first: Selector
@@ -41,7 +43,7 @@ class Switch(Selector):
             check_selector(getattr(self, name), name)
         if holds(self.first, Switch) or holds(self.second, Switch):
             raise SettingError(
-                f"first={self.first!r}, second={self.second!r}: a switch cannot hold another; switch once"
+                f"first={self.first!r}, second={self.second!r}: a switch cannot hold another; switch only once"
             )
         if self.total_steps is not None and (not isinstance(self.total_steps, int) or self.total_steps < 1):
             raise SettingError(f"total_steps={self.total_steps!r}: expected the length of the run, a whole number >= 1")
@@ -70,13 +72,10 @@ class Switch(Selector):
         self._step()
         return {**self.first.init(G, rank), **self.second.init(G, rank), "switched": 0}
 
-    def memory(self, n: str, r: str) -> dict[str, str]:
-        return {**self.first.memory(n, r), **self.second.memory(n, r)}
-
     def period(self, gap: int, state: State) -> int | None:
         if state["switched"]:
             return self.second.period(gap, state)
-        # A first selector that does without refreshes has one at the switch.
+        # A first selector that has no refreshes of its own gets one at the switch.
         return self.first.period(gap, state) or max(1, self._step())
 
     def track_(self, G: Tensor, state: State, momentum: Momentum | None) -> Tensor | None:
@@ -85,7 +84,7 @@ class Switch(Selector):
     def refresh_(self, G: Tensor | Gram, state: State, key: Key) -> Tensor:
         if state["switched"] or key.step < self._step():
             return self._active(state).refresh_(G, state, key)
-        # Across the switch: the old basis as rows, Q_oldᵀ (r, n), projected by the new one.
+        # The change at the switch: the rows of the old basis, Q_oldᵀ (r, n), projected by the new one.
         row = G.row if isinstance(G, Gram) else G[..., :1, :]
         rank = self.first.project(row, state).shape[-1]
         identity = torch.eye(rank, device=G.device, dtype=torch.promote_types(G.dtype, torch.float32))
@@ -104,7 +103,7 @@ class Switch(Selector):
         self._active(state).subtract_(W, R, state)
 
     def switches_within(self, period: int) -> bool:
-        """Whether a refresh every ``period`` steps falls between the switch and the end of the run."""
+        """Tell whether a refresh every ``period`` steps falls between the switch and the end of the run."""
         return self.total_steps is None or math.ceil(self._step() / period) * period < self.total_steps
 
     def _active(self, state: State) -> Selector:
@@ -115,6 +114,6 @@ class Switch(Selector):
             return self.at
         if self.total_steps is None:
             raise SettingError(
-                f"total_steps=None: to switch at {self.at} of the run its length is needed; pass total_steps"
+                f"total_steps=None: at={self.at} is a share of the run, so its length is needed; pass total_steps"
             )
         return math.ceil(round(self.at * self.total_steps, 6))  # 0.55 of 100 is 55.00000000000001

@@ -2,9 +2,9 @@
 
 The tests hold the optimizer to it: ``tests/step/test_plain.py`` trains both side by side, for every part.
 
-Shapes: weight and gradient ``W, G (m, n)``, basis ``Q (n, r)``, ``R, U, B (m, r)``. The side to compress is last; a weight
-whose rows are compressed is passed as its transpose. ``state`` holds what the parts' ``init`` have allocated, and ``B`` is
-how far the weight has moved since its basis was chosen (``displacement``), where there is a proximal term.
+Shapes: weight and gradient ``W, G (m, n)``, basis ``Q (n, r)``, ``R, U, B (m, r)``. The side to compress is last; a
+weight whose rows are compressed is passed as its transpose. ``state`` holds what the parts' ``init`` have allocated,
+and ``B`` is how far the weight has moved since its basis was chosen (``displacement``), where there is a proximal term.
 """
 
 import torch

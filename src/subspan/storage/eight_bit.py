@@ -1,13 +1,14 @@
-"""Moments in 8 bits: blockwise dynamic quantisation (Dettmers et al. 2022, arXiv 2110.02861), by bitsandbytes'
-functions.
+"""Moments in 8 bits: blockwise dynamic quantisation, with the functions of bitsandbytes.
 
-A moment of ``k >= min_8bit_size`` entries (4,096 unless set, as there) becomes ``k`` codes, in its own shape, and the
-largest magnitude of each 256 of them within a row: ``exp_avg.codes`` (uint8, ``(..., m, r)``) and ``exp_avg.absmax``
-(fp32, ``(..., m, ceil(r / 256))``), plain tensors. Smaller moments, and vectors, stay fp32.
+A moment of ``k >= min_8bit_size`` entries becomes two plain tensors: ``exp_avg.codes`` (uint8, ``(..., m, r)``) has a
+code for each entry, and ``exp_avg.absmax`` (fp32, ``(..., m, ceil(r / 256))``) has the largest magnitude of each block
+of 256 entries of a row. Smaller moments, and vectors, stay in fp32. The default of ``min_8bit_size`` is 4,096, as in
+bitsandbytes. The update is computed from the exact new moment, before this is quantised, as there.
 
-Deviations from bitsandbytes' optimizers: a block ends with its row, where theirs runs on into the next, so that rows
-can be spread over ranks, and saved, in any division (rows of 256, 512, ... entries are the same). The update is
-computed from the exact new moment before it is quantised, as there.
+Source: Dettmers et al. 2022, arXiv 2110.02861.
+
+Deviations from bitsandbytes' optimizers: a block ends with its row, and theirs runs on into the next row. So rows can
+be sharded over ranks, and saved, in any division. For rows of 256, 512, ... entries the blocks are the same.
 """
 
 import functools
@@ -36,11 +37,13 @@ def check_available() -> None:
 
 
 def pack(state: State, moments: Mapping[str, bool], smallest: int, length: int | None = None) -> State:
-    """``state`` with its ``moments`` (name: signed) in 8 bits.
+    """Return ``state`` with its moments in 8 bits.
 
     Args:
-        smallest: entries of the smallest moment that is packed.
-        length: of the first dimension of the moments, if only some of it is here.
+        state: the state of one parameter.
+        moments: whether each moment is signed, by its name.
+        smallest: number of entries of the smallest moment that is packed.
+        length: length of the first dimension of the moments, if only some of it is on this rank.
     """
     packed: State = {}
     for name, value in state.items():
@@ -52,7 +55,7 @@ def pack(state: State, moments: Mapping[str, bool], smallest: int, length: int |
 
 
 def unpack(state: State, moments: Mapping[str, bool], dtype: torch.dtype) -> State:
-    """What ``pack`` was given: copies of the moments in ``dtype``, everything else as it is."""
+    """Return what ``pack`` was given: copies of the moments in ``dtype``, and everything else as it is."""
     return state | {
         name: _decode(state[f"{name}.codes"], state[f"{name}.absmax"], moments[name]).to(dtype)
         for name in _packed(state, moments)
@@ -60,7 +63,7 @@ def unpack(state: State, moments: Mapping[str, bool], dtype: torch.dtype) -> Sta
 
 
 def store_(state: State, unpacked: State, moments: Mapping[str, bool]) -> None:
-    """Put the moments of ``unpacked`` back."""
+    """Store the moments of ``unpacked`` in the 8 bits of ``state``."""
     for name in _packed(state, moments):
         codes, absmax = _encode(unpacked[name], moments[name])
         state[f"{name}.codes"].copy_(codes)
@@ -94,7 +97,10 @@ def _decode(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
 
 
 def _block(width: int) -> int:
-    """Entries of a block in rows of ``width``: 256, or the whole row; bitsandbytes has powers of two from 64 on."""
+    """Return the entries of a block in rows of ``width``: 256, or fewer if the whole row is shorter.
+
+    bitsandbytes has blocks of 64, 128, 256, ... entries.
+    """
     return min(BLOCK, max(64, 1 << (width - 1).bit_length()))
 
 
@@ -108,8 +114,8 @@ def _map(signed: bool, device: torch.device) -> Tensor:
 def _bitsandbytes() -> Any:
     log = logging.getLogger("bitsandbytes")
     level = log.level
-    log.setLevel(logging.ERROR)  # it warns of 4-bit kernels that are not needed here
-    import bitsandbytes.functional  # seconds long, and an extra
+    log.setLevel(logging.ERROR)  # it warns about 4-bit kernels, which are not used
+    import bitsandbytes.functional  # the import takes seconds, and the package is optional
 
     log.setLevel(level)
     return bitsandbytes.functional

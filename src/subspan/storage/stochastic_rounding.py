@@ -1,4 +1,4 @@
-"""Updates of bf16 weights that are right on average: stochastic rounding."""
+"""Stochastic rounding: updates of bf16 weights that are right on average."""
 
 import torch
 from torch import Tensor
@@ -7,15 +7,16 @@ _CHUNK = 1 << 20  # entries raised to fp32 at a time, so that no second full-siz
 
 
 def add_rounded_(p: Tensor, D: Tensor, keep: float | Tensor, generator: torch.Generator) -> None:
-    """``p <- round(keep * p + D)``, each entry rounded to one of its two bf16 neighbours, with ``E[p] = keep * p + D``.
+    """Compute ``p <- round(keep * p + D)`` at random, with ``E[p] = keep * p + D``.
 
-    Rounding to nearest drops every update below 1/512 of a weight, and all of a small weight decay.
+    Each entry is rounded to one of its two neighbours in bf16. Rounding to the nearest would drop every update below
+    1/512 of a weight, and all of a small weight decay.
 
     Args:
-        p: bf16.
-        D: fp32, of the shape of ``p``; overwritten.
+        p: weight in bf16.
+        D: update in fp32, of the shape of ``p``. It is overwritten.
         keep: factor on the old value, such as ``1 - lr * weight_decay``.
-        generator: on the device of ``p``.
+        generator: source of the random numbers, on the device of ``p``.
     """
     if p.ndim == 0:
         p, D = p.unsqueeze(0), D.unsqueeze(0)
@@ -26,6 +27,5 @@ def add_rounded_(p: Tensor, D: Tensor, keep: float | Tensor, generator: torch.Ge
         # A bf16 number is the upper half of an fp32 one: a random lower half carries over as often as it should.
         noise = torch.randint(1 << 16, bits.shape, generator=generator, dtype=torch.int32, device=bits.device)
         rounded = noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32)
-        target.copy_(
-            torch.where(new.isfinite(), rounded, new)
-        )  # what is not finite would carry over into another number
+        # A number that is not finite would carry over into another one.
+        target.copy_(torch.where(new.isfinite(), rounded, new))

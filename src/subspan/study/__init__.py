@@ -1,1 +1,1 @@
-"""Many runs: a grid of methods, settings and seeds, run once each, compared with paired statistics."""
+"""Studies: a grid of methods, settings and seeds, where each run is done once and rows are compared in pairs."""

@@ -1,8 +1,7 @@
-"""Imported into the process that the runs of a study are forked from, and into nothing else.
+"""Settings of the process that the runs of a study are forked from. Nothing else imports this module.
 
-Python lets that process ignore SIGINT, and not SIGTERM, which a scheduler may send to all processes at once. It must
-outlive
-the runs: without it nobody learns how they end.
+Python lets that process ignore SIGINT, but not SIGTERM, which a scheduler may send to all processes at once. The
+process must outlive the runs: without it nobody learns how they end.
 """
 
 import signal

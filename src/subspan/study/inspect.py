@@ -1,44 +1,41 @@
-"""What a run's subspaces did, from its ``probes.jsonl`` and its checkpoints.
+"""The inspection of a run: what its subspaces did, from its ``probes.jsonl`` and its checkpoints.
 
-Per subspace, means over the run's refreshes: overlap of adjacent bases and with the anchor, principal angles, the share
-of the
-gradient that is held (see ``training/probes.py``). ``frozen_since`` is the first step from which the overlap of
-adjacent bases
-stays at ``FROZEN`` or above until the end, for three refreshes at least; ``null`` if there is none.
+For each subspace it gives means over the refreshes of the run: the overlap of adjacent bases and the overlap with the
+anchor, principal angles, and the share of the gradient that is held (see ``training/monitor/probes.py``).
+``frozen_since`` is the first step from which the overlap of adjacent bases stays at ``FROZEN`` or above until the end,
+for at least three refreshes. It is ``null`` if there is no such step.
 
-Without probes the bases that checkpoints hold are compared, each once: they are ``steps_apart`` steps apart (median),
-which may
-be several periods, and then ``overlap_adjacent`` is not of neighbours.
+Without probes the bases in the checkpoints are compared, each of them once. ``steps_apart`` is the median number of
+steps between them. It may be several periods, and then ``overlap_adjacent`` is not of neighbours.
 
-Between two checkpoints, the singular values sigma of the change of each weight, divided by the largest (SARA, arXiv
-2502.05790,
-figures 4 to 12), and of them
+Between two checkpoints it gives the singular values sigma of the change of each weight, divided by the largest (SARA,
+arXiv 2502.05790, figures 4 to 12), and two numbers that follow from them:
 
     effective rank = exp(-sum p_i log p_i),  p_i = sigma_i / sum sigma      (Roy and Vetterli 2007)
     stable rank    = sum sigma_i² / sigma_1²
 """
 
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from subspan.checkpoints.directory import holds_parts, list_checkpoints, load_part, step_of
+from subspan.checkpoints.directory import holds_shards, list_checkpoints, load_part, step_of
 from subspan.inspection import angles, overlap
 from subspan.linalg import orthonormalise
+from subspan.study.records import parse_line
 from subspan.utils.errors import InputError, first_line
 from subspan.utils.tables import aligned
 
 
 class NothingToSeeError(InputError):
-    """A sound run, of which nothing can be compared."""
+    """The run is sound, but nothing of it can be compared."""
 
 
 FROZEN = 0.9
@@ -47,15 +44,15 @@ Row = dict[str, Any]
 
 
 def inspect(run: Path, begin: int | None = None, end: int | None = None) -> dict[str, Any]:
-    """The findings, as JSON has them.
+    """Return the findings, in primitives as JSON has them.
 
     Args:
         run: the directory of a run.
-        begin, end: steps of two of its checkpoints; ``None`` is the first and the last that are there.
+        begin, end: steps of two of its checkpoints; ``None`` stands for the first and the last that are there.
 
     Raises:
-        NothingToSeeError: a run with neither probes nor two checkpoints that can be compared.
-        InputError: no run, or a line of it is broken; names the file.
+        NothingToSeeError: the run has neither probes nor two checkpoints that can be compared.
+        InputError: the directory holds no run, or a line of it is broken; the message names the file.
     """
     if not (run / "config.yaml").exists():
         raise InputError(f"run={str(run)!r}: holds no run; give a directory that subspan pretrain has written to")
@@ -63,17 +60,15 @@ def inspect(run: Path, begin: int | None = None, end: int | None = None) -> dict
     found = list_checkpoints(run / "checkpoints")
     asked = begin is not None or end is not None
     pair = (_checkpoint(run, found, begin, 0), _checkpoint(run, found, end, -1)) if asked or len(found) > 1 else None
-    if (not rows or pair is not None) and any(map(holds_parts, pair if rows and pair else found)):
+    if (not rows or pair is not None) and any(map(holds_shards, pair if rows and pair else found)):
         raise NothingToSeeError(
             f"run={str(run)!r}: its checkpoints hold the parts of several ranks (parallel='fsdp'), which are not "
-            "compared; to "
-            "inspect it train with --parallel ddp, or in one process"
+            "compared; to inspect it train with --parallel ddp, or in one process"
         )
     if not rows and pair is None:
         raise NothingToSeeError(
             f"run={str(run)!r}: no probes.jsonl, and {len(found)} checkpoint{'s' * (len(found) != 1)} where two are "
-            "needed; "
-            "train with --probes.subspace true, or with --checkpoint.keep 10"
+            "needed; train with --probes.subspace true, or with --checkpoint.keep 10"
         )
     layers = _layers(rows) if rows else _layers(_from_checkpoints(found))
     noise = _noise(rows)
@@ -95,34 +90,33 @@ def _read(path: Path) -> list[Row]:
         lines = path.read_text().splitlines(keepends=True)
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.endswith("\n") and number == len(lines):  # cut short by a kill
             continue
-        try:
-            row = json.loads(line)
-            good = _is_row(row)
-        except (ValueError, KeyError, TypeError):
-            good = False
-        if not good:
+        row = parse_line(line)
+        if not _is_row(row):
             raise InputError(f"{path}:{number}: is no row of a probe; mend or remove that line")
         rows.append(row)
     return rows
 
 
-_NUMBERS = {"subspace": (), "noise": ("noise", "signal")}
+_NUMBERS = {"subspace": ("step",), "noise": ("step", "noise", "signal")}
 _OPTIONAL = ("overlap", "anchor", "captured", "captured_before", "step_seconds", "usual_seconds")
 
 
-def _is_row(row: Row) -> bool:
-    """Whether all is there that is read of it."""
-    numbers = [row["step"], *(row[key] for key in _NUMBERS[row["kind"]])]
+def _is_row(row: Any) -> TypeGuard[Row]:
+    """Whether everything is there that is read from a row, and of its kind."""
+    if not isinstance(row, dict) or not isinstance(row.get("name"), str) or row.get("kind") not in list(_NUMBERS):
+        return False
+    angles = row.get("angles", [0, 0, 0])
+    if not isinstance(angles, list) or len(angles) != 3:
+        return False
+    numbers = [*(row.get(key) for key in _NUMBERS[row["kind"]]), *angles]
     numbers += [row[key] for key in _OPTIONAL if row.get(key) is not None]
-    numbers += row.get("angles", [])
-    named = isinstance(row["name"], str) and len(row.get("angles", [0, 0, 0])) == 3
-    return named and all(isinstance(value, int | float) for value in numbers)
+    return all(isinstance(value, int | float) for value in numbers)
 
 
 def _checkpoint(run: Path, found: Sequence[Path], step: int | None, place: int) -> Path:
@@ -138,7 +132,7 @@ def _checkpoint(run: Path, found: Sequence[Path], step: int | None, place: int) 
 
 
 def module_type(name: str) -> str:
-    """``q_proj`` of ``model.layers.0.self_attn.q_proj.weight``."""
+    """Return the type of a module, such as ``q_proj`` for ``model.layers.0.self_attn.q_proj.weight``."""
     return name.removesuffix(".weight").rpartition(".")[2]
 
 
@@ -155,14 +149,13 @@ def _layer(name: str, rows: Sequence[Row]) -> Row:
     frozen = len(known)
     while frozen and known[frozen - 1][1] >= FROZEN:
         frozen -= 1
+    apart = [b["step"] - a["step"] for a, b in pairwise(rows)]
     extra = [max(0.0, row["step_seconds"] - row["usual_seconds"]) for row in rows if row.get("usual_seconds")]
     return {
         "name": name,
         "type": module_type(name),
         "refreshes": len(rows),
-        "steps_apart": statistics.median(apart)
-        if (apart := [b["step"] - a["step"] for a, b in pairwise(rows)])
-        else None,
+        "steps_apart": statistics.median(apart) if apart else None,
         "overlap_adjacent": _mean(value for _, value in known),
         "overlap_anchor": _mean(row["anchor"] for row in rows if "anchor" in row),
         "angles": [_mean(row["angles"][i] for row in rows if "angles" in row) for i in range(3)],
@@ -199,7 +192,7 @@ def _noise(rows: Iterable[Row]) -> list[Row]:
     found = []
     for name, own in by_name.items():
         noise, signal = (statistics.fmean(row[key] for row in own) for key in ("noise", "signal"))
-        # A mean of ratios would be ruled by the steps whose signal is near zero.
+        # The ratio of the means: a mean of ratios would be ruled by the steps whose signal is near zero.
         ratio = noise / signal if signal > 0 else None
         found.append(
             {"name": name, "type": module_type(name), "noise": noise, "signal": signal, "noise_to_signal": ratio}
@@ -208,9 +201,10 @@ def _noise(rows: Iterable[Row]) -> list[Row]:
 
 
 def _from_checkpoints(found: Sequence[Path]) -> list[Row]:
-    """Rows as a probe would have written them, from what checkpoints hold: one for each basis, at the step of its
-    choice. None
-    where the optimizer keeps no basis, as full rank."""
+    """Return rows as a probe would have written them: one for each basis in the checkpoints, at the step of its choice.
+
+    There are none where the optimizer keeps no basis, as in full rank.
+    """
     rows: list[Row] = []
     before: dict[str, tuple[int, Tensor]] = {}
     for path in found:
@@ -218,7 +212,7 @@ def _from_checkpoints(found: Sequence[Path]) -> list[Row]:
             chosen, old = before.get(name, (None, Q))
             if chosen == step and torch.equal(old, Q):
                 continue
-            # One that moves at every step, as online PCA's, is chosen once.
+            # A basis that moves at every step, as online PCA's, is chosen only once: its step is the checkpoint's.
             row: Row = {"kind": "subspace", "name": name, "step": step if chosen != step else step_of(path)}
             if chosen is not None and old.shape == Q.shape:
                 turned = angles(old, Q)
@@ -229,7 +223,7 @@ def _from_checkpoints(found: Sequence[Path]) -> list[Row]:
 
 
 def _bases(checkpoint: Path) -> dict[str, tuple[int, Tensor]]:
-    """By weight: the step (the first is 1) that chose the basis, and the basis, orthonormal in fp64."""
+    """Return for each weight the step (the first is 1) that chose its basis, and the basis, orthonormal in fp64."""
     saved = load_part(checkpoint, "optimizer")
     names = {
         number: name
@@ -276,7 +270,7 @@ def _weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def as_text(found: Mapping[str, Any]) -> str:
-    """For a terminal: by module type."""
+    """Return the findings as text for a terminal, by module type."""
 
     def cell(value: float | None) -> str:
         return "" if value is None else f"{value:.3f}"
@@ -295,8 +289,7 @@ def as_text(found: Mapping[str, Any]) -> str:
         far = f"chosen {statistics.median(apart):g} steps apart" if apart else "of which each subspace has one"
         lines.append(
             f"no probes.jsonl: compared are the bases of checkpoints, {far}; every refresh, and what a basis "
-            "captures, need "
-            "--probes.subspace true"
+            "captures, need --probes.subspace true"
         )
     return "\n".join([*lines, *_changes(found)])
 

@@ -1,4 +1,4 @@
-"""What is left to run, given what has been."""
+"""The runs of a study that are still missing, given the records of those that are done."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -13,14 +13,15 @@ class Choice:
     """The learning rate of a row, and the runs that choose it."""
 
     lr: float | None
-    """``None`` as long as some are missing."""
+    """The learning rate that was chosen; ``None`` as long as some of the runs are missing."""
     at_edge: bool = False
-    """It is the largest or smallest that was tried: a better one may lie beyond."""
+    """Whether it is the largest or smallest that was tried, so that a better one may lie beyond."""
     cells: tuple[Cell, ...] = ()
+    """The runs that choose it."""
 
 
 def choose_lr(study: Study, row: Row, records: Mapping[str, Record]) -> Choice:
-    """The learning rate of the lowest loss on the sweep's seed; a run that diverged has lost."""
+    """Choose the learning rate with the lowest loss on the sweep's seed; a run that diverged has lost."""
     if study.sweep is None:
         return Choice(row.lr)
     factors = list(study.sweep.factors)
@@ -38,8 +39,9 @@ def choose_lr(study: Study, row: Row, records: Mapping[str, Record]) -> Choice:
 
 
 def cells_of(study: Study, records: Mapping[str, Record]) -> Iterator[Cell]:
-    """The runs of the study, as far as they are known: of sweeps first, then a seed of every row before the next of
-    any.
+    """Yield the runs of the study, as far as they are known.
+
+    The sweeps come first. Then every row gets one seed before any row gets the next.
     """
     choices = [(row, choose_lr(study, row, records)) for row in study.rows]
     for _, choice in choices:
@@ -51,5 +53,5 @@ def cells_of(study: Study, records: Mapping[str, Record]) -> Iterator[Cell]:
 
 
 def total(study: Study, records: Mapping[str, Record]) -> int:
-    """How many runs the study has, as far as can be known before its sweeps are done."""
+    """Return how many runs the study has, as far as can be known before its sweeps are done."""
     return len(study.rows) * len(study.seeds) + sum(len(choose_lr(study, row, records).cells) for row in study.rows)

@@ -1,49 +1,64 @@
-"""The record of a study: one line of JSON for each finished run, appended as it finishes."""
+"""The record of a study: a file with one line of JSON for each finished run, appended as the run finishes."""
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from subspan.training.monitor.progress import say
 from subspan.utils.errors import InputError
+from subspan.utils.messages import say
 
 Record = dict[str, Any]
 """``key`` and ``status`` (``finished`` or ``diverged``), ``row``, ``seed``, ``lr``, and what was measured."""
 
 
 def read_records(path: Path) -> dict[str, Record]:
-    """Records by key; none if there is no file. A last line that a kill has cut short does not count.
+    """Return the records by key, or none if there is no file.
+
+    A last line that a kill has cut short does not count.
 
     Raises:
-        InputError: a line is no record; names file and line.
+        InputError: a line is no record; the message names file and line.
     """
     try:
         lines = path.read_text().splitlines(keepends=True)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     records = {}
     for number, line in enumerate(lines, 1):
-        if not line.endswith("\n") and not _is_whole(line):
+        found = parse_line(line)
+        if not line.endswith("\n") and not isinstance(found, dict):
             continue
-        try:
-            record = json.loads(line)
-            records[record["key"]] = record
-            status = record["status"]
-            good = status == "diverged" or (status == "finished" and record["val_loss"] + 0 == record["val_loss"])
-        except (ValueError, TypeError, KeyError):
-            good = False
-        if not good:
+        if not _is_record(found):
             raise InputError(f"{path}:{number}: is no record of a run; mend or remove that line, the others are kept")
+        records[found["key"]] = found
     return records
 
 
+def parse_line(line: str | bytes) -> Any:
+    """Return what a line of JSON says, or ``None`` for a line that is no JSON."""
+    try:
+        return json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def _is_record(found: Any) -> TypeGuard[Record]:
+    if not isinstance(found, dict) or not isinstance(found.get("key"), str):
+        return False
+    loss = found.get("val_loss")
+    has_loss = isinstance(loss, int | float) and not math.isnan(loss)
+    return found.get("status") == "diverged" or (found.get("status") == "finished" and has_loss)
+
+
 def read_all(folder: Path, first: Path) -> dict[str, Record]:
-    """The records of every study in ``folder``, those of ``first`` before others: a run of another study counts here
-    too.
+    """Return the records of every study in ``folder``: a run of another study counts here too.
+
+    Where two files have a record of the same run, that of ``first`` is taken.
     """
     records: dict[str, Record] = {}
     for path in sorted(folder.glob("*.jsonl"), key=lambda path: path == first):
@@ -53,43 +68,34 @@ def read_all(folder: Path, first: Path) -> dict[str, Record]:
 
 
 def _is_study(path: Path) -> bool:
-    """Whether the file holds records, by its first line that is whole; other results are kept beside them."""
+    """Whether the file holds records, by its first whole line. Other results are kept beside them."""
     with open(path, errors="replace") as file:
-        return next(("key" in json.loads(line) for line in file if _is_whole(line)), False)
-
-
-def _is_whole(line: str | bytes) -> bool:
-    """Of a line without its end: only with its last brace is it JSON."""
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
+        return next(("key" in found for line in file if isinstance(found := parse_line(line), dict)), False)
 
 
 def append_records(path: Path, records: Iterable[Record]) -> None:
     """Append, so that a kill leaves whole lines and at most one cut one, which the next append removes.
 
-    A last record that is whole but for the end of its line, as an editor may leave it, gets that end.
+    A last record that only lacks the end of its line, as an editor may leave it, gets that end.
 
     Raises:
         InputError: the file cannot be written.
     """
+    lines = b"".join((json.dumps(record) + "\n").encode() for record in records)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        opened = open(path, "ab+")  # noqa: SIM115  # the writing below has errors of its own
+        with open(path, "ab+") as file:
+            file.seek(0)
+            content = file.read()
+            if content and not content.endswith(b"\n"):
+                begin = content.rfind(b"\n") + 1
+                if isinstance(parse_line(content[begin:]), dict):
+                    file.write(b"\n")
+                else:
+                    say(f"{path}: the last line was cut short and is removed")
+                    file.truncate(begin)
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); give another file with --results") from error
-    with opened as file:
-        file.seek(0)
-        content = file.read()
-        if content and not content.endswith(b"\n"):
-            begin = content.rfind(b"\n") + 1
-            if _is_whole(content[begin:]):
-                file.write(b"\n")
-            else:
-                say(f"{path}: the last line was cut short and is removed")
-                file.truncate(begin)
-        for record in records:
-            file.write((json.dumps(record) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())

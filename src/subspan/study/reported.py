@@ -1,8 +1,8 @@
-"""What the papers report, kept apart from what is measured: validation perplexities on C4, single runs.
+"""Figures that the papers report, kept apart from what is measured: validation perplexities on C4, single runs.
 
-SARA (Zhang et al. 2025, arXiv 2502.05790), tables 1 and 3: LLaMA on C4, sequences of 512; 60M on 1.5B tokens, 130M on
-2.2B,
-350M on 6B. They say nothing of another model, data set or number of tokens, and share no scale with a measurement here.
+They are from SARA (Zhang et al. 2025, arXiv 2502.05790), tables 1 and 3: LLaMA on C4, sequences of 512. The model of
+60M saw 1.5B tokens, that of 130M 2.2B and that of 350M 6B. The figures say nothing about another model, data set or
+number of tokens, and share no scale with a measurement here.
 """
 
 SOURCE = "SARA, arXiv 2502.05790, tables 1 and 3: validation perplexity on C4, single runs"
@@ -22,11 +22,14 @@ REPORTED: dict[str, tuple[float | None, float | None, float | None]] = {
     "golore_adamw": (31.61, None, None),
     "online_pca_adamw": (33.69, None, None),
 }
-"""By optimizer, in the order of ``SIZES``. Table 3's 130M column is of another number of tokens and is left out."""
+"""Perplexities by optimizer, in the order of ``SIZES``.
+
+The column for 130M of table 3 is left out: its number of tokens is another one.
+"""
 
 
-def reported(optimizer: str, as_published: bool) -> tuple[float | None, ...]:
-    """By size. Of an optimizer with a part changed no paper reports anything."""
+def perplexities(optimizer: str, as_published: bool) -> tuple[float | None, ...]:
+    """Return the reported figure for each size. No paper reports anything for an optimizer with a part changed."""
     return REPORTED.get(optimizer, _NONE) if as_published else _NONE
 
 

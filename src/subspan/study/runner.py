@@ -1,4 +1,4 @@
-"""Runs the cells of a study, several at a time, each in a process and a directory of its own."""
+"""The runner of a study: it runs the cells, several at a time, each in a process and a directory of its own."""
 
 import contextlib
 import json
@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -15,28 +15,29 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from subspan.study.missing_runs import cells_of, total
+from subspan.study.progress import StudyProgress
 from subspan.study.records import Record, append_records, read_all, read_records
 from subspan.study.study_file import Cell, Study
 from subspan.training.config.kinds import resolve_run
 from subspan.training.config.settings import CheckpointConfig
 from subspan.training.monitor.metrics import read_metrics
-from subspan.training.monitor.progress import duration, say, terminal
 from subspan.training.monitor.provenance import stamp
 from subspan.training.scores import SCORES
 from subspan.training.signals import RunInterruptedError, collect_signals
-from subspan.utils.errors import InputError
+from subspan.utils.errors import SettingError, UserError
+from subspan.utils.messages import say
 
-_DIVERGED = 3  # not 1, with which Python ends a process that fails before it runs
+_DIVERGED, _REFUSED, _FAULT = 3, 78, 70
+"""Statuses of a run's process. Python itself ends a process with 1 that fails before the run can begin."""
+_STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT)
 _OF_FINETUNING = ("metric", "majority", "saved_activation_bytes", "trainable", "best_step")
 _MODULES = [
     "subspan.study.forkserver",
     "subspan.training.pretraining",
     "subspan.training.finetuning",
 ]
-"""Imported once, in the process that the runs are forked from; the last two take seconds."""
+"""Modules that the process imports from which the runs are forked. It imports them once; the last two take seconds."""
 
 
 @dataclass
@@ -47,27 +48,31 @@ class _Running:
 
 
 class Runner:
-    """What ``subspan study run`` does.
+    """Runs what is missing of a study, as ``subspan study run`` does.
 
     Args:
-        study: what to run.
-        runs: where the directories of runs go, ``runs/STUDY/ROW/lr-X-seed-S-KEY``.
+        study: the study to run.
+        runs: the folder for the directories of runs, which are ``runs/STUDY/ROW/lr-X-seed-S-KEY``.
         jobs: how many run at a time, with one thread each unless ``base`` sets ``threads``.
+
+    Raises:
+        SettingError: ``jobs`` is no number of processes.
     """
 
     def __init__(self, study: Study, runs: Path, jobs: int) -> None:
         if jobs < 1:
-            raise InputError(f"jobs={jobs}: expected a whole number >= 1")
+            raise SettingError(f"jobs={jobs}: expected a whole number >= 1")
         self.study, self.runs, self.jobs = study, runs / study.name, jobs
         self.records = read_all(study.results.parent, study.results)
-        self.failed: dict[str, Path] = {}
+        self.failed: dict[str, str] = {}  # by key: how the run failed, and where more is said
         self._stamp = stamp()
 
     def run(self) -> int:
         """Run what is missing.
 
         Returns:
-            0; 1 if a run failed otherwise than by diverging; 128 + the signal if one came: the same command goes on.
+            0 if every run finished or diverged; 1 if one failed; 128 + the signal if one came. After a signal the same
+            command goes on where it stopped.
         """
         study = self.study
         self._adopt()
@@ -76,8 +81,8 @@ class Runner:
         context.set_forkserver_preload(_MODULES)
         known, whole = self._known()
         if known.keys() - self.records:
-            append_records(study.results, [])  # what cannot be written is better known before anything runs
-        with _Bar(study) as bar, collect_signals() as received:
+            append_records(study.results, [])  # if it cannot be written, say so before anything runs
+        with StudyProgress(study.name) as bar, collect_signals() as received:
             while True:
                 under_way = {entry.cell.key for entry in running}
                 for key, cell in known.items():
@@ -87,7 +92,8 @@ class Runner:
                         running.append(self._start(context, cell))
                 bar.update(len(known.keys() & self.records), whole, [entry.cell for entry in running])
                 if received:  # a terminal sends it to the runs too, which may have ended by it
-                    # Not the signal that came: runs that got it too would take it for a second one, and die unsaved.
+                    # The other signal is passed on: runs that got the same one too would take it for a second one and
+                    # die unsaved.
                     passed_on = signal.SIGINT if received[0] == signal.SIGTERM else signal.SIGTERM
                     for entry in running:
                         if entry.process.pid:
@@ -105,18 +111,18 @@ class Runner:
                     entry.process.join()
                     running.remove(entry)
                     self._collect(entry)
-                    self._adopt()  # of rows whose learning rate is known now
+                    self._adopt()  # for rows whose learning rate is known now
                     known, whole = self._known()
-        for key, log in self.failed.items():
-            say(f"error: run {key} failed; its last words are in {log}")
+        for key, how in self.failed.items():
+            say(f"error: run {key} {how}")
         return 1 if self.failed else 0
 
     def _known(self) -> tuple[dict[str, Cell], int]:
-        """The runs that are known by now, by key, and how many there will be."""
+        """Return the runs that are known by now, by key, and how many there will be."""
         return {cell.key: cell for cell in cells_of(self.study, self.records)}, total(self.study, self.records)
 
     def _adopt(self) -> None:
-        """Write down here what other studies have already found: a study's table is of its own record."""
+        """Copy what other studies have found into the record of this one, of which its table is made."""
         own = read_records(self.study.results)
         keys = [cell.key for cell in cells_of(self.study, self.records)]
         found = [self.records[key] for key in keys if key in self.records and key not in own]
@@ -125,7 +131,7 @@ class Runner:
 
     def _start(self, context: Any, cell: Cell) -> _Running:
         row = re.sub(r"[^\w.=,-]+", "_", cell.row)
-        # With its key: after a change of the study's settings the old directory is another run's.
+        # The key is part of the name: after a change of the study's settings the old directory is that of another run.
         folder = (self.runs / row / f"lr-{cell.config.lr:.4g}-seed-{cell.config.seed}-{cell.key[:8]}").absolute()
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint = cell.config.checkpoint
@@ -141,15 +147,18 @@ class Runner:
         return _Running(cell, process, folder)
 
     def _collect(self, entry: _Running) -> None:
-        """The record of a run that has ended, if it ended as runs end."""
+        """Append the record of a run that finished or diverged, and note how any other one failed."""
         code, run = entry.process.exitcode, entry.folder / "run"
         if code == 0:
             record = self._record(entry.cell, "finished", json.loads((run / "summary.json").read_text()), run)
         elif code == _DIVERGED:
             record = self._record(entry.cell, "diverged", {}, run)
         else:
-            if code not in (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT):
-                self.failed[entry.cell.key] = entry.folder / "log.txt"
+            log = entry.folder / "log.txt"
+            if code == _FAULT:
+                self.failed[entry.cell.key] = f"failed by a fault of the program; its traceback is in {log}"
+            elif code not in _STOPPED:
+                self.failed[entry.cell.key] = f"failed; its last words are in {log}"
             return
         append_records(self.study.results, [record])
         self.records[entry.cell.key] = record
@@ -178,7 +187,7 @@ class Runner:
 
 
 def _run(config: Any, log: str) -> None:
-    """A run, in its own process, which ends with a status that :meth:`Runner._collect` knows."""
+    """Run one cell in its own process, which ends with a status that :meth:`Runner._collect` knows."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ignored by the process that this one is forked from
     with open(log, "a", buffering=1) as file:
         os.dup2(file.fileno(), 1)
@@ -199,49 +208,9 @@ def _run(config: Any, log: str) -> None:
         sys.exit(_DIVERGED)
     except KeyboardInterrupt:  # before the run takes signals for itself
         sys.exit(128 + signal.SIGINT)
-    except InputError as error:
+    except UserError as error:
         say(f"error: {error}")
-        sys.exit(70)
-    except BaseException:
-        import traceback
-
+        sys.exit(_REFUSED)
+    except BaseException:  # the log is the only place where its traceback is kept
         traceback.print_exc()
-        sys.exit(70)
-
-
-class _Bar:
-    """Runs that are done, what runs, time: a bar on a terminal, a line for each change elsewhere."""
-
-    def __init__(self, study: Study) -> None:
-        self._study, self._last, self._began, self._first = study, "", time.monotonic(), -1
-        self._bar = None
-        if console := terminal():
-            columns = (TextColumn(study.name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-            self._bar = Progress(*columns, TimeElapsedColumn(), console=console)
-            self._task = self._bar.add_task("", note="")
-
-    def __enter__(self) -> "_Bar":
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def update(self, done: int, whole: int, cells: list[Cell]) -> None:
-        """``done`` of ``whole`` runs; ``cells`` are under way."""
-        if self._first < 0:
-            self._first = done
-        names = "; ".join(f"{cell.row} lr {cell.config.lr:.4g} seed {cell.config.seed}" for cell in cells)
-        if self._bar:
-            self._bar.update(self._task, completed=done, total=whole, note=f"{self._left(done, whole)} {names}")
-        elif (line := f"{self._study.name}: {done}/{whole} runs; now {names or 'none'}") != self._last:
-            say(line + self._left(done, whole))
-            self._last = line
-
-    def _left(self, done: int, whole: int) -> str:
-        new = done - self._first
-        if new <= 0 or done >= whole:
-            return ""
-        return f"; some {duration((time.monotonic() - self._began) / new * (whole - done))} left"
+        sys.exit(_FAULT)

@@ -2,15 +2,13 @@
 
     t-test     mean(d) / (std(d) / sqrt(n)), two-sided, n - 1 degrees of freedom
     Wilcoxon   signed ranks of d, exact; with n seeds its p cannot be below 2 / 2^n
-    interval   95 %, mean(d) +- t(0.975, n - 1) std(d) / sqrt(n): it leaves 0 out exactly where the t-test's p is below
-    0.05
+    interval   95 %, mean(d) +- t(0.975, n - 1) std(d) / sqrt(n): it leaves 0 out exactly where the p of the t-test is
+               below 0.05
     bootstrap  95 % by name, bias-corrected and accelerated bootstrap of the mean; it lies between the smallest and the
-    largest
-               of d, so that of n values it covers the mean at most 1 - 2^(1 - n) of the time (94 % of five, 75 % of
-               three)
+               largest d, so that for n values it covers the mean at most 1 - 2^(1 - n) of the time (94 % for five, 75 %
+               for three)
     share      mean(x) / mean(y) of paired values, with Fieller's 95 % interval: every ratio q for which x - q y does
-    not differ
-               from 0 by the t-test; none where y itself may be 0 (Fieller 1954)
+               not differ from 0 by the t-test; there is none where y itself may be 0 (Fieller 1954)
     Holm       p values of a family in rising order, times m, m - 1, ..., 1, kept monotone (Holm 1979)
 
 scipy computes the tests and the bootstrap.
@@ -25,21 +23,29 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of paired measurements: ``difference`` is the mean of A - B, ``low`` to ``high`` its 95 % interval by the
-    t-test.
-    """
+    """The comparison of paired measurements."""
 
     n: int
+    """Number of pairs."""
     difference: float
+    """Mean of A - B."""
     low: float | None
+    """Lower end of the 95 % interval of the difference by the t-test."""
     high: float | None
+    """Upper end of that interval."""
     bootstrap: tuple[float, float] | None
+    """The bootstrap interval."""
     p_value: float | None
+    """p of the paired t-test."""
     p_wilcoxon: float | None
+    """p of Wilcoxon's test."""
 
 
 def compare_pairs(a: Sequence[float], b: Sequence[float]) -> Comparison:
-    """``a[i]`` and ``b[i]`` are of one seed. Tests need two pairs or more whose differences are not all equal."""
+    """Compare pairs, where ``a[i]`` and ``b[i]`` are of one seed.
+
+    Tests need at least two pairs, and differences that are not all equal.
+    """
     from scipy import stats
 
     d = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
@@ -58,7 +64,7 @@ def compare_pairs(a: Sequence[float], b: Sequence[float]) -> Comparison:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
-    """The 95 % interval of the mean of normal values; none for fewer than two, or equal ones."""
+    """Return the 95 % interval of the mean of normal values; there is none for fewer than two values, or equal ones."""
     n = len(values)
     if n < 2 or np.ptp(values) == 0:
         return None, None
@@ -67,7 +73,7 @@ def interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]
 
 
 def bootstrap(values: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % bootstrap interval of the mean; none for fewer than three values, or equal ones."""
+    """Return the 95 % bootstrap interval of the mean; there is none for fewer than three values, or equal ones."""
     from scipy import stats
 
     if len(values) < 3 or np.ptp(values) == 0:
@@ -77,11 +83,10 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def share_interval(x: Sequence[float], y: Sequence[float]) -> tuple[float, float] | None:
-    """Fieller's 95 % interval of mean(x) / mean(y); ``x[i]`` and ``y[i]`` are of one seed.
+    """Return Fieller's 95 % interval of mean(x) / mean(y), where ``x[i]`` and ``y[i]`` are of one seed.
 
-    The ratios q with (mean(x) - q mean(y))² <= t² var(x - q y) / n, a quadratic in q; ``None`` where they are not a
-    bounded
-    interval, because y is not told from 0, and for fewer than two pairs.
+    It holds the ratios q with (mean(x) - q mean(y))² <= t² var(x - q y) / n, which is quadratic in q. It is ``None``
+    where these are no bounded interval, because y is not told from 0, and for fewer than two pairs.
     """
     n = len(x)
     if n < 2:
@@ -96,14 +101,14 @@ def share_interval(x: Sequence[float], y: Sequence[float]) -> tuple[float, float
 
 
 def _quantile(n: int) -> float:
-    """t(0.975) with n - 1 degrees of freedom."""
+    """Return t(0.975) with n - 1 degrees of freedom."""
     from scipy import stats
 
     return float(stats.t.ppf(0.975, n - 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p values of a family of tests, adjusted so that the chance of any false finding stays below the level."""
+    """Return the p values of a family of tests, adjusted so that the chance of any false finding is below the level."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted, largest = [0.0] * len(p_values), 0.0
     for place, i in enumerate(order):

@@ -1,4 +1,4 @@
-"""The study file: what is compared, on which seeds, and how each learning rate is chosen.
+"""The study file says what is compared, on which seeds, and how each learning rate is chosen.
 
 ::
 
@@ -14,32 +14,31 @@
       sara: {optimizer: sara_adamw, versus: galore}   # the pair that is tested; without it the reference
       rank: {optimizer: sara_adamw, grid: {rank: [4, 8]}}   # two rows, `rank[rank=4]` and `rank[rank=8]`
 
-``factors`` multiply the method's own learning rate (or ``lr`` of the row). The best of them on the sweep's seed, which
-is no
-seed of the study, is the row's; where it is at an end of the range, the range grows by up to ``extend`` more. Without
-``sweep`` a row keeps its own.
+``factors`` multiply the method's own learning rate, or the ``lr`` of the row. The row takes the best of them on the
+sweep's seed, which is no seed of the study. Where the best is at an end of the range, the range grows, at most
+``extend`` times. Without ``sweep`` a row keeps its own learning rate.
 """
 
 import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import jsonargparse
 
 from subspan.study.yaml_lines import Document
 from subspan.training.config.kinds import CONFIGS, resolve_run
-from subspan.training.config.settings import FinetuneConfig, PretrainConfig, without_defaults
-from subspan.utils.errors import InputError, first_line
+from subspan.training.config.settings import FinetuneConfig, PretrainConfig, names_without_effect, without_defaults
+from subspan.utils.errors import InputError, UserError
 from subspan.utils.suggestions import near_names
 
 _KEYS = ("about", "command", "base", "seeds", "sweep", "reference", "rows")
-_NOT_COMPUTED = ("out", "resume", "device", "threads", "micro_batch_size", "gradient_checkpointing", "checkpoint", "log_every",
-                 "tensorboard", "parallel", "probes")  # fmt: skip
-"""Settings that do not change what a run computes, but for rounding."""
+_NOT_COMPUTED = names_without_effect()
+"""Settings that are no part of a cell's key, since they do not change what a run computes, except for rounding."""
 _AS_GIVEN = ("model", "data", "validation_data", "tokenizer", "precision")
 """Settings whose resolved value depends on the machine."""
 
@@ -49,8 +48,11 @@ class Sweep:
     """How a learning rate is chosen."""
 
     seed: int
+    """The seed of its runs, which is no seed of the study."""
     factors: tuple[float, ...]
+    """Rising factors of the row's learning rate."""
     extend: int = 0
+    """How often the range may grow where the best factor is at its end."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +62,18 @@ class Row:
     name: str
     config: PretrainConfig | FinetuneConfig
     versus: str | None
+    """The row that it is tested against; ``None`` stands for the reference."""
     lr: float
-    """Before any factor of the sweep."""
+    """The learning rate before any factor of the sweep."""
 
     @property
     def is_as_published(self) -> bool:
-        """Whether it pretrains by its method as the recipe has it, at the preset's period: no part or factor of it
-        changed.
-        """
+        """Whether it pretrains with no part or factor of the recipe changed, at the period of the preset."""
         changed = without_defaults(asdict(self.config)).keys() & {"optim", "scale", "backward_side", "update_proj_gap"}
         return isinstance(self.config, PretrainConfig) and not changed
 
     def cell(self, lr: float, seed: int) -> "Cell":
-        """The run of this row at a learning rate and a seed."""
+        """Return the run of this row at a learning rate and a seed."""
         return Cell(self.name, replace(self.config, lr=lr, seed=seed))
 
 
@@ -85,12 +86,12 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """The same for runs that compute the same, in this study or another; of settings, seed and learning rate.
+        """A hash of settings, seed and learning rate, equal for runs of any study that compute the same.
 
-        A setting that a later version adds leaves the keys of old runs alone.
+        A setting that a later version adds leaves the keys of old runs as they are.
         """
         settings = asdict(resolve_run(self.config)) | {name: getattr(self.config, name) for name in _AS_GIVEN}
-        if "tokens" in settings["evaluation"]:  # elsewhere, how often is part of which checkpoint is the best
+        if "tokens" in settings["evaluation"]:  # in fine-tuning ``every`` decides which checkpoint is the best
             settings["evaluation"] = {"tokens": settings["evaluation"]["tokens"]}
         kept = without_defaults({key: value for key, value in settings.items() if key not in _NOT_COMPUTED})
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
@@ -98,7 +99,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """A study file, checked."""
+    """A study file that has been checked."""
 
     name: str
     about: str
@@ -107,16 +108,15 @@ class Study:
     sweep: Sweep | None
     reference: str
     results: Path
-    """Its record, ``results/NAME.jsonl`` beside the folder of the file."""
+    """The file of its records, ``results/NAME.jsonl`` beside the folder of the study file."""
 
 
 def load_study(path: Path) -> Study:
     """Read and check a study file.
 
     Raises:
-        InputError: it cannot be read, or a key or value in it is wrong; names the file, the line and the key.
+        InputError: it cannot be read, or a key or value in it is wrong; the message names file, line and key.
     """
-
     document = Document(path, "a study file, such as studies/table1_nano.yaml")
     found = document.value
 
@@ -129,18 +129,17 @@ def load_study(path: Path) -> Study:
         if key not in _KEYS:
             wrong(f"{key!r}: no key of a study; {near_names(str(key), _KEYS)}", str(key))
     rows, base, command = found.get("rows"), found.get("base") or {}, found.get("command", "pretrain")
-    if command not in CONFIGS:
+    if command not in list(CONFIGS):
         wrong(f"command={command!r}: expected {' or '.join(CONFIGS)}", "command")
     if not isinstance(rows, dict) or not rows:
         wrong("rows: expected a mapping of names to settings", "rows")
     if not isinstance(base, dict):
         wrong(f"base={base!r}: expected settings of subspan {command}", "base")
+    rows = {str(name): given for name, given in rows.items()}
     for name in ("seed", "lr"):
         if name in base:
             wrong(f"base.{name}: belongs to " + ("seeds" if name == "seed" else "a row, or to the sweep"), "base", name)
-    expanded = tuple(
-        row for name, given in rows.items() for row in _rows(document, command, str(name), given, base, rows)
-    )
+    expanded = tuple(row for name, given in rows.items() for row in _rows(document, command, name, given, base, rows))
     names = [row.name for row in expanded]
     for name in names:
         if names.count(name) > 1:
@@ -203,27 +202,27 @@ def _rows(
         )
     own = dict(given)
     versus, grid = own.pop("versus", None), own.pop("grid", {})
+    versus = None if versus is None else str(versus)
     if "seed" in own:
         raise InputError(f"{where}.seed: belongs to seeds")
-    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+    is_mapping = isinstance(grid, dict) and all(isinstance(key, str) for key in grid)
+    if not is_mapping or not all(isinstance(values, list) and values for values in grid.values()):
         raise InputError(f"{where}.grid={grid!r}: expected a list of values for each setting")
     for point in itertools.product(*grid.values()):
         settings, label = _merged(base, own), ""
         for key, value in zip(grid, point, strict=True):
             settings = _merged(settings, _nested(key, value))
         if grid:
-            label = (
-                "["
-                + ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in zip(grid, point, strict=True))
-                + "]"
-            )
+            named = (f"{key.rpartition('.')[2]}={value}" for key, value in zip(grid, point, strict=True))
+            label = f"[{','.join(named)}]"
         config = _config(f"{where}{label}", command, settings)
         try:
             lr = resolve_run(config).lr
-        except ValueError as error:
+        except UserError as error:
             raise InputError(f"{where}{label}: {error}") from error
-        # Against the same point of the other row's grid, where it has one.
-        has_grid = isinstance(others.get(versus), dict) and "grid" in others[versus]
+        # It is tested against the same point of the other row's grid, where that row has one.
+        other = others.get(versus) if versus is not None else None
+        has_grid = isinstance(other, dict) and "grid" in other
         yield Row(name + label, config, f"{versus}{label}" if has_grid else versus, lr)
 
 
@@ -233,7 +232,7 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` on top of ``base``, sections merged."""
+    """Return ``base`` with the settings of ``over`` in their place; sections are merged."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
@@ -242,7 +241,7 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    """The types of the settings, checked as the command line checks them."""
+    """A parser that checks the types of settings as the command line does."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise InputError(" ".join(message.split()))
@@ -252,6 +251,20 @@ def _config(where: str, command: str, settings: Mapping[str, Any]) -> PretrainCo
     parser, kind = _Parser(), CONFIGS[command]
     parser.add_class_arguments(kind)
     try:
+        _check_values(kind, settings)
         return kind(**vars(parser.instantiate(parser.parse_object(dict(settings)))))
-    except (InputError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: {first_line(error)}; see subspan {command} --help") from error
+    except UserError as error:
+        raise InputError(f"{where}: {error}; see subspan {command} --help") from error
+
+
+def _check_values(kind: type, settings: Mapping[str, Any], within: str = "") -> None:
+    """Refuse what the parser takes and the settings cannot be made of: a null without a meaning, a list of sections."""
+    hints = get_type_hints(kind)
+    for name, value in settings.items():
+        hint = hints.get(name)
+        if value is None and hint is not None and NoneType not in get_args(hint):
+            raise InputError(f"{within}{name}=null: expected a value; leave it out for the default")
+        if isinstance(hint, type) and is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise InputError(f"{within}{name}={value!r}: expected a mapping of settings")
+            _check_values(hint, value, f"{within}{name}.")

@@ -1,16 +1,14 @@
-"""The rows of a study compared over its seeds.
+"""The table of a study: its rows, compared over the seeds.
 
     gap            mean over seeds of row - reference
-    gap_reduction  (versus - row) / (versus - reference): the share of the gap of the row it is paired with that a row
-    closes,
-                   with Fieller's interval
+    gap_reduction  (versus - row) / (versus - reference), with Fieller's interval: the share that a row closes of the
+                   gap of the row it is paired with
     difference     mean over seeds of row - versus, with its interval, paired t-test, Wilcoxon, and p adjusted by Holm
-    over the
-                   pairs of the table
+                   over the pairs of the table
 
-Runs that are missing or diverged are counted and shown; a diverged run takes part in no mean, and a row with one says
-so.
-Where the other row lacks seeds that a row has, what compares them is of those they share, and is marked ``(3 of 5)``.
+Runs that are missing or diverged are counted and shown. A diverged run takes part in no mean, and its row says so.
+Where two rows do not have the same seeds, they are compared over the seeds that both have, which is marked
+``(3 of 5)``.
 """
 
 import json
@@ -30,10 +28,11 @@ Table = dict[str, Any]
 
 
 def compare(study: Study, metric: str = "val_loss") -> Table:
-    """The table, as JSON has it.
+    """Return the table, in primitives as JSON has them.
 
     Args:
-        metric: ``val_loss``, ``val_ppl``, or a score of fine-tuning, of which the higher is the better.
+        study: the study, whose records are read.
+        metric: ``val_loss``, ``val_ppl``, or a score of fine-tuning. A higher score is better.
 
     Raises:
         InputError: runs of the study have no such measurement.
@@ -61,7 +60,7 @@ def compare(study: Study, metric: str = "val_loss") -> Table:
 
 
 def _values(study: Study, row: Row, records: Mapping[str, Record], metric: str) -> dict[int, float]:
-    """By seed, of the runs that finished."""
+    """Return the measurement for each seed whose run finished."""
     return {
         seed: _measured(record, metric, study)
         for seed in study.seeds
@@ -147,7 +146,7 @@ def _mean_difference(a: Mapping[int, float], b: Mapping[int, float]) -> float | 
 
 
 def _mean_of(runs: list[Record], key: str) -> int | None:
-    """Over the runs that counted it: batches differ from seed to seed, and with them what is saved of them."""
+    """Return the mean over the runs that counted ``key``, which differs from seed to seed as the batches do."""
     counted = [record[key] for record in runs if record.get(key)]
     return round(stdlib.mean(counted)) if counted else None
 
@@ -155,7 +154,10 @@ def _mean_of(runs: list[Record], key: str) -> int | None:
 def _reduction(
     own: Mapping[int, float], other: Mapping[int, float], reference: Mapping[int, float], better: int
 ) -> tuple[float, tuple[float, float] | None] | tuple[None, None]:
-    """``None`` where the other row has no gap to close. ``better``: the sign of a change for the better."""
+    """Return the share of the gap that is closed, and its interval; ``None`` where the other row has no gap.
+
+    ``better`` is the sign of a change for the better.
+    """
     shared = own.keys() & other.keys() & reference.keys()
     closed = [better * (own[seed] - other[seed]) for seed in sorted(shared)]
     gap = [better * (reference[seed] - other[seed]) for seed in sorted(shared)]
@@ -163,7 +165,7 @@ def _reduction(
 
 
 def as_json(table: Table) -> str:
-    """One document."""
+    """Return the table as one document of JSON."""
     return json.dumps(table, indent=1)
 
 
@@ -181,11 +183,11 @@ _COLUMNS = (
     "state",
 )
 _OF_FINETUNING = "saved"
-"""Bytes saved for the backward pass."""
+"""The column of bytes saved for the backward pass."""
 
 
 def part(pairs: int, n: int) -> str:
-    """A mark where some of a row's ``n`` seeds have nothing that they could be compared with."""
+    """Return a mark if only ``pairs`` of the ``n`` seeds of a row have something to be compared with."""
     return f" ({pairs} of {n})" if 0 < pairs < n else ""
 
 
@@ -219,7 +221,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def _lines(table: Table) -> list[list[str]]:
-    """The columns' names, then a line for each row."""
+    """Return the names of the columns, then a line for each row."""
     rows = table["rows"]
     lines = [list(_COLUMNS), *map(_cells, rows)]
     if any(row["saved_activation_bytes"] for row in rows):
@@ -230,13 +232,13 @@ def _lines(table: Table) -> list[list[str]]:
 
 
 def as_text(table: Table) -> str:
-    """For a terminal."""
+    """Return the table as text for a terminal."""
     head = f"{table['study']}: {table['metric']}, gaps to {table['reference']}"
     return "\n".join([head, aligned(_lines(table), numbers=False), *notes(table)])
 
 
 def notes(table: Table) -> list[str]:
-    """What a reader of the table must know."""
+    """Return what a reader of the table must know."""
     found = []
     if any(row["lr_at_edge"] for row in table["rows"]):
         found.append("* the best learning rate is at an end of those tried")
@@ -250,7 +252,7 @@ def notes(table: Table) -> list[str]:
 
 
 def as_latex(table: Table) -> str:
-    """A ``tabular``."""
+    """Return the table as a ``tabular``."""
 
     def escaped(cell: str) -> str:
         return cell.replace("_", r"\_").replace("%", r"\%")

@@ -1,4 +1,4 @@
-"""A YAML file whose keys know their lines, and stand once: of two that are alike YAML takes the second in silence."""
+"""A YAML file whose keys know their lines and stand only once: of two equal keys YAML takes the second in silence."""
 
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,13 @@ from subspan.utils.errors import InputError
 
 
 class Document:
-    """What a file says.
+    """The content of a YAML file.
 
     Attributes:
-        value: as ``yaml.safe_load`` gives it.
+        value: what ``yaml.safe_load`` returns for it.
 
     Raises:
-        InputError: it cannot be read, is no YAML, or says a key twice; names the file, and the line.
+        InputError: it cannot be read, is no YAML, or says a key twice; the message names the file and the line.
     """
 
     def __init__(self, path: Path, example: str) -> None:
@@ -23,16 +23,23 @@ class Document:
         self._lines: dict[tuple[str, ...], int] = {}
         try:
             text = path.read_text()
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; give the path of {example}") from error
+        except UnicodeDecodeError as error:
+            raise self._no_yaml(error) from error
+        try:
             loader = yaml.SafeLoader(text)
             root = loader.get_single_node()
             self._walk(root, ())
+        except (yaml.YAMLError, RecursionError) as error:
+            raise self._no_yaml(error) from error
+        try:  # a scalar may look like a date or a number and be none, which is a ValueError
             self.value: Any = None if root is None else loader.construct_document(root)
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}; give the path of {example}") from error
-        except InputError:
-            raise
-        except (ValueError, RecursionError, yaml.YAMLError) as error:
-            raise InputError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
+        except (yaml.YAMLError, ValueError) as error:
+            raise self._no_yaml(error) from error
+
+    def _no_yaml(self, error: Exception) -> InputError:
+        return InputError(f"{self.path}: is no YAML: {' '.join(str(error).split())}")
 
     def _walk(self, node: Any, within: tuple[str, ...]) -> None:
         if isinstance(node, yaml.SequenceNode):
@@ -51,7 +58,7 @@ class Document:
             self._walk(value, name)
 
     def place(self, *keys: str) -> str:
-        """``FILE:LINE`` of a key, of the last of the ``keys`` that is there; ``FILE`` without any."""
+        """Return ``FILE:LINE`` of a key, or of the last of the ``keys`` that is there; ``FILE`` if none is."""
         for end in range(len(keys), 0, -1):
             if line := self._lines.get(keys[:end]):
                 return f"{self.path}:{line}"

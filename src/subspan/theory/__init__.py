@@ -1,4 +1,4 @@
-"""The papers' theoretical claims as experiments that can refute them."""
+"""Theoretical claims of the papers, as experiments that can refute them."""
 
 from subspan.theory.experiment import Experiment
 from subspan.theory.momentum import Momentum
@@ -12,5 +12,6 @@ EXPERIMENTS: dict[str, type[Experiment]] = {
     "momentum": Momentum,
     "rso-unbiased": RsoUnbiased,
 }
+"""The experiments by the name of their command."""
 
 __all__ = ["EXPERIMENTS", "Experiment"]

@@ -1,20 +1,21 @@
 """How far the momentum of a moving subspace stays from the gradient, by what becomes of it at a refresh.
 
 A gradient that turns, ``grad(t) = cos(2 pi t / turn) A + sin(2 pi t / turn) B (m, n)``, is seen with noise of energy
-``sigma²``
-(its own is 1), and an optimizer of the library follows it without moving anything. With ``Mt = M Qᵀ`` its momentum in
-full,
+``sigma²``; its own energy is 1. An optimizer of the library follows it without moving anything. With ``Mt = M Qᵀ`` its
+momentum in full,
 
     error = mean over t of ||Mt - grad(t)||² / ||grad(t)||²
 
-the left side of the lemma over its scale. After a refresh from ``Q_old`` to ``Q_new`` the momentum is ``M Q_newᵀ``
-(keep:
-coordinates of one basis read in another), ``M Q_oldᵀ Q_new Q_newᵀ`` (rotate: what is in both) or 0 (reset). With one
-moment
-``moments`` is ``rotate``.
+which is the left side of the lemma over its scale. After a refresh from ``Q_old`` to ``Q_new`` the momentum is
 
-Source: SARA (Zhang et al. 2025, arXiv 2502.05790), Lemma A.4, of MSGD with momentum re-projection (rotate).
-Deviations: the gradient is given, not that of a trajectory; so the error is that of the momentum alone.
+    keep      M Q_newᵀ                  coordinates of one basis read in another
+    rotate    M Q_oldᵀ Q_new Q_newᵀ     the part that lies in both
+    reset     0
+
+With one moment ``moments`` is ``rotate``.
+
+Source: SARA (Zhang et al. 2025, arXiv 2502.05790), Lemma A.4, about MSGD with momentum re-projection (rotate).
+Deviations: the gradient is given, and is not that of a trajectory; so the error is only that of the momentum.
 """
 
 import math
@@ -37,28 +38,26 @@ TRANSFERS: tuple[Transfer, ...] = ("keep", "rotate", "moments", "reset")
 
 @dataclass(frozen=True)
 class Momentum:
-    """Momentum that is re-projected stays nearer to a slowly turning gradient than if kept or reset (SARA, Lemma
-    A.4).
-    """
+    """Re-projected momentum stays nearer to a slowly turning gradient than if kept or reset (SARA, Lemma A.4)."""
 
     n: int = 16
-    """Columns of the gradient, which are compressed."""
+    """Columns of the gradient; this side is compressed."""
     r: int = 4
     """Rank of the subspaces, below n."""
     m: int = 24
     """Rows of the gradient."""
     sigma: float = 0.5
-    """Noise over signal."""
+    """Size of the noise over that of the signal."""
     turn: int = 2000
-    """Steps in which the gradient turns once."""
+    """Number of steps in which the gradient turns once."""
     periods: tuple[int, int] = (20, 200)
     """Steps between refreshes: a short and a long one."""
     beta1: float = 0.1
     """Weight of the new gradient in the momentum."""
     steps: int = 4000
-    """Of each row."""
+    """Number of steps for each row of the table."""
     seed: int = 0
-    """Of gradients, noise and subspaces."""
+    """Random seed for the gradients, the noise and the subspaces."""
 
     def __post_init__(self) -> None:
         check_rank(self.n, self.r)
@@ -70,7 +69,7 @@ class Momentum:
         check("periods", self.periods, rising, "two whole numbers >= 1, the shorter first")
 
     def run(self) -> dict[str, Any]:
-        """Every selector, transfer and period."""
+        """Measure every selector with every transfer and period."""
         errors = {
             (selector, transfer, period): self.error(selector, transfer, period)
             for selector in SELECTORS
@@ -95,7 +94,7 @@ class Momentum:
                     claims.append(Claim(words, f"{rotate:.4f} and {other:.4f}", rotate < other))
         same = max(abs(errors[s, "rotate", p] - errors[s, "moments", p]) for s in SELECTORS for p in self.periods)
         claims.append(Claim("with one moment, moments is rotate", f"off by {same:.1g}", same == 0))
-        # What a random subspace does not hold of the gradient is lost, whatever the momentum.
+        # The part of the gradient that a random subspace does not hold is lost, whatever the momentum.
         held = min(errors["random", t, p] for t in TRANSFERS for p in self.periods)
         claims.append(
             Claim(
@@ -113,7 +112,7 @@ class Momentum:
         }
 
     def error(self, selector: str, transfer: Transfer, period: int) -> float:
-        """The mean over all steps."""
+        """Return the error of one selector, transfer and period: the mean over all steps."""
         generator = linalg.keyed_generator("momentum", self.seed)
         A, B = (self._unit(generator) for _ in range(2))
         X = torch.nn.Parameter(torch.zeros(self.m, self.n, dtype=torch.float64))
@@ -133,7 +132,7 @@ class Momentum:
         return total / self.steps
 
     def _unit(self, generator: torch.Generator) -> torch.Tensor:
-        """A matrix of norm 1 with a falling spectrum."""
+        """Return a matrix of norm 1 with a falling spectrum."""
         G = torch.randn(self.m, self.n, generator=generator, dtype=torch.float64) * torch.linspace(
             2, 0.2, self.n, dtype=torch.float64
         )

@@ -1,18 +1,17 @@
 """GoLore's counterexample: GaLore does not converge, and the others do.
 
-    min f(X) = ||A X||² / 2 + <B, X>,   X (n, n),   A = [I 0] (n-r, n),   B = [[D, 0], [0, 0]],   D (n-r, n-r) sigma
-    normal
+    min f(X) = ||A X||² / 2 + <B, X>,   X (n, n)
+    A = [I 0] (n-r, n),   B = [[D, 0], [0, 0]],   D (n-r, n-r) normal with deviation sigma
     stochastic gradient   grad f(X) + xi sigma C,   C = [[0, 0], [0, I_r]],   xi = +-1
 
 so ``f - f* = ||A X + [D 0]||² / 2`` with ``f* = -||D||² / 2``, and the noise itself does not touch f. Once every
-singular value
-of ``grad f`` is below sigma, the dominant r directions of the stochastic gradient are those of the noise, and GaLore
-stands
-still: at most ``(n-r) sigma² / 2`` above the optimum, the *noise level*, in which the excess is reported. The mean of a
-    batch
-of b draws has the level over b; and it may be small by chance, even zero, so that GaLore gets past it: only a single
-draw is
-never smaller than sigma. Isotropic noise (normal, the same energy ``r sigma²``) prefers no direction.
+singular value of ``grad f`` is below sigma, the dominant r directions of the stochastic gradient are those of the
+noise, and GaLore stands still. It is then at most ``(n-r) sigma² / 2`` above the optimum. This is the *noise level*, in
+which the excess is reported.
+
+The mean of a batch of b draws has the level divided by b. But it may be small by chance, even zero, and then GaLore
+gets past it: only a single draw is never smaller than sigma. Isotropic noise (normal, with the same energy
+``r sigma²``) prefers no direction.
 
 Source: GoLore (He et al. 2024, arXiv 2410.11289), section 4; MSGD with momentum projection, ``beta1 = 0.1``.
 Deviations: 6,000 steps at ``lr=1e-2``, where its code takes 200,000 at 3e-5: ten times the way.
@@ -36,22 +35,22 @@ from subspan.selectors import Importance, Switch
 from subspan.theory.experiment import Claim, check, check_at_least, check_rank
 
 METHODS = ("sgd", "galore", "golore", "golore_hybrid", "sara", "sara_floor")
-BETA1 = 0.1  # weight of the new gradient
+BETA1 = 0.1  # the weight of the new gradient
 LARGE_BATCH = 1000
 NEAR = 0.02
-"""Noise levels above the optimum that count as there."""
+"""A distance to the optimum, in noise levels, that counts as having reached it."""
 
 Noise = Literal["adversarial", "isotropic"]
 
 
 class Gradients(NamedTuple):
-    """How the stochastic gradient strays from the true one."""
+    """How the stochastic gradient differs from the true one."""
 
     noise: Noise
     batch: int
 
     def draws(self, setting: "Nonconvergence", steps: int) -> Iterator[Tensor]:
-        """``(n, n)`` for each step."""
+        """Yield the difference, ``(n, n)``, for each step."""
         n, r, sigma = setting.n, setting.r, setting.sigma
         generator = linalg.keyed_generator("nonconvergence", setting.seed, *self)
         if self.noise == "isotropic":
@@ -77,19 +76,19 @@ class Nonconvergence:
     sigma: float = 1.0
     """Size of the noise and of the optimum."""
     seed: int = 0
-    """Of the problem, the noise and the subspaces."""
+    """Random seed for the problem, the noise and the subspaces."""
     batch: int = 1
-    """Noise draws whose mean each step sees."""
+    """Number of noise draws; each step sees their mean."""
     noise: Noise = "adversarial"
-    """Along r directions (adversarial), or along all alike (isotropic)."""
+    """Noise along r directions (adversarial), or equally along all of them (isotropic)."""
     steps: int | None = None
-    """Null: 6,000, or what it takes random subspaces to shrink the error by exp(20)."""
+    """Number of steps; null means 6,000, or more where random subspaces need more to shrink the error by exp(20)."""
     lr: float = 1e-2
     """Learning rate."""
     period: int = 100
     """Steps between refreshes."""
     floor: float = 0.1
-    """Of SARA with a floor: the share of the probability spread over all directions."""
+    """For SARA with a floor: the share of the probability that is spread over all directions."""
 
     def __post_init__(self) -> None:
         check_rank(self.n, self.r)
@@ -100,7 +99,7 @@ class Nonconvergence:
         check("noise", self.noise, self.noise in ("adversarial", "isotropic"), "'adversarial' or 'isotropic'")
 
     def run(self) -> dict[str, Any]:
-        """All methods, on the problem asked for, with a large batch and with isotropic noise: a stack of three."""
+        """Run all methods on a stack of three problems: the one asked for, a large batch, and isotropic noise."""
         steps = self.steps or max(6000, math.ceil(20 * self.n / (self.r * self.lr)))
         problems = {
             "asked": Gradients(self.noise, self.batch),
@@ -133,20 +132,20 @@ class Nonconvergence:
         }
 
     def target(self) -> Tensor:
-        """``D (n-r, n-r)``; the optimum is at ``A X = [-D 0]``."""
+        """Return ``D (n-r, n-r)``; the optimum is at ``A X = [-D 0]``."""
         generator = linalg.keyed_generator("nonconvergence target", self.seed)
         k = self.n - self.r
         return self.sigma * torch.randn(k, k, generator=generator, dtype=torch.float64)
 
     def start(self) -> Tensor:
-        """``X_0 (n, n) = [sigma/2 [I 0]; sigma normal]``."""
+        """Return the start, ``X_0 (n, n) = [sigma/2 [I 0]; sigma normal]``."""
         generator = linalg.keyed_generator("nonconvergence start", self.seed)
         X = 0.5 * self.sigma * torch.eye(self.n, dtype=torch.float64)
         X[self.n - self.r :] = self.sigma * torch.randn(self.r, self.n, generator=generator, dtype=torch.float64)
         return X
 
     def final(self, method: str, problems: list[Gradients], steps: int) -> list[float]:
-        """``f`` after training on each of the problems."""
+        """Return ``f`` after training on each of the problems."""
         X = torch.nn.Parameter(self.start().repeat(len(problems), 1, 1))
         W, D, k = X.detach(), self.target(), self.n - self.r
         optimizer = self._optimizer(method, X, steps)

@@ -1,12 +1,12 @@
-"""SARA's projection error: what an importance-sampled subspace leaves of the gradient it was sampled from.
+"""SARA's projection error: how much an importance-sampled subspace leaves of the gradient it was sampled from.
 
 With ``G = S diag(sigma) Vᵀ (n, n)`` and ``p_i`` the probability that ``v_i`` is among the r vectors drawn,
 
     E||G - G Q Qᵀ||² = sum_i (1 - p_i) sigma_i² <= (1 - delta) ||G||²,      delta = min_i p_i
 
-The gradient in the lemma is the true one, which need not be that of the draw: of a gradient along the least likely
-``v_i``
-exactly ``1 - delta`` is left. A Haar-random subspace has ``p_i = r/n``, and ``1 - r/n`` is left of any gradient.
+The gradient in the lemma is the true one, which need not be the one that the subspace was drawn from. Of a gradient
+along the least likely ``v_i`` exactly ``1 - delta`` is left. A Haar-random subspace has ``p_i = r/n``, and leaves
+``1 - r/n`` of any gradient.
 
 Source: SARA (Zhang et al. 2025, arXiv 2502.05790), Lemma 3.3 (A.2); GoLore (He et al. 2024, arXiv 2410.11289).
 Deviations: the basis is on the right.
@@ -26,13 +26,14 @@ from subspan.selectors import Importance, Random
 from subspan.theory.experiment import DEVIATIONS, Claim, Mean, chance, check, check_at_least, check_rank, mean_of
 
 ENUMERABLE = 12
-"""The largest n of which all subsets are walked through."""
+"""The largest n for which the probabilities are summed over all subsets."""
 
 
 def successive_sampling(weights: Sequence[float], r: int) -> dict[frozenset[int], float]:
-    """The chance of each subset of r items drawn one after another without replacement, in proportion to ``weights``.
+    """Return the probability of each subset of r items, drawn one after another in proportion to ``weights``.
 
-    ``P(S) = sum_{i in S} P(S - i) w_i / w(not in S - i)``. Items of weight zero come last, all alike.
+    ``P(S) = sum_{i in S} P(S - i) w_i / w(not in S - i)``. No item is drawn twice. Items of weight zero come last, and
+    are equally likely.
     """
     reached = {frozenset[int](): 1.0}
     for _ in range(r):
@@ -49,18 +50,18 @@ def successive_sampling(weights: Sequence[float], r: int) -> dict[frozenset[int]
 
 
 class Exact(NamedTuple):
-    """What enumeration says of a spectrum."""
+    """The exact figures for a spectrum, summed over all subsets."""
 
     included: list[float]
-    """``p_i``."""
+    """The inclusion probabilities ``p_i``."""
     error: float
-    """The mean of ``||G - G Q Qᵀ||² / ||G||²``."""
+    """Mean of ``||G - G Q Qᵀ||² / ||G||²``."""
     variance: float
-    """Of one draw."""
+    """Variance of that error for one draw."""
 
     @classmethod
     def of(cls, weights: Sequence[float], squares: Sequence[float], r: int) -> "Exact":
-        """With ``squares`` the ``sigma_i²``."""
+        """Sum over all subsets, where ``squares`` are the ``sigma_i²``."""
         subsets = successive_sampling(weights, r)
         n, total = len(weights), sum(squares)
         included = [sum(p for drawn, p in subsets.items() if i in drawn) for i in range(n)]
@@ -70,32 +71,30 @@ class Exact(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """Of many draws."""
+    """The figures of many draws."""
 
     error: Mean
-    """``||G - G Q Qᵀ||² / ||G||²``."""
+    """Mean of ``||G - G Q Qᵀ||² / ||G||²``."""
     included: list[float]
-    """The mean of ``v_iᵀ Q Qᵀ v_i``, which estimates ``p_i``."""
+    """Means of ``v_iᵀ Q Qᵀ v_i``, which estimate the ``p_i``."""
 
 
 @dataclass(frozen=True)
 class ProjectionError:
-    """Of a gradient SARA's subspace leaves at most 1 - delta, delta the least inclusion probability (SARA, Lemma
-    3.3).
-    """
+    """SARA leaves at most 1 - delta of a gradient, where delta is the least inclusion probability (SARA, Lemma 3.3)."""
 
     n: int = 8
     """Side of the gradient."""
     r: int = 3
     """Rank of the subspaces, below n."""
     powers: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0)
-    """Of the spectra: sigma_i = 1 / i^power."""
+    """Powers of the spectra, sigma_i = 1 / i^power."""
     floor: float = 0.1
-    """Share of the probability spread over all directions, for the rows with a floor."""
+    """Share of the probability that is spread over all directions, for the rows with a floor."""
     draws: int = 20_000
-    """Subspaces of each row."""
+    """Number of subspaces for each row of the table."""
     seed: int = 0
-    """Of singular vectors and draws."""
+    """Random seed for the singular vectors and the draws."""
 
     def __post_init__(self) -> None:
         check_rank(self.n, self.r)
@@ -109,7 +108,7 @@ class ProjectionError:
         )
 
     def run(self) -> dict[str, Any]:
-        """Every spectrum without and with the floor, and random subspaces."""
+        """Measure every spectrum without and with the floor, and random subspaces."""
         generator = linalg.keyed_generator("projection error", self.seed)
         vectors = linalg.haar(torch.zeros(2, self.n, self.n, dtype=torch.float64), generator)
         place = torch.arange(1, self.n + 1, dtype=torch.float64)
@@ -177,7 +176,7 @@ class ProjectionError:
         }
 
     def _sample(self, sigma: Tensor, vectors: Tensor, selector: Selector) -> Sampled:
-        """Stacks of copies of ``G``, for each of which the selector draws a basis of its own."""
+        """Draw the subspaces from stacks of copies of ``G``; the selector draws a basis for each copy."""
         S, V = vectors
         G = S * sigma @ V.mT
         largest = max(1, 2**21 // self.n**2)
@@ -219,7 +218,7 @@ class ProjectionError:
             ),
         ]
         if self.r <= self._low_rank:
-            words = "of a gradient of low rank delta is 0 without a floor: the lemma says nothing"
+            words = "for a gradient of low rank delta is 0 without a floor: the lemma says nothing"
             claims.append(Claim(words, f"{deltas[-1]:.2g}", deltas[-1] < 1e-9))
         if enumerated:
             gap = max(abs(row["error"] - row["error_exact"]) for row in rows)

@@ -1,18 +1,20 @@
-"""RSO's two conditions: its subspaces are unbiased, and its steps small enough.
+"""RSO's two conditions: its subspaces are unbiased, and its steps are small enough.
 
 (1) ``E[Q Qᵀ] = I (n, n)``, so that ``E[G Q Qᵀ] = G``: for Haar columns times sqrt(n/r), and for normal entries of
 variance 1/r.
 
-(2) On ``f(X) = L ||X||² / 2``, X (m, n), one gradient step of size eta in each new subspace is ``X <- X (I - eta L Q
-Qᵀ)``.
+(2) On ``f(X) = L ||X||² / 2``, X (m, n), one gradient step of size eta in each new subspace is
+
+    X <- X (I - eta L Q Qᵀ)
+
 With Haar columns ``Q Qᵀ`` is n/r times a projector, so with ``c = eta L n/r``
 
     E||X_next||² / ||X||² = 1 - r/n (1 - (1 - c)²)
 
-which is below 1 exactly for ``0 < c < 2``. The paper's condition ``eta <= 1 / (2 L n/r)`` is c <= 1/2: well inside.
+which is below 1 exactly for ``0 < c < 2``. The paper's condition ``eta <= 1 / (2 L n/r)`` is c <= 1/2, well inside.
 
 Source: RSO (Chen et al. 2025, arXiv 2502.07222): E[P Pᵀ] = I, and eta <= 1 / (2 L max(m_l / r_l)).
-Deviations: one gradient step stands for the solution of the subproblem, which on a convex f never diverges.
+Deviations: one gradient step takes the place of the solution of the subproblem, which never diverges on a convex f.
 """
 
 import math
@@ -38,19 +40,19 @@ class RsoUnbiased:
     """E[QQᵀ] = I, and steps with eta <= 1 / (2 L n/r) converge where larger ones may diverge (RSO)."""
 
     n: int = 12
-    """Columns, which are compressed."""
+    """Columns; this side is compressed."""
     r: int = 3
     """Rank of the subspaces, below n."""
     m: int = 12
     """Rows."""
     smoothness: float = 4.0
-    """L."""
+    """Smoothness L of the quadratic."""
     draws: int = 20_000
-    """Subspaces for the mean of Q Qᵀ."""
+    """Number of subspaces for the mean of Q Qᵀ."""
     steps: int = 400
-    """Subspaces that a trajectory enters."""
+    """Number of subspaces that a trajectory enters."""
     seed: int = 0
-    """Of subspaces and starts."""
+    """Random seed for the subspaces and the starts."""
 
     def __post_init__(self) -> None:
         check_rank(self.n, self.r)
@@ -60,7 +62,7 @@ class RsoUnbiased:
         check("smoothness", self.smoothness, 0 < self.smoothness < math.inf, "a number above 0")
 
     def run(self) -> dict[str, Any]:
-        """Both conditions."""
+        """Test both conditions."""
         unbiased = {name: self.bias(selector) for name, selector in SELECTORS.items()}
         claims = [
             Claim(
@@ -78,7 +80,7 @@ class RsoUnbiased:
             )
             outcome = rate < 0 if c < 2 else rate > 0
             word = (
-                "within the condition: converges" if c <= 0.5 else "beyond it: converges still" if c < 2 else "diverges"
+                "within the condition: converges" if c <= 0.5 else "beyond it: still converges" if c < 2 else "diverges"
             )
             claims.append(
                 Claim(f"eta = {c:g} / (L n/r), {word}", f"log of ||X||² changes by {rate:+.3f} a step", outcome)
@@ -93,7 +95,7 @@ class RsoUnbiased:
         }
 
     def bias(self, selector: Selector) -> tuple[float, float]:
-        """How far the mean of ``Q Qᵀ`` is from I, at most: in standard errors and in absolute terms."""
+        """Return the largest error of an entry of the mean of ``Q Qᵀ``, in standard errors and in absolute terms."""
         G = torch.ones(self.m, self.n, dtype=torch.float64)
         eye = torch.eye(self.n, dtype=torch.float64)
         total, squares = torch.zeros_like(eye), torch.zeros_like(eye)
@@ -111,7 +113,7 @@ class RsoUnbiased:
         return float((off / error).max()), float(off.max())
 
     def rate(self, c: float) -> float:
-        """The mean change of ``log ||X||²`` in a step of RSO with ``eta = c r / (n L)``, momentum left out."""
+        """Return the mean change of ``log ||X||²`` in a step of RSO with ``eta = c r / (n L)``, without momentum."""
         generator = linalg.keyed_generator("rso start", self.seed)
         X = torch.nn.Parameter(torch.randn(self.m, self.n, generator=generator, dtype=torch.float64))
         optimizer = SubspaceOptimizer(

@@ -18,26 +18,29 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: Batch, batch_size: int, autocast: AbstractContextManager[object], ranks: Processes = ALONE
+    model: nn.Module,
+    data: Batch,
+    batch_size: int,
+    autocast: AbstractContextManager[object],
+    processes: Processes = ALONE,
 ) -> float:
     """Mean negative log-likelihood per token: one sum over all tokens, one division by their number.
 
     The ranks share the work and get the same result.
 
-    Dividing by the number of batches instead weighs tokens by the batch they are in; seven codes of this field divide
-    by
-    the number of batches plus one.
+    The mean of the batches' means would instead weigh a token by the batch that it is in. Seven codes of this field
+    divide by the number of batches plus one.
     """
     model.eval()
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64)
     with autocast:
-        pieces = data.split(batch_size)
-        for start in range(0, len(pieces), ranks.size):
-            mine = start + ranks.rank
-            # Where the last round has too few, a rank joins in without counting: a sharded model needs all ranks in
-            # each pass.
-            batch = pieces[mine] if mine < len(pieces) else pieces[start].ignored()
+        batches = data.split(batch_size)
+        for start in range(0, len(batches), processes.size):
+            own = start + processes.rank
+            # The last round may have too few batches. Then a rank takes part without counting, because a sharded model
+            # needs all ranks in each pass.
+            batch = batches[own] if own < len(batches) else batches[start].ignored()
             total += token_losses(model, batch.to(device)).double().cpu()
     model.train()
-    return ranks.sum(float(total)) / data.weight()
+    return processes.sum(float(total)) / data.weight()

@@ -1,4 +1,4 @@
-"""The fine-tuning run: the tasks as the loop knows them, and what is reported."""
+"""Fine-tuning: the tasks as the loop knows them, and the report of a run."""
 
 import inspect
 import math
@@ -13,8 +13,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from transformers import AutoConfig
 
 from subspan.checkpoints import directory as checkpoints
-from subspan.costs.describe import describe
-from subspan.costs.state_formulas import evaluate_groups
+from subspan.costs.state_costs import StateCosts
 from subspan.storage.allocation import state_bytes
 from subspan.training.config.resolve_finetuning import ResolvedFinetune, resolve_finetune, with_length
 from subspan.training.config.settings import FinetuneConfig
@@ -29,13 +28,14 @@ from subspan.training.loop import Training
 from subspan.training.models.build import brings_weights, build_model, cannot_load
 from subspan.training.models.lora import add_lora
 from subspan.training.processes import ALONE, Processes
+from subspan.training.run_state import Best
 from subspan.training.scores import SCORES
 from subspan.utils.atomic_files import written
 
 
 @dataclass(frozen=True)
 class FinetuneSummary:
-    """What a finished run reports; the scores are those of the best evaluation."""
+    """The report of a finished fine-tuning run. The scores are those of the best evaluation."""
 
     task: str
     model: str
@@ -44,15 +44,15 @@ class FinetuneSummary:
     """The score that chose the best checkpoint."""
     scores: dict[str, float]
     majority: float | None
-    """Accuracy of who always says the most common label; ``None`` without labels."""
+    """Accuracy of always predicting the most common label; ``None`` without labels."""
     val_loss: float
     state_bytes: int
     state_bytes_formula: int
-    """From the method's closed form and the shapes alone."""
+    """Bytes of the optimizer's state by the closed form of the method, from the shapes only."""
     saved_activation_bytes: int | None
-    """What a forward pass keeps for the backward pass: of the first part of the second batch."""
+    """Bytes that a forward pass saves for the backward pass, for the first part of the second batch."""
     trainable: int
-    """Parameters."""
+    """Number of trained parameters."""
     seconds: float
     steps: int
     best_step: int
@@ -69,14 +69,14 @@ class FinetuneSummary:
         return found
 
     def words(self) -> str:
-        """A line for a person."""
+        """The report as a line for a person."""
         scores = ", ".join(f"{name} {value:.4f}" for name, value in self.scores.items())
         guess = "" if self.majority is None else f" (most common label: {self.majority:.4f})"
         return f"{self.task}: {scores}{guess}, best of {self.steps} steps at step {self.best_step}; saved under {self.best}"
 
 
 class _Labelled:
-    """What a run reads before its length is known."""
+    """The examples of a run, which are read before its length is known."""
 
     def __init__(self, config: ResolvedFinetune) -> None:
         self.config, self.spec = config, find_task(config.task)
@@ -95,18 +95,19 @@ def _rows(config: ResolvedFinetune, spec: TaskSpec, columns: Columns) -> tuple[l
 
 
 class _FinetuneTask:
-    """What is common to the kinds of task; see ``Task``."""
+    """The parts of a ``Task`` that all kinds of fine-tuning share."""
 
-    selects = True
+    keeps_best = True
     largest_loss = math.inf
 
     def __init__(self, labelled: _Labelled) -> None:
         self.config, self.spec, self.labels = labelled.config, labelled.spec, labelled.labels
         config = self.config
         if brings_weights(config.model):
-            try:  # before its tokenizer, whose absence would say less
+            # Read before the tokenizer, because a missing tokenizer would say less.
+            try:
                 AutoConfig.from_pretrained(config.model)
-            except Exception as error:  # of a dozen kinds
+            except Exception as error:  # only transformers' reader runs here, and it raises errors of a dozen kinds
                 raise cannot_load(config.model, error) from error
         self.tokenizer = load_tokenizer(config.tokenizer, needs_end=self.spec.kind == "lm")
         self.data = Examples(
@@ -118,8 +119,9 @@ class _FinetuneTask:
         head = None if self.spec.kind == "lm" else self.labels or ("value",)
         config = self.config
         model = build_model(config.model, self.tokenizer, config.max_length, config.seed, head, "max_length")
-        if self.config.lora.rank:
-            self.adapters = add_lora(model, self.config.lora)
+        lora = config.lora
+        if lora.rank:
+            self.adapters = add_lora(model, lora.rank, lora.alpha, lora.dropout)
         return model
 
     def words(self, measured: dict[str, float]) -> str:
@@ -135,26 +137,29 @@ class Continuation(_FinetuneTask):
         return token_losses(model, batch)
 
     def evaluate(
-        self, model: nn.Module, batch_size: int, autocast: AbstractContextManager[object], ranks: Processes
+        self, model: nn.Module, batch_size: int, autocast: AbstractContextManager[object], processes: Processes
     ) -> dict[str, float]:
-        loss = evaluate(model, self.data.validation(), batch_size, autocast, ranks)
+        loss = evaluate(model, self.data.validation(), batch_size, autocast, processes)
         return {"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))}
 
-    def worth(self, measured: dict[str, float]) -> float:
+    def score(self, measured: dict[str, float]) -> float:
         return -measured["val_loss"]
 
 
 class Labelling(_FinetuneTask):
-    """A class or a number for each text, or pair of texts: cross entropy, or the square of the error."""
+    """A model learns a class or a number for each text, or pair of texts.
+
+    The loss is the cross entropy, or the square of the error.
+    """
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return self._loss(self._logits(model, batch), batch.targets)
 
     @torch.no_grad()
     def evaluate(
-        self, model: nn.Module, batch_size: int, autocast: AbstractContextManager[object], ranks: Processes
+        self, model: nn.Module, batch_size: int, autocast: AbstractContextManager[object], processes: Processes
     ) -> dict[str, float]:
-        """Every rank sees all of the validation set: scores such as F1 are no means over its parts."""
+        """Measure the whole validation set on every rank, because a score such as F1 is no mean over parts of it."""
         model.eval()
         device = next(model.parameters()).device
         logits, targets = [], []
@@ -163,18 +168,18 @@ class Labelling(_FinetuneTask):
                 logits.append(self._logits(model, batch.to(device)).cpu())
                 targets.append(batch.targets)
         model.train()
-        found, wanted = torch.cat(logits), torch.cat(targets)
-        predicted = found.argmax(-1) if self.labels else found[:, 0]
+        all_logits, all_targets = torch.cat(logits), torch.cat(targets)
+        predicted = all_logits.argmax(-1) if self.labels else all_logits[:, 0]
         return {
-            "val_loss": float(self._loss(found, wanted)) / len(wanted),
-            **{name: SCORES[name](predicted, wanted) for name in self.spec.scores},
+            "val_loss": float(self._loss(all_logits, all_targets)) / len(all_targets),
+            **{name: SCORES[name](predicted, all_targets) for name in self.spec.scores},
         }
 
-    def worth(self, measured: dict[str, float]) -> float:
+    def score(self, measured: dict[str, float]) -> float:
         return measured[self.spec.scores[0]]
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        inner = getattr(model, "module", model)  # of DDP
+        inner = getattr(model, "module", model)  # inside DDP
         kinds = (
             {"token_type_ids": batch.kinds} if "token_type_ids" in inspect.signature(inner.forward).parameters else {}
         )
@@ -193,45 +198,46 @@ class Finetuning(Training[FinetuneSummary]):
     task: Continuation | Labelling
     config: ResolvedFinetune
 
-    def __init__(self, config: FinetuneConfig, ranks: Processes = ALONE) -> None:
+    def __init__(self, config: FinetuneConfig, processes: Processes = ALONE) -> None:
         resolved = resolve_finetune(config)
-        with ranks.one_first():
+        with processes.one_first():
             labelled = _Labelled(resolved)
         labelled.config = with_length(resolved, len(labelled.train))
         kind: type[Continuation] | type[Labelling] = Continuation if labelled.spec.kind == "lm" else Labelling
-        super().__init__(labelled.config, lambda: kind(labelled), ranks)
+        super().__init__(labelled.config, lambda: kind(labelled), processes)
 
-    def summarise(self, measured: dict[str, float], place: Path) -> FinetuneSummary:
-        best = self.best or {"step": self.step, "measured": measured}
+    def summarise(self, measured: dict[str, float], checkpoint: Path) -> FinetuneSummary:
+        best = self.best or Best(self.step, measured)
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)  # before adapters are merged
+        folder = checkpoint
         if self.task.adapters is not None:
-            if self.ranks.first:
-                self._merge(place)
-            place = self.out / checkpoints.MODEL
-        held = evaluate_groups(describe(self.config.optimizer)["state_formula"], self.optimizer.param_groups)
+            if self.processes.first:
+                self._merge(checkpoint)
+            folder = self.out / checkpoints.MODEL
+        state = StateCosts.of_recipe(self.config.optimizer).bytes_held(self.optimizer.param_groups)
         return FinetuneSummary(
             task=self.config.task,
             model=self.config.model,
             optimizer=self.config.optimizer,
             metric=self.task.spec.scores[0],
-            scores={name: best["measured"][name] for name in self.task.spec.scores},
+            scores={name: best.measured[name] for name in self.task.spec.scores},
             majority=self.task.data.majority(),
-            val_loss=best["measured"]["val_loss"],
+            val_loss=best.measured["val_loss"],
             state_bytes=state_bytes(self.optimizer),
-            state_bytes_formula=held["states"] + held["bases"],
+            state_bytes_formula=state["states"] + state["bases"],
             saved_activation_bytes=self.saved_bytes,
             trainable=trainable,
             seconds=round(self.seconds, 3),
             steps=self.step,
-            best_step=best["step"],
-            best=str(place),
+            best_step=best.step,
+            best=str(folder),
             tokens=self.tokens,
             out=str(self.out),
             seed=self.config.seed,
         )
 
     def _merge(self, checkpoint: Path) -> None:
-        """Write the best adapters in the weights, as a model that needs no peft: ``OUT/model``."""
+        """Merge the best adapters into the weights, and write a model that needs no peft to ``OUT/model``."""
         checkpoints.load_weights(checkpoint, self.model)
         merged = self.task.adapters.merge_and_unload()
         size = sum(p.numel() * p.element_size() for p in merged.parameters())

@@ -1,12 +1,15 @@
-"""The learning rate over a run."""
+"""The learning rate over the steps of a run."""
 
 import math
 
 
 def lr_factor(step: int, steps: int, warmup: int, floor: float, shape: str = "cosine") -> float:
-    """Linear warmup to 1 over ``warmup`` steps, then down to ``floor`` at the last of ``steps``.
+    """The factor on the learning rate in ``step``, which counts from 0.
 
-    ``shape``: half a cosine, a line (``linear``), or ``constant``, which stays at 1.
+    It rises in a line to 1 over ``warmup`` steps, then falls to ``floor`` at the last of ``steps``.
+
+    Args:
+        shape: how it falls: ``cosine`` (half a period), ``linear``, or ``constant``, which stays at 1.
     """
     if step < warmup:
         return (step + 1) / warmup

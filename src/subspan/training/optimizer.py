@@ -1,4 +1,6 @@
-"""The optimizer of a run, from its settings."""
+"""Create the optimizer of a run from its settings."""
+
+from dataclasses import fields
 
 import torch
 from torch import nn
@@ -9,9 +11,13 @@ from subspan.step.layout import layout_of
 from subspan.training.config.resolve import ResolvedConfig
 from subspan.training.config.resolve_finetuning import ResolvedFinetune
 
+_OF_LAYERS = ("share", "merge", "select_from")
+"""Settings of backward-side layers, which ``project_backward`` takes."""
+
 
 def build_optimizer(config: ResolvedConfig | ResolvedFinetune, model: nn.Module) -> torch.optim.Optimizer:
-    """By the name in ``config``."""
+    """Create the optimizer that ``config`` names, for the parameters of ``model``."""
+    finer = {setting.name: getattr(config.optim, setting.name) for setting in fields(config.optim)}
     return create(
         config.optimizer,
         model,
@@ -19,29 +25,15 @@ def build_optimizer(config: ResolvedConfig | ResolvedFinetune, model: nn.Module)
         rank=config.rank,
         update_proj_gap=config.update_proj_gap,
         scale=config.scale,
-        proj_type=config.optim.proj_type,
-        transfer=config.optim.transfer,
-        selector=config.optim.selector,
-        rule=config.optim.rule,
-        residual=config.optim.residual,
-        betas=config.optim.betas,
-        eps=config.optim.eps,
         weight_decay=config.weight_decay,
-        stagger=config.optim.stagger,
-        eta=config.optim.eta,
-        proximal=config.optim.proximal,
-        state_dtype=config.optim.state_dtype,
-        min_8bit_size=config.optim.min_8bit_size,
-        bf16_stochastic_round=config.optim.bf16_stochastic_round,
-        lr_full=config.optim.lr_full,
         seed=config.seed,
         total_steps=config.steps,
-        targets=config.optim.targets,
+        **{name: value for name, value in finer.items() if name not in _OF_LAYERS},
     )
 
 
 def uncompressed(optimizer: torch.optim.Optimizer) -> int:
-    """How many matrices that should be projected have a side no longer than the rank."""
+    """Count the matrices that should be projected, but have a side that is no longer than the rank."""
     shapes = [
         layout_of(p.shape, group["rank"], group["proj_type"], group["flatten"])
         for group in optimizer.param_groups

@@ -1,4 +1,4 @@
-"""Pretraining: the next token of documents."""
+"""Pretraining: a model learns the next token of documents."""
 
 import math
 from contextlib import AbstractContextManager
@@ -26,7 +26,7 @@ from subspan.utils.errors import InputError
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run reports."""
+    """The report of a finished pretraining run."""
 
     optimizer: str
     model: str
@@ -43,15 +43,15 @@ class Summary:
         return asdict(self)
 
     def words(self) -> str:
-        """A line for a person."""
+        """The report as a line for a person."""
         return f"validation loss {self.val_loss:.4f}, perplexity {self.val_ppl:.2f}; saved under {self.out}"
 
 
 class LanguageModelling:
     """A causal language model on documents; see ``Task``."""
 
-    selects = False
-    largest_loss = 700.0  # beyond, its perplexity is no longer a number
+    keeps_best = False
+    largest_loss = 700.0  # from here on the perplexity is no longer a number
 
     def __init__(self, config: ResolvedConfig) -> None:
         self.config = config
@@ -66,16 +66,16 @@ class LanguageModelling:
         return token_losses(model, batch)
 
     def evaluate(
-        self, model: nn.Module, batch_size: int, autocast: AbstractContextManager[object], ranks: Processes
+        self, model: nn.Module, batch_size: int, autocast: AbstractContextManager[object], processes: Processes
     ) -> dict[str, float]:
         if self._validation is None:
             self._validation = self.data.validation()
-        return {"val_loss": evaluate(model, self._validation, batch_size, autocast, ranks)}
+        return {"val_loss": evaluate(model, self._validation, batch_size, autocast, processes)}
 
     def words(self, measured: dict[str, float]) -> str:
         return f"validation loss {measured['val_loss']:.4f}, perplexity {math.exp(measured['val_loss']):.2f}"
 
-    def worth(self, measured: dict[str, float]) -> float:
+    def score(self, measured: dict[str, float]) -> float:
         return -measured["val_loss"]
 
 
@@ -84,11 +84,11 @@ class Pretraining(Training[Summary]):
 
     command = "pretrain"
 
-    def __init__(self, config: PretrainConfig, ranks: Processes = ALONE) -> None:
+    def __init__(self, config: PretrainConfig, processes: Processes = ALONE) -> None:
         resolved = resolve(config)
-        super().__init__(resolved, lambda: LanguageModelling(resolved), ranks)
+        super().__init__(resolved, lambda: LanguageModelling(resolved), processes)
 
-    def summarise(self, measured: dict[str, float], place: Path) -> Summary:
+    def summarise(self, measured: dict[str, float], checkpoint: Path) -> Summary:
         return Summary(
             optimizer=self.config.optimizer,
             model=self.config.model,

@@ -1,11 +1,10 @@
 """The processes of a run: torchrun starts them, torch's DDP or ``fully_shard`` trains in them, rank 0 writes.
 
-In one process everything here does nothing, so that the loop has one path.
+In one process everything here does nothing, so the loop has one path.
 
-Every rank draws the same batch and takes its own part of it. Losses are divided by the tokens of the whole batch and
-multiplied
-by the number of ranks, since DDP and ``fully_shard`` average gradients over ranks: the result is the gradient of the
-whole batch, also where padding leaves the ranks with different numbers of tokens.
+Every rank draws the same batch and takes its own part of it. DDP and ``fully_shard`` average gradients over the ranks.
+Losses are therefore divided by the tokens of the whole batch and multiplied by the number of ranks. The result is the
+gradient of the whole batch, also where padding leaves the ranks with different numbers of tokens.
 """
 
 import contextlib
@@ -27,24 +26,30 @@ from subspan.training.models.blocks import blocks_of
 from subspan.utils.errors import InputError, first_line, unexpected
 
 Mode = Literal["none", "ddp", "fsdp"]
-_PATIENCE = timedelta(hours=6)  # of ranks that wait for another to tokenise or to save; a lost rank is noticed at once
+# Ranks wait this long for another one to tokenise or to save. A rank that ends is noticed at once.
+_PATIENCE = timedelta(hours=6)
+_LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Socket closed",
+         "Timed out waiting", "timeout caused pair closure", "remote process exited")  # fmt: skip
+"""What gloo and NCCL say when another process has ended, or does not answer."""
 
 
 @dataclass(frozen=True)
 class Processes:
     """This process among those of the run.
 
-    What ranks say to each other (signals, losses, names) goes over a gloo group of its own, between CPUs: it waits for
-    no
-    device and crosses nothing that DDP or FSDP has under way.
+    What ranks tell each other (signals, losses, names) goes over a gloo group of its own, between CPUs. It waits for no
+    device and never mixes with what DDP or FSDP sends at that moment.
     """
 
     mode: Mode = "none"
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    """Number of this process on its machine."""
     group: Any = None
+    """Group of all ranks, over gloo; ``None`` in a single process."""
     store: Any = None
+    """Store through which the ranks met; ``None`` in a single process."""
 
     @property
     def first(self) -> bool:
@@ -59,8 +64,9 @@ class Processes:
     # --- the model ----------------------------------------------------------------------------------------------------
 
     def place(self, model: nn.Module, device: str) -> nn.Module:
-        """``model`` on its device; under FSDP each block goes there as it is sharded, so that no device ever holds it
-        whole.
+        """Move ``model`` to its device, and shard it under FSDP.
+
+        FSDP moves each block as it shards it, so no device ever holds the whole model.
         """
         if not self.sharded:
             return model.to(device)
@@ -71,41 +77,40 @@ class Processes:
         for block in blocks_of(model):
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        return model.to(device)  # what no parameter brought along
+        return model.to(device)  # the buffers, which move with no parameter
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """What to call in a training step. The model itself stays what is saved, evaluated and clipped."""
+        """The module to call in a training step. ``model`` itself stays what is saved, evaluated and clipped."""
         if self.mode != "ddp" or self.size == 1:
             return model
         from torch.nn.parallel import DistributedDataParallel
 
-        # DDP lays its buckets out anew after the first step, unless it searches for unused parameters; sums of three
-        # and more
-        # ranks would then round otherwise in a resumed run than in an unbroken one. (It warns that the search found
-        # none.)
+        # DDP arranges its buckets again after the first step, unless it searches for unused parameters. Sums over three
+        # or more ranks would then be rounded differently in a resumed run than in an unbroken one. (DDP warns that the
+        # search found none.)
         return DistributedDataParallel(model, find_unused_parameters=self.size > 2)
 
     def accumulating(self, wrapped: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Around a micro-batch: DDP sends gradients at the ``last`` alone. FSDP reduces each, so that none is held
-        whole.
+        """The context of a micro-batch.
+
+        DDP sends gradients only after the ``last`` one. FSDP reduces each, so no rank ever holds a whole gradient.
         """
         no_sync = None if last else getattr(wrapped, "no_sync", None)
         return no_sync() if no_sync else contextlib.nullcontext()
 
     def whole_norm(self, norm: Tensor) -> Tensor:
-        """The norm that ``clip_grad_norm_`` returned, over all ranks. Collective."""
+        """The norm over all ranks, from the norm that torch gives for this rank's gradients. Collective."""
         full = getattr(norm, "full_tensor", None)
         return full() if full else norm
 
-    # --- words between ranks, all collective
-    # ----------------------------------------------------------------------------
+    # --- words between ranks, all collective --------------------------------------------------------------------------
 
     def sum(self, number: float) -> float:
-        """Of all ranks' numbers; the same on every rank."""
+        """The sum of all ranks' numbers; the same on every rank."""
         return self._reduce(number, torch.float64, dist.ReduceOp.SUM)
 
     def largest(self, number: int) -> int:
-        """Of all ranks' numbers."""
+        """The largest of all ranks' numbers; the same on every rank."""
         return int(self._reduce(number, torch.int64, dist.ReduceOp.MAX))
 
     def barrier(self) -> None:
@@ -120,7 +125,7 @@ class Processes:
         return value.item()
 
     def from_first(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns on rank 0, which alone runs it: anything that JSON can hold."""
+        """What ``make`` returns on rank 0, on every rank. Only rank 0 calls it; the result must fit into JSON."""
         if self.size == 1:
             return make()
         content = json.dumps(make()).encode() if self.first else b""
@@ -130,7 +135,7 @@ class Processes:
         return json.loads(bytes(text.tolist()))
 
     def gather(self, A: Tensor) -> list[Tensor]:
-        """Every rank's ``A``, a CPU tensor of one shape, by rank."""
+        """Every rank's ``A``, by rank. ``A`` is a CPU tensor whose shape is the same on every rank."""
         if self.size == 1:
             return [A]
         gathered = [torch.empty_like(A) for _ in range(self.size)]
@@ -139,7 +144,7 @@ class Processes:
 
     @contextlib.contextmanager
     def one_first(self) -> Iterator[None]:
-        """One rank of each machine goes first; what it leaves in a cache the others find."""
+        """Let one rank of each machine go first; the others find what it leaves in a cache."""
         if self.local_rank:
             self.barrier()
         yield
@@ -147,30 +152,32 @@ class Processes:
             self.barrier()
 
     def speaks(self) -> bool:
-        """Whether this rank is the first with something to say before it ends. What others meet is mostly a
-        consequence.
+        """Whether this rank is the first that has something to say before it ends.
+
+        What the other ranks meet afterwards is mostly a consequence.
         """
         if self.store is None:
             return True
         try:
             return bool(self.store.add("subspan/last words", 1) == 1)
-        except RuntimeError:  # the store has gone with the process that held it
+        except RuntimeError:  # the process that held the store is gone, and the store with it
             return True
 
 
 ALONE = Processes()
-"""A run of one process."""
+"""The only process of its run."""
 
 
 def join(mode: Mode | None, device: str) -> Processes:
-    """Join the processes that torchrun has started; with no torchrun a run has one rank, whatever the mode.
+    """Join the processes that torchrun has started. Without torchrun a run has one rank, whatever the mode.
 
     Args:
         mode: ``PretrainConfig.parallel``.
         device: ``PretrainConfig.device``.
 
     Raises:
-        InputError: there are several processes, and no mode says how they should work together; or too few devices.
+        InputError: there are several processes, and no mode says how they should work together; or there are too few
+            devices.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if mode in (None, "none"):
@@ -189,8 +196,7 @@ def join(mode: Mode | None, device: str) -> Processes:
         if local_rank >= torch.cuda.device_count():
             raise InputError(
                 f"device={device!r}: process {local_rank} of this machine finds {torch.cuda.device_count()} CUDA "
-                "devices, and "
-                "each needs its own; start fewer with --nproc-per-node, or use --device cpu"
+                "devices, and each needs its own; start fewer with --nproc-per-node, or use --device cpu"
             )
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
@@ -203,11 +209,12 @@ def join(mode: Mode | None, device: str) -> Processes:
     return Processes(mode, rank, size, local_rank, group, store)
 
 
-def run_joined(ranks: Processes, body: Callable[[], int]) -> int:
-    """The exit status of ``body``. Among several ranks, one that fails ends its process at once: none must wait for
-    it.
+def run_joined(processes: Processes, body: Callable[[], int]) -> int:
+    """The exit status of ``body``.
+
+    If ``body`` fails on one of several ranks, that rank ends its process at once, so that no other rank waits for it.
     """
-    if ranks.store is None:
+    if processes.store is None:
         return body()
     try:
         status = body()
@@ -215,25 +222,22 @@ def run_joined(ranks: Processes, body: Callable[[], int]) -> int:
         status = error.code if isinstance(error.code, int) else 1
     except BaseException as error:
         status = 1
-        if ranks.speaks():
-            _say_why(error, ranks.rank)
+        if processes.speaks():
+            _say_why(error, processes.rank)
     if status:
         _end(status)
-    # DDP must be gone before the group is: as its last holder it would wait for gloo's threads with the interpreter
-    # locked.
+    # DDP must be gone before the group is destroyed: as the group's last holder it would wait for gloo's threads and
+    # hold Python's lock while it waits.
     gc.collect()
     dist.destroy_process_group()
     return 0
 
 
 def _say_why(error: BaseException, rank: int) -> None:
-    if isinstance(error, RuntimeError) and any(
-        word in str(error) for word in ("Connection closed", "Connection reset", "gloo")
-    ):
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST):
         print(
             f"subspan: error: rank {rank} has lost another process ({first_line(error)}); torchrun says below which "
-            "one ended; "
-            "to continue, repeat the command with --resume auto",
+            "one ended; to continue, repeat the command with --resume auto",
             file=sys.stderr,
         )
     else:
@@ -241,7 +245,7 @@ def _say_why(error: BaseException, rank: int) -> None:
 
 
 def _end(status: int) -> NoReturn:
-    """End without tearing down: destructors of the process group would wait for ranks that wait for this one."""
+    """End the process without tearing down: destructors of the group would wait for ranks that wait for this one."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

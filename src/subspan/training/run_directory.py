@@ -1,4 +1,4 @@
-"""Where a run lives, and which checkpoint it continues."""
+"""The directory of a run, and the checkpoint that it continues."""
 
 import contextlib
 import os
@@ -16,15 +16,12 @@ except ImportError:  # no POSIX
 
 from subspan.checkpoints.checksums import RECORD, damage, is_sealed
 from subspan.checkpoints.directory import list_checkpoints, load_part
-from subspan.training.config.settings import FinetuneConfig, PretrainConfig, without_defaults
-from subspan.training.monitor.progress import say
-from subspan.utils.errors import InputError
+from subspan.training.config.settings import FinetuneConfig, PretrainConfig, names_without_effect, without_defaults
+from subspan.utils.errors import InputError, first_line
+from subspan.utils.messages import say
 
-_FREE = ("out", "resume", "device", "threads", "micro_batch_size", "gradient_checkpointing", "checkpoint", "evaluation",
-         "log_every", "tensorboard", "parallel", "probes")  # fmt: skip
-"""Settings that may differ between a run and its continuation: they do not change what is computed, but for
-rounding.
-"""
+_FREE = names_without_effect(with_measurements=True)
+"""Settings that may differ between a run and its continuation."""
 
 
 RunSettings = PretrainConfig | FinetuneConfig
@@ -33,18 +30,29 @@ RunSettings = PretrainConfig | FinetuneConfig
 def locate(config: RunSettings, settings: dict[str, Any]) -> tuple[Path, Path | None]:
     """The directory for a run and the checkpoint to continue, or ``None`` to start. Writes nothing.
 
-    Of a run, the newest checkpoint whose files are as they were written is continued; a line on stderr says what was
-    passed
-    over, and why. A damaged checkpoint that is named itself is refused.
+    A run is continued from its newest checkpoint whose files are as they were written. A line on stderr says which
+    checkpoints were passed over, and why. A damaged checkpoint that is itself named is refused.
 
     Args:
         settings: the resolved settings of this run, as a checkpoint stores them.
 
     Raises:
-        InputError: the directory holds another run, or one that ``resume`` does not name; or it cannot be written; or
-            no
-            checkpoint of the run is sound.
+        InputError: the directory holds another run, or one that ``resume`` does not name; or it cannot be read or
+            written; or no checkpoint of the run is sound.
     """
+    for name, value in (("out", config.out), ("resume", config.resume)):
+        if value and "\0" in value:
+            raise InputError(f"{name}={value!r}: expected a path without null characters; give another --{name}")
+    try:
+        return _locate(config, settings)
+    except OSError as error:
+        raise InputError(
+            f"out={config.out!r}, resume={config.resume!r}: cannot be read: {first_line(error)}; "
+            "mend its permissions, or give another path"
+        ) from error
+
+
+def _locate(config: RunSettings, settings: dict[str, Any]) -> tuple[Path, Path | None]:
     if config.resume not in (None, "auto"):
         return _explicit(config, Path(config.resume), settings)
     if config.out is None:
@@ -61,16 +69,19 @@ def locate(config: RunSettings, settings: dict[str, Any]) -> tuple[Path, Path | 
 
 
 def claim(out: Path, settings: dict[str, Any], numbered: bool) -> Path:
-    """Make a new run's directory, with its ``config.yaml``, so that no other run takes it.
+    """Make the directory of a new run, with its ``config.yaml``, so that no other run takes it.
 
     Args:
-        numbered: if the name is taken by now, take the next number; else it is an error.
+        numbered: whether to take the next number if another run has taken the name meanwhile.
+
+    Raises:
+        InputError: the directory cannot be written, or another run has taken the name.
     """
     text = yaml.safe_dump(settings | {"out": None, "resume": None}, sort_keys=False)
     for candidate in _candidates(out) if numbered else [out]:
         try:
             candidate.mkdir(parents=True, exist_ok=True)
-            with open(candidate / "config.yaml", "x") as file:  # of several that try, one succeeds
+            with open(candidate / "config.yaml", "x") as file:  # only one of several processes succeeds
                 file.write(text)
         except FileExistsError:
             continue
@@ -84,11 +95,12 @@ def claim(out: Path, settings: dict[str, Any], numbered: bool) -> Path:
 
 @contextlib.contextmanager
 def hold(out: Path) -> Iterator[None]:
-    """Keep other processes from training in the run ``out``, as long as this one lives: they would remove each other's
-    files.
+    """Keep other processes from training in the run ``out``, where they would remove each other's files.
+
+    The lock ends with the context, or with the process.
 
     Raises:
-        InputError: another process does.
+        InputError: another process trains there.
     """
     if fcntl is None:
         yield
@@ -156,21 +168,22 @@ def _candidates(out: Path) -> Iterator[Path]:
         yield out.with_name(f"{base}-{number}")
 
 
-def _check_same_run(place: Path, settings: dict[str, Any]) -> None:
-    """Raise ``InputError`` unless the checkpoint or run directory ``place`` was made with these settings."""
-    differences = _differences(place, settings)
+def _check_same_run(saved: Path, settings: dict[str, Any]) -> None:
+    """Raise ``InputError`` unless the checkpoint or run directory ``saved`` was made with these settings."""
+    differences = _differences(saved, settings)
     if differences:
-        run = place.parent.parent if place.parent.name == "checkpoints" else place
+        run = saved.parent.parent if saved.parent.name == "checkpoints" else saved
         raise InputError(
-            f"{place} is of another run: {'; '.join(differences)}; "
-            f"repeat the settings of that run (--config {run}/config.yaml), or start anew with another --out"
+            f"{saved} is of another run: {'; '.join(differences)}; "
+            f"repeat the settings of that run (--config {run}/config.yaml), or start a new run with another --out"
         )
 
 
-def _differences(place: Path, settings: dict[str, Any]) -> list[str]:
-    saved = load_part(place, "training").get("settings") if (place / "training.pt").exists() else _config_of(place)
+def _differences(folder: Path, settings: dict[str, Any]) -> list[str]:
+    """What of ``settings`` differs from those saved in ``folder``, a checkpoint or the directory of a run."""
+    saved = load_part(folder, "training").get("settings") if (folder / "training.pt").exists() else _config_of(folder)
     if not isinstance(saved, dict):
-        raise InputError(f"{place} says nothing of its settings; start anew with another --out")
+        raise InputError(f"{folder} says nothing of its settings; start a new run with another --out")
     before, now = without_defaults(saved), without_defaults(settings)
     keys = [key for key in {**saved, **settings} if key not in _FREE and before.get(key) != now.get(key)]
     return [f"{key} was {saved.get(key)}, is {settings.get(key)}" for key in keys]
@@ -180,11 +193,11 @@ def _config_of(run: Path) -> Any:
     try:
         return yaml.safe_load((run / "config.yaml").read_text())
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"{run / 'config.yaml'} cannot be read; start anew with another --out") from error
+        raise InputError(f"{run / 'config.yaml'} cannot be read; start a new run with another --out") from error
 
 
 def _newest_sound(out: Path, settings: dict[str, Any]) -> Path | None:
-    """The newest checkpoint of the run ``out`` that can be used; ``None`` if it has saved none.
+    """The newest checkpoint of the run ``out`` that can be used, or ``None`` if the run has saved none.
 
     Raises:
         InputError: the run has other settings, or none of its checkpoints is sound.
@@ -203,13 +216,13 @@ def _newest_sound(out: Path, settings: dict[str, Any]) -> Path | None:
     if passed:
         raise InputError(
             f"run {out}: no checkpoint of it is sound: {'; '.join(passed)}; nothing was changed; "
-            "put back a copy of one, or start anew with another --out"
+            "put back a copy of one, or start a new run with another --out"
         )
     return None
 
 
 def _check_sound(checkpoint: Path, settings: dict[str, Any]) -> None:
-    """Raise unless ``checkpoint`` was made with these settings and its files are as they were written."""
+    """Raise ``InputError`` unless ``checkpoint`` has these settings and its files are as they were written."""
     reason = _reason(checkpoint)
     run = checkpoint.parent.parent
     if reason is None or (run / "config.yaml").exists():
@@ -222,10 +235,10 @@ def _check_sound(checkpoint: Path, settings: dict[str, Any]) -> None:
 
 
 def _reason(checkpoint: Path) -> str | None:
-    """Why ``checkpoint`` cannot be used; ``None`` if it can."""
+    """Why ``checkpoint`` cannot be used, or ``None`` if it can."""
     if is_sealed(checkpoint):
         return damage(checkpoint) or _damage_of_shards(checkpoint)
-    # Of a version that wrote no checksums: whether it can be read at all.
+    # A version without checksums wrote it. What can be checked is whether its files can be read at all.
     missing = [
         name for name in ("training.pt", "optimizer.pt", "model.safetensors") if not (checkpoint / name).exists()
     ]

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def prepare(config: PretrainConfig | FinetuneConfig, *processes: "Processes") -> "Training[Any]":
-    """The run of these settings, ready to start; see ``Training``."""
+    """The run that ``config`` describes, ready to start; see ``Training``."""
     if isinstance(config, FinetuneConfig):
         from subspan.training.finetuning import Finetuning
 

@@ -1,4 +1,4 @@
-"""Stopping a run between two steps."""
+"""Signals: they stop a run between two steps."""
 
 import os
 import shlex
@@ -15,27 +15,29 @@ from subspan._interrupt import stop
 class RunInterruptedError(Exception):
     """A signal asked the run to stop; it has saved a checkpoint."""
 
-    def __init__(self, signum: int, step: int, out: str, ranks: int = 1, command: str = "pretrain") -> None:
+    def __init__(self, signum: int, step: int, out: str, processes: int = 1, command: str = "pretrain") -> None:
         words = [command, "--config", f"{out}/config.yaml", "--out", out, "--resume", "auto"]
-        again = f"{_program(ranks)} {shlex.join(words)}"
+        again = f"{_program(processes)} {shlex.join(words)}"
         super().__init__(f"{signal.Signals(signum).name}: saved at step {step}; to continue: {again}")
         self.signum = signum
 
 
-def _program(ranks: int) -> str:
-    """What starts this command again on as many processes; of those on several machines torchrun alone knows the
-    addresses.
+def _program(processes: int) -> str:
+    """The words that start this command again on as many processes.
+
+    The addresses of several machines are known only to torchrun, so they are left out.
     """
-    if ranks == 1:
+    if processes == 1:
         return "subspan"
-    here = os.environ.get("LOCAL_WORLD_SIZE") == str(ranks)
-    return f"torchrun --nproc-per-node {ranks} -m subspan" if here else "torchrun ... -m subspan"
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(processes)
+    return f"torchrun --nproc-per-node {processes} -m subspan" if one_machine else "torchrun ... -m subspan"
 
 
 @contextmanager
 def interrupt_ends_process() -> Iterator[None]:
-    """Ctrl-C ends the process with one line, while nothing is under way: an exception amid imports would be a
-    riddle.
+    """Let Ctrl-C end the process with one line, as long as nothing is under way.
+
+    An exception in the middle of an import would be a riddle.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -49,7 +51,7 @@ def interrupt_ends_process() -> Iterator[None]:
 
 @contextmanager
 def collect_signals() -> Iterator[list[int]]:
-    """A list into which SIGTERM and SIGINT go, to be acted on between steps. A second one acts at once."""
+    """Collect SIGTERM and SIGINT in a list, to be acted on between steps. A second signal acts at once."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield received

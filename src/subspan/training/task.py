@@ -1,4 +1,4 @@
-"""What the loop asks of what it trains: pretraining is one such task, each way to fine-tune another."""
+"""What the loop asks of the task it trains. Pretraining is one task, and each way to fine-tune is another."""
 
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -11,37 +11,37 @@ from subspan.training.processes import Processes
 
 
 class Task(Protocol):
-    """A model to train, data to train it on, and what is measured of it."""
+    """A model to train, data to train it on, and measurements of the result."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Is saved with the model."""
+        """The tokenizer, which is saved with the model."""
 
     @property
     def data(self) -> DataSource:
-        """What the batches come from."""
+        """The source of the batches."""
 
     @property
-    def selects(self) -> bool:
+    def keeps_best(self) -> bool:
         """Whether the best checkpoint is kept beside the newest."""
 
     @property
     def largest_loss(self) -> float:
-        """From here on a loss is that of a run that has diverged."""
+        """From this loss on a run has diverged."""
 
     def build_model(self) -> nn.Module:
-        """The model, on the CPU; what is drawn for it depends on the seed alone."""
+        """The model, on the CPU. Its random weights depend only on the seed."""
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """The sum of the losses of all targets that count, in fp32."""
 
     def evaluate(
-        self, model: nn.Module, batch_size: int, autocast: AbstractContextManager[object], ranks: Processes
+        self, model: nn.Module, batch_size: int, autocast: AbstractContextManager[object], processes: Processes
     ) -> dict[str, float]:
-        """Measurements of the validation set, ``val_loss`` among them; the same on every rank."""
+        """Measurements of the validation set, among them ``val_loss``. They are the same on every rank."""
 
     def words(self, measured: dict[str, float]) -> str:
-        """The measurements for a person."""
+        """The measurements in words for a person."""
 
-    def worth(self, measured: dict[str, float]) -> float:
-        """The larger, the better; chooses the best checkpoint."""
+    def score(self, measured: dict[str, float]) -> float:
+        """The number that chooses the best checkpoint: the larger, the better."""

@@ -1,18 +1,16 @@
-"""Which numbers arithmetic in fp32 can use: a setting that it would round to zero or to infinity is refused by name."""
+"""Checks for numbers that fp32 can compute with: a setting that it would round to zero or to infinity is refused."""
 
 from typing import TypeGuard
 
 SMALLEST = 1e-30
-"""Of a divisor. fp32 ends at 1e-38, and a correction of bias takes up to eight digits."""
+"""Smallest divisor. fp32 ends at 1e-38, and a correction of bias takes up to eight digits."""
 LARGEST = 10**18
-"""fp32 ends at 1e38, and torch takes no whole number beyond 2^63."""
+"""Largest factor or divisor. fp32 ends at 1e38, and torch takes no whole number beyond 2^63."""
 DIVISORS = f"from {SMALLEST:g} to {LARGEST:g}"
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether ``value`` compares with numbers, so that a setting of another kind gets the same error as one out of
-    range.
-    """
+    """Whether ``value`` can be compared with numbers. A setting of another kind gets the error of one out of range."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -1,4 +1,4 @@
-"""Errors a user can mend, and what is shown of those that nobody expected."""
+"""Errors that a user can mend, and what is shown of those that nobody expected."""
 
 import os
 import tempfile
@@ -20,19 +20,28 @@ class InputError(UserError):
     """A file, a directory, a model or a disk that cannot be used as it is."""
 
 
+def user_error(error: BaseException) -> UserError | None:
+    """Return ``error`` if it is a ``UserError``, or the one that it was raised from; ``None`` if there is none."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__
+    return cause
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it has none."""
+    """The first line of an error's message, or the name of its class where it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def debugging() -> bool:
-    """Whether tracebacks are shown: ``--debug``, or SUBSPAN_DEBUG in the environment."""
+    """Whether tracebacks are shown, by ``--debug`` or by SUBSPAN_DEBUG in the environment."""
     return os.environ.get("SUBSPAN_DEBUG", "0") not in ("", "0")
 
 
 def unexpected(error: BaseException) -> str:
-    """One line on an error that is no user's. Its traceback is shown when ``debugging``, else kept in a file that is
-    named.
+    """One line about a fault of the program. Its traceback is shown when ``debugging``, or else kept in a file.
+
+    The line names that file.
     """
     kind, words = type(error).__name__, first_line(error)
     line = kind if words == kind else f"{kind}: {words}"
@@ -41,7 +50,7 @@ def unexpected(error: BaseException) -> str:
             with tempfile.NamedTemporaryFile("w", prefix="subspan-error-", suffix=".txt", delete=False) as file:
                 traceback.print_exception(error, file=file)
             return f"{line}; the traceback is in {file.name}, and --debug shows it"
-        except OSError:  # no place to keep it: it must not be lost
+        except OSError:  # there is no place to keep it, and it must not be lost
             pass
     traceback.print_exception(error)
     return line

@@ -1,4 +1,4 @@
-"""The looks of figures, which stand on light pages and on dark ones: no ground of their own."""
+"""The look of figures that stand on light pages and on dark ones: they have no background of their own."""
 
 from typing import Any
 
@@ -15,14 +15,16 @@ COLOURS = (
     "#a06a3c",
     "#5b8f2a",
 )
+"""Colours of curves and bars, in the order in which they are used."""
 
 GREY = "#808080"
-"""An ink that can be read on a light page and on a dark one."""
+"""A colour of text and axes that can be read on a light page and on a dark one."""
 
 
 def style(ink: str) -> dict[Any, Any]:
-    """Settings of matplotlib for an SVG whose words and axes are of the colour ``ink``; the same figure is the same
-    file.
+    """Return settings of matplotlib for an SVG whose words and axes have the colour ``ink``.
+
+    A figure that is drawn again gives the same file.
     """
     return {
         "svg.fonttype": "none",

@@ -1,4 +1,4 @@
-"""Names a person gave, or may have meant."""
+"""Suggestions for a name that is not known, and tables that are looked up by name."""
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +10,7 @@ Thing = TypeVar("Thing")
 
 
 def near_names(name: str, known: Iterable[str]) -> str:
-    """``did you mean ...?``, or all that is known."""
+    """``did you mean ...?`` with the known names near ``name``, or all that are known."""
     known, name = list(known), name.casefold()
     near = [candidate for candidate in known if len(name) > 2 and name in candidate][:3]
     near = near or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
@@ -18,7 +18,7 @@ def near_names(name: str, known: Iterable[str]) -> str:
 
 
 def look_up(given: Thing | str, table: Mapping[str, Callable[[], Thing]], what: str) -> Thing:
-    """``given`` itself, or what ``table`` makes under that name."""
+    """Return ``given`` itself, or what ``table`` makes if it is a name."""
     if not isinstance(given, str):
         return given
     if given not in table:

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]], *, numbers: bool = True) -> str:
-    """Rows of as many cells each, in columns: the first to the left, and the others to the right if they are
-    ``numbers``.
+    """Align rows of equal length in columns, the first one to the left.
+
+    Args:
+        numbers: align the other columns to the right.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     if numbers:

@@ -20,9 +20,7 @@ def halves(documents: Documents) -> dict[str, list[str]]:
 
 
 def test_the_embedded_corpus() -> None:
-    """There are 320 documents. Chapters of all six novels and a play of Shakespeare are in validation, and nothing is
-    in both.
-    """
+    """There are 320 documents; chapters of all six novels and a play of Shakespeare are in validation."""
     found = halves(find_documents("embedded"))
     assert [len(found[half]) for half in found] == [304, 16]
     assert not set(found["train"]) & set(found["validation"])
@@ -35,7 +33,7 @@ def test_the_embedded_corpus() -> None:
 
 
 def test_five_percent_by_content(tmp_path: Path) -> None:
-    """The half of a document depends on its text: not on the order, nor on the file it is in; copies stay together."""
+    """The half of a document depends only on its text, not on the order or the file; copies stay together."""
     texts = [f"text number {i}" for i in range(200)] + ["text number 3"] * 5
     once, shuffled = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     once.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -120,7 +118,7 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 def test_no_document_is_in_both_halves(tmp_path: Path) -> None:
-    """Whatever the files say: a training document that is also validation is left out of training."""
+    """A training document that is also a validation document is left out of training, whatever the files say."""
     rows = [
         {"text": "a", "split": "train"},
         {"text": "a", "split": "validation"},

@@ -28,7 +28,7 @@ def of_bytes(found: list[Row], task: str = "classification", length: int = 12) -
 @pytest.mark.parametrize("length", range(2, 9))
 @pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (2, 9), (9, 2), (9, 9), (1, 1)])
 def test_a_pair_is_cut_where_it_is_longer(sizes: tuple[int, int], length: int) -> None:
-    """Both stay as far as there is room: the one that is cut is left with half at least."""
+    """Both texts stay as far as there is room: the one that is cut keeps at least half of it."""
     pair = Row("a" * sizes[0], "b" * sizes[1], "neg", "")
     ids = of_bytes([pair], length=length).train[0].ids
     first, second = ids.count(ord("a")), ids.count(ord("b"))
@@ -50,7 +50,7 @@ def test_a_pair_is_wrapped_as_the_model_knows_it() -> None:
 
 @pytest.mark.parametrize("length", [4, 6, 8, 20])
 def test_what_a_continuation_predicts(length: int) -> None:
-    """The answer and its end, each from what stands before it; a prompt that is too long loses its beginning."""
+    """Each token of the answer and its end is predicted; a prompt that is too long loses its beginning."""
     example = of_bytes([Row("abcdefg", None, "XYZ", "")], "lm", length).train[0]
     assert isinstance(example.target, list)
     assert len(example.ids) == len(example.target) <= length
@@ -74,7 +74,7 @@ def test_an_empty_text_is_one_token() -> None:
 
 
 def test_a_label_that_training_does_not_know() -> None:
-    with pytest.raises(InputError, match=r"line 7: the label 'sad' is none of training \(neg, pos\)"):
+    with pytest.raises(InputError, match=r"line 7: the label 'sad' is not one of training \(neg, pos\)"):
         Examples(
             rows(4, 0),
             [Row("x", None, "sad", "line 7")],
@@ -87,7 +87,7 @@ def test_a_label_that_training_does_not_know() -> None:
 
 
 def test_padding_changes_nothing(bert: Path) -> None:
-    """Logits of a batch are those of each example alone."""
+    """Logits of a batch are those of each example by itself."""
     data = Examples(rows(6, 0), rows(9, 1), TASKS["classification"], LABELS, words_tokenizer(), 24, seed=0)
     model = AutoModelForSequenceClassification.from_pretrained(bert, dtype=torch.float32).eval()
     for batch in data.validation_batches(4):
@@ -120,9 +120,7 @@ def test_every_example_once_in_an_epoch_and_the_cursor_goes_on() -> None:
 
 
 def test_validation_examples_that_have_changed() -> None:
-    """The best score so far is of those before. A checkpoint of an older version, which says nothing of them, still
-    loads.
-    """
+    """Other validation examples are refused; an older checkpoint, which says nothing of them, still loads."""
 
     def of(validation: list[Row]) -> Examples:
         return Examples(rows(10, 0), validation, TASKS["classification"], LABELS, load_tokenizer("bytes"), 12, seed=0)

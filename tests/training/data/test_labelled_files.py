@@ -46,7 +46,7 @@ def test_an_answer_may_be_absent(tmp_path: Path) -> None:
 
 
 def test_columns_without_a_name_may_be_many(tmp_path: Path) -> None:
-    """As spreadsheets write them."""
+    """Files are read as spreadsheets write them."""
     (tmp_path / "a.csv").write_text("text,label,,\nx,1,,\n")
     assert read_file(tmp_path / "a.csv", "data", CLASSES, PLAIN)[0].text == "x"
 
@@ -114,9 +114,7 @@ def test_the_tenth_that_is_set_aside() -> None:
 
 @pytest.mark.parametrize("rare", [1, 2, 5])
 def test_no_label_is_set_aside_whole(rare: int) -> None:
-    """The texts that would be set aside, of all of which a label is, and all of which it is; the share stays a
-    tenth.
-    """
+    """A label keeps a text in training, also where all of its texts would be set aside; the share stays a tenth."""
     rows = [Row(f"text {i}", None, "common", f"line {i}") for i in range(50)]
     first = [row.text for row in set_aside(rows, CLASSES)[1]][:rare]
     rows = [Row(row.text, None, "rare" if row.text in first else "common", row.where) for row in rows]
@@ -129,7 +127,7 @@ def test_no_label_is_set_aside_whole(rare: int) -> None:
 
 
 def test_a_text_of_two_labels_and_too_few_texts() -> None:
-    """What is told by equal texts stays together; where each label has one text there is nothing to set aside."""
+    """Equal texts stay together; where each label has one text there is nothing to set aside."""
     rows = [Row(text, None, label, "") for text, label in (("a", "1"), ("a", "2"), ("b", "1"), ("c", "1"), ("b", "1"))]
     train, held = set_aside(rows, CLASSES)
     assert {row.label for row in train} == {"1", "2"}
@@ -139,9 +137,7 @@ def test_a_text_of_two_labels_and_too_few_texts() -> None:
 
 
 def test_glue(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both halves, with the names of the classes; a task's own half to validate on; a column that there is not is
-    named.
-    """
+    """Both halves are read with the names of the classes, each task with its own half for validation."""
     asked = []
     names = ["entailment", "neutral", "contradiction"]
     features = datasets.Features({"premise": datasets.Value("string"), "hypothesis": datasets.Value("string"),

@@ -47,7 +47,7 @@ def test_packed_sequences_are_the_documents_end_to_end(c4: str) -> None:
 
 
 def test_unpacked_sequences_are_documents(c4: str) -> None:
-    """One document a sequence, cut to the length or padded; padding counts neither as target nor as token."""
+    """Each sequence is one document, cut to the length or padded; padding is neither a target nor a token."""
     batch = stream(c4, length=20, packing=False).next_batch(24)
     for row, targets, text in zip(batch.inputs, batch.targets, TEXTS[:24], strict=True):
         ids = [*text.encode(), 256][:21]
@@ -60,7 +60,7 @@ def test_unpacked_sequences_are_documents(c4: str) -> None:
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("taken", [1, 5, 23, 60])
 def test_the_cursor_is_exact(taken: int, packing: bool, c4: str) -> None:
-    """Also past the first epoch, and through a file as a checkpoint would keep it."""
+    """The cursor is exact past the first epoch too, and through a file as a checkpoint would keep it."""
     data = stream(c4, packing=packing)
     data.next_batch(taken)
     state = json.loads(json.dumps(data.state_dict()))

@@ -10,7 +10,7 @@ from subspan.training.config.settings import CheckpointConfig, FinetuneConfig, S
 
 @pytest.fixture
 def small(bert: Path, data: tuple[Path, Path], tmp_path: Path) -> Callable[..., FinetuneConfig]:
-    """Settings of a run of a fraction of a second; keywords override."""
+    """Settings of a run that takes a fraction of a second. Keywords override them."""
 
     def make(**overrides: object) -> FinetuneConfig:
         settings: dict[str, object] = {

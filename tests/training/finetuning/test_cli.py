@@ -1,4 +1,4 @@
-"""The command as a user runs it: one line of JSON, and one line for what is wrong."""
+"""The command as a user runs it: it prints one line of JSON, and one line for what is wrong."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_json_is_one_last_line(
 def test_a_run_goes_on_with_its_own_settings(
     bert: Path, data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """``config.yaml`` holds all that was resolved, and a run of other settings is refused."""
+    """``config.yaml`` holds all resolved settings, and a run with other settings is refused."""
     out = tmp_path / "run"
     assert main(flags(bert, data, out)) == 0
     assert "accuracy" in capsys.readouterr().out
@@ -59,7 +59,7 @@ def test_a_run_goes_on_with_its_own_settings(
 def test_print_config_is_a_config(
     bert: Path, data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What it prints, given back as a file, runs; a later flag wins over the file."""
+    """The printed settings, given back as a file, start a run. A later flag overrides the file."""
     with pytest.raises(SystemExit) as caught:
         main([*flags(bert, data, tmp_path / "run"), "--print_config"])
     assert caught.value.code == 0
@@ -125,7 +125,7 @@ def test_a_label_unseen_in_training(
         file.write('{"text": "so", "label": "mid"}\n')
     with pytest.raises(SystemExit):
         main(flags(bert, data, tmp_path / "run"))
-    assert "held.jsonl, line 19: the label 'mid' is none of training (neg, pos)" in capsys.readouterr().err
+    assert "held.jsonl, line 19: the label 'mid' is not one of training (neg, pos)" in capsys.readouterr().err
 
 
 def test_glue_without_a_hub_says_what_to_do(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

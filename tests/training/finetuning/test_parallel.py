@@ -16,9 +16,8 @@ from subspan.training.monitor.metrics import read_metrics
 pytestmark = pytest.mark.distributed
 KEYS = ("step", "tokens", "loss", "grad_norm", "lr", "val_loss", "accuracy", "val_ppl")
 CASES: dict[str, dict[str, Any]] = {
-    # By SGD: AdamW would make steps of the rounding where a gradient is zero, as it is of the biases of attention's
-    # keys. In
-    # drawn bases: singular vectors of small singular values move a thousand times as far as the gradient's rounding.
+    # With SGD, because AdamW turns rounding into steps where a gradient is zero, as in the biases of attention's keys.
+    # With drawn bases, because singular vectors of small singular values move a thousand times as far as the rounding.
     "ddp": {"parallel": "ddp", "micro_batch_size": 2, "optimizer": "golore_sgd", "lr": 0.05},
     "ddp-backward": {"parallel": "ddp", "optimizer": "golore_sgd", "lr": 0.05, "backward_side": "true"},
     "ddp-lora": {"parallel": "ddp", "optimizer": "adamw", "lora.rank": 2},
@@ -35,7 +34,7 @@ def out_of(arguments: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def two_ranks(bert: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """The arguments of each case, which two ranks have run into ``OUT-2``."""
+    """The arguments of each case. Two ranks have run it into ``OUT-2``."""
     folder = tmp_path_factory.mktemp("two")
     still = AutoModel.from_pretrained(bert)  # other ranks draw other dropout
     still.config.hidden_dropout_prob = still.config.attention_probs_dropout_prob = 0.0
@@ -77,8 +76,8 @@ def test_two_ranks_compute_what_one_process_computes(name: str, two_ranks: dict[
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_best_loads_with_transformers(name: str, two_ranks: dict[str, list[str]]) -> None:
-    """A plain model, whatever the ranks have saved: the weights of the one process's best, and the scores of the
-    summary.
+    """Whatever the ranks have saved, the best is a plain model with the weights of a single process's best and the
+    scores of the summary.
     """
     out = out_of(two_ranks[name])
     if not Path(out).exists():
@@ -101,8 +100,8 @@ def test_the_best_loads_with_transformers(name: str, two_ranks: dict[str, list[s
 
 
 def test_a_best_checkpoint_of_ranks_is_put_together_by_one_process(two_ranks: dict[str, list[str]]) -> None:
-    """Without learning the first evaluation stays the best: its checkpoint holds parts, also for who ends the run
-    alone.
+    """Without learning the first evaluation stays the best. Its checkpoint holds parts, also for a single process that
+    ends the run.
     """
     out = f"{out_of(two_ranks['fsdp-still'])}-2"
     folder = Path(out)

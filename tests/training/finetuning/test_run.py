@@ -1,4 +1,4 @@
-"""The run: what it learns, keeps, restores and reports."""
+"""A fine-tuning run: what it learns, keeps, restores and reports."""
 
 import json
 import math
@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from subspan import recipes
 from subspan.checkpoints import directory as checkpoints
-from subspan.costs import state_formulas as memory
-from subspan.costs.describe import describe
+from subspan.costs.state_costs import StateCosts
 from subspan.training.config.resolve_finetuning import resolve_finetune, with_length
 from subspan.training.config.settings import CheckpointConfig, FinetuneConfig, ScheduleConfig, SelectionConfig
 from subspan.training.finetuning import Finetuning
@@ -40,7 +39,7 @@ FAST = {name for name in NAMES if name.endswith("_adamw") or name.startswith("sa
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in NAMES])
 def test_every_method_learns(name: str, small: Make) -> None:
-    """The word that decides is found, and the bytes held are those of the closed form."""
+    """The word that decides is found, and the state takes the bytes of the closed form."""
     lr = 0.1 if name.endswith("sgd") else 5e-3 if name.endswith("lion") else 2e-2
     period = 20 if name.startswith("flora") else 5  # each rotation into a Gaussian basis amplifies the momentum
     run = Finetuning(
@@ -50,7 +49,7 @@ def test_every_method_learns(name: str, small: Make) -> None:
     losses = [row["loss"] for row in read_metrics(run.out) if "loss" in row]
     assert sum(losses[-4:]) < 0.75 * sum(losses[:4])
     assert summary.scores["accuracy"] > 0.8 > summary.majority == 0.5  # type: ignore[operator]
-    held = memory.evaluate_groups(describe(name)["state_formula"], run.optimizer.param_groups)
+    held = StateCosts.of_recipe(name).bytes_held(run.optimizer.param_groups)
     assert summary.state_bytes == summary.state_bytes_formula == held["states"] + held["bases"]
 
 
@@ -58,7 +57,7 @@ def test_every_method_learns(name: str, small: Make) -> None:
 def test_the_best_checkpoint_scores_what_is_reported(
     model: str, keys: str, small: Make, data: tuple[Path, Path], request: pytest.FixtureRequest
 ) -> None:
-    """Loaded with transformers alone, one example at a time."""
+    """The checkpoint is loaded with transformers only, and scores one example at a time."""
     run = Finetuning(small(model=str(request.getfixturevalue(model)), steps=24, max_length=40))
     summary = run.run()
     place = Path(summary.best)
@@ -110,7 +109,9 @@ def test_patience(small: Make) -> None:
 @pytest.mark.parametrize("name", ["sara_adamw", "golore_hybrid_adamw", "rso_adamw", "adamw"])
 @pytest.mark.parametrize("stop", [4, 8])
 def test_a_resumed_run_is_the_unbroken_one(name: str, stop: int, small: Make, tmp_path: Path) -> None:
-    """Bit for bit, with dropout, in the same directory or in another; the best checkpoint comes along."""
+    """The weights are equal bit for bit, with dropout, in the same directory or in another. The best checkpoint comes
+    along.
+    """
     every = CheckpointConfig(every=4, keep=9)
     whole = Finetuning(small(optimizer=name, out=str(tmp_path / "whole"), checkpoint=every))
     expected = whole.run()
@@ -128,8 +129,8 @@ def test_a_resumed_run_is_the_unbroken_one(name: str, stop: int, small: Make, tm
 def test_an_evaluation_that_a_signal_prevented_is_made_up_for(
     small: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A signal at a step that ends in an evaluation: the run stops at once, and the continued one judges that step
-    first.
+    """A signal comes at a step that ends in an evaluation. The run stops at once, and the continued run evaluates that
+    step first.
     """
     whole = Finetuning(small(out=str(tmp_path / "whole"))).run()
     run = Finetuning(small())
@@ -160,8 +161,11 @@ def test_the_same_seed_gives_the_same_bits(small: Make, tmp_path: Path) -> None:
 
 
 def test_accumulation_changes_nothing_but_rounding(small: Make, tmp_path: Path) -> None:
-    """Also where parts of a batch are padded to other lengths. By SGD: Adam would make steps of the rounding where the
-    gradient is zero, as it is of the biases of attention's keys."""
+    """This holds also where parts of a batch are padded to other lengths.
+
+    The optimizer is SGD, because Adam turns rounding into steps where the gradient is zero, as in the biases of
+    attention's keys.
+    """
     found = []
     for micro in (8, 2):
         run = Finetuning(
@@ -179,7 +183,9 @@ def test_accumulation_changes_nothing_but_rounding(small: Make, tmp_path: Path) 
 
 
 def test_a_number_is_learnt(small: Make, tmp_path: Path) -> None:
-    """How often a word occurs in two texts together; both correlations are reported, the first chooses."""
+    """The number is how often a word occurs in two texts together. Both correlations are reported, and the first one
+    chooses.
+    """
     rows = [
         {"a": row["text"] + " good" * (i % 4), "b": "good stone", "n": 1.0 + i % 4}
         for i, row in enumerate(examples(64, 0))
@@ -194,7 +200,7 @@ def test_a_number_is_learnt(small: Make, tmp_path: Path) -> None:
 
 
 def test_a_glue_task_of_local_files(small: Make, tmp_path: Path) -> None:
-    """Its columns, scores and order of labels, without the hub."""
+    """The task's columns, scores and order of labels are used, without the hub."""
     rows = [
         {"sentence1": row["text"], "sentence2": "so", "label": int(row["label"] == "pos")} for row in examples(48, 0)
     ]
@@ -208,7 +214,7 @@ def test_a_glue_task_of_local_files(small: Make, tmp_path: Path) -> None:
 
 
 def test_a_causal_model_learns_to_answer(small: Make, llama: Path, tmp_path: Path) -> None:
-    """Its loss is that of the answers' tokens alone, from the prompts that stand before them."""
+    """Its loss is the loss of the answers' tokens only, given the prompts that stand before them."""
     rows = [{"text": f"{row['text']} ", "label": row["label"]} for row in examples(48, 0)]
     held = [{"text": f"{row['text']} ", "label": row["label"]} for row in examples(8, 1)]
     files = {
@@ -270,7 +276,7 @@ def test_papers_settings_of_a_model_with_weights_and_pretrainings_of_one_without
 
 @pytest.mark.parametrize(("steps", "period"), [(3, 1), (375, 37), (4999, 499), (6878, 500)])
 def test_a_short_run_chooses_several_bases(steps: int, period: int, small: Make) -> None:
-    """With a model's own weights, where nobody says how often. What is found is written down, and goes on so."""
+    """This is so with a model's own weights if no period is set. The period found is written down and stays."""
     found = with_length(resolve_finetune(small(update_proj_gap=None, steps=None, epochs=1, batch_size=1)), steps)
     assert (found.steps, found.update_proj_gap) == (steps, period)
     assert with_length(found, steps) == found
@@ -280,7 +286,7 @@ def test_a_short_run_chooses_several_bases(steps: int, period: int, small: Make)
 
 
 def test_a_warmup_of_a_run_whose_length_the_examples_decide(small: Make) -> None:
-    """Twice 48 examples in batches of 16 are six steps, two of them warmup."""
+    """48 examples in batches of 16, seen twice, are six steps, and two of them are warmup."""
     run = Finetuning(small(steps=None, epochs=2, batch_size=16, lr=0.01, schedule=ScheduleConfig("linear", 2, 0.0)))
     assert (run.config.steps, run.config.schedule.warmup_steps) == (6, 2)
     run.run()
@@ -294,7 +300,7 @@ def test_divergence_stops_the_run(small: Make) -> None:
 
 
 def test_lora(small: Make, data: tuple[Path, Path]) -> None:
-    """Adapters train, the rest stands still but the head; what is merged is a plain model that scores the same."""
+    """Adapters and the head train, and the rest stands still. The merged model is a plain one that scores the same."""
     pytest.importorskip("peft")
     config = small(optimizer="adamw", steps=40, lr=3e-2)
     config = replace(config, lora=replace(config.lora, rank=4))
@@ -319,7 +325,7 @@ def test_lora(small: Make, data: tuple[Path, Path]) -> None:
 
 @pytest.mark.slow
 def test_the_bundled_task(tmp_path: Path) -> None:
-    """From random weights, far above the most common label."""
+    """A model with random weights gets far above the most common label."""
     summary = Finetuning(FinetuneConfig(threads=1, device="cpu", out=str(tmp_path / "run"))).run()
     assert summary.majority == pytest.approx(1 / 3)
     assert summary.scores["accuracy"] > 0.75

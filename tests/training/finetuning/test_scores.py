@@ -1,4 +1,4 @@
-"""The scores against scipy, and against counting."""
+"""The scores compared with scipy, and with counting."""
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ def drawn(seed: int, classes: int, n: int = 200) -> tuple[torch.Tensor, torch.Te
 
 @pytest.mark.parametrize("seed", range(4))
 def test_two_classes(seed: int) -> None:
-    """Matthews' of two classes is the correlation of zeros and ones; F1 is the harmonic mean of precision and
-    recall.
+    """Matthews' coefficient of two classes is the correlation of zeros and ones. F1 is the harmonic mean of precision
+    and recall.
     """
     p, y = drawn(seed, 2)
     assert SCORES["matthews"](p, y) == pytest.approx(stats.pearsonr(p, y).statistic)
@@ -30,7 +30,9 @@ def test_two_classes(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_matthews_of_several_classes(seed: int) -> None:
-    """The correlation of one-hot vectors, summed over classes: cov(p, y) / sqrt(cov(p, p) cov(y, y))."""
+    """The coefficient is the correlation of one-hot vectors, summed over classes: cov(p, y) / sqrt(cov(p, p) cov(y,
+    y)).
+    """
     p, y = drawn(seed, 5)
     P, Y = (torch.nn.functional.one_hot(A, 5).double() for A in (p, y))
     P, Y = P - P.mean(0), Y - Y.mean(0)
@@ -40,7 +42,7 @@ def test_matthews_of_several_classes(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_correlations(seed: int) -> None:
-    """Scipy's, also where values are equal."""
+    """They are scipy's, also where values are equal."""
     generator = torch.Generator().manual_seed(seed)
     p = torch.randn(100, generator=generator)
     y = (p + torch.randn(100, generator=generator)).round()

@@ -1,4 +1,4 @@
-"""Models: the published shapes, and any config or directory."""
+"""Models: the published shapes, and what any config or directory gives or is refused for."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from support.labelled import words_tokenizer
 from transformers import LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
 from subspan.training.data.tokenizer import load_tokenizer
+from subspan.training.models import build
 from subspan.training.models.build import _llama, build_model
 from subspan.training.models.presets import PRESETS
 from subspan.utils.errors import InputError
@@ -83,6 +84,40 @@ def test_a_tokenizer_larger_than_the_model(tmp_path: Path) -> None:
 def test_unknown_names_list_near_ones(name: str) -> None:
     with pytest.raises(InputError, match=r"is unknown; .*llama-nano"):
         build_model(name, BYTES, 16, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", b'{"model_type": "llama", "num_attention_heads": 0}'),
+        ("config.json", b'{"model_type": "llama", "hidden_act": "none"}'),
+        ("config.json", b'{"model_type": "vit"}'),
+        ("model.safetensors", b"broken"),
+        ("pytorch_model.bin", b"junkjunk"),
+        ("pytorch_model.bin", b""),
+        ("model.safetensors.index.json", b"{}"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.decode()[:40],
+)
+def test_a_model_that_cannot_be_read_is_the_users(file: str, content: bytes, tmp_path: Path) -> None:
+    """transformers refuses each of these with an error of another class."""
+    build_model("llama-nano", BYTES, 16, seed=3).save_pretrained(tmp_path)
+    if file == "config.json":
+        (tmp_path / "model.safetensors").unlink()
+    elif file != "model.safetensors":
+        (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(InputError, match=r"cannot be loaded: .*presets are"):
+        build_model(str(tmp_path), BYTES, 16, seed=0)
+
+
+def test_a_fault_of_the_program_is_not_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong call of transformers must not be shown as a model that cannot be loaded."""
+    build_model("llama-nano", BYTES, 16, seed=3).save_pretrained(tmp_path)
+    monkeypatch.setattr(build.AutoModelForCausalLM, "from_pretrained", lambda name: None)
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        build_model(str(tmp_path), BYTES, 16, seed=0)
 
 
 def test_a_broken_config(tmp_path: Path) -> None:

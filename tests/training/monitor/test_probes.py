@@ -1,4 +1,4 @@
-"""Probes while training: what they write, and that they change nothing."""
+"""Probes of a run: what they write, and that they change nothing."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def test_a_run_with_probes_computes_the_same(how: dict[str, Any], small: Make, t
     after = [row for row in found if row["step"] > 6 and "overlap" in row]
     assert after
     assert all(0 <= row["overlap"] <= 1 and 0 <= row["anchor"] <= 1 for row in after)
-    # The basis before is the anchor's where it was chosen at the anchor's step.
+    # The basis before is the anchor's if it was chosen at the anchor's step.
     if "backward_side" not in how:
         assert all(row["overlap"] == pytest.approx(row["anchor"], abs=1e-6) for row in after)
         if how["optimizer"] == "galore_adamw":  # no subspace of this rank holds more
@@ -56,7 +56,7 @@ def test_a_run_that_goes_on_writes_the_rows_of_an_unbroken_one(small: Make, tmp_
     settings = {"probes": PROBES, "checkpoint": CheckpointConfig(every=4, keep=3)}
     Pretraining(small(out=str(tmp_path / "whole"), **settings)).run()
     Pretraining(small(out=str(tmp_path / "broken"), **settings)).run()
-    # As after a kill: a newer checkpoint is not there, the rows of later steps are.
+    # A kill leaves this: the newest checkpoint is missing, and the rows of later steps are there.
     run = tmp_path / "broken"
     shutil.rmtree(run / "checkpoints/step-000012")
     Pretraining(small(out=str(run), resume="auto", **settings)).run()
@@ -82,7 +82,9 @@ def test_bases_of_another_anchor_are_not_taken_for_this_one(small: Make, tmp_pat
 
 
 def test_noise_is_unbiased_for_known_noise() -> None:
-    """Parts of gradient mu + e, e of variance s² an entry: noise is s² d / k, signal ||mu||², on average."""
+    """For parts with the gradient mu + e, where e has the variance s² in each entry, the mean of the noise is s² d / k,
+    and that of the signal ||mu||².
+    """
     generator = torch.Generator().manual_seed(0)
     mu, s, k, d, trials = torch.full((6, 5), 0.3, dtype=torch.float64), 0.7, 4, 30, 4000
     noise, signal = [], []
@@ -98,7 +100,7 @@ def test_noise_is_unbiased_for_known_noise() -> None:
 
 
 def test_noise_is_that_of_the_batch_of_the_step(small: Make, tmp_path: Path) -> None:
-    """Step 5's batch, again by hand, in a run of its own."""
+    """The noise of a step is computed again by hand, in a run of its own."""
     Pretraining(small(probes=replace(PROBES, noise_every=1), steps=1)).run()
     run = Pretraining(small(steps=1, out=str(tmp_path / "other")))
     batch, weight = run.data.next_batch(4), run.model.model.layers[0].mlp.up_proj.weight  # type: ignore[union-attr, index]

@@ -1,4 +1,4 @@
-"""One HTML page of studies, runs and measurements: no file beside it, no network, light and dark."""
+"""The report: one HTML page of studies, runs and measurements, which needs no other file and no network."""
 
 from subspan.study.report.gather import gather
 from subspan.study.report.page import render

@@ -1,4 +1,4 @@
-"""Figures as SVG that takes its ink from the page: light or dark, and its fonts too."""
+"""The figures of a report, as SVG that takes its colour and its fonts from the page, be it light or dark."""
 
 import io
 import itertools
@@ -15,9 +15,9 @@ from subspan.study.report.gather import KINDS, Curve, MemoryPart, RunPart
 from subspan.utils.figures import COLOURS, style
 
 _INK = "#010203"  # replaced by the page's own colour
-_STYLE = style(_INK) | {
+_STYLE = style(_INK) | {  # all colours are used with one line style before the next
     "axes.prop_cycle": cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS)
-}  # the colours first
+}
 
 
 def _draw(draw: Callable[[Figure], None], title: str, size: tuple[float, float] = (7.2, 4.0)) -> str:
@@ -28,7 +28,7 @@ def _draw(draw: Callable[[Figure], None], title: str, size: tuple[float, float] 
         figure.savefig(out, format="svg", metadata={"Date": None})
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    # Sized by the page; identifiers of its own, since many stand on one page.
+    # The page decides the size. Identifiers get a number, since many figures stand on one page.
     svg = re.sub(
         r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', rf'<svg role="img" aria-label="{title}" \1', svg, count=1
     )
@@ -43,7 +43,7 @@ _NUMBER = itertools.count(1)
 
 
 def loss_bands(curves: Mapping[str, Sequence[Curve]], title: str) -> str:
-    """Validation loss by row: the mean over seeds, and the range from the lowest to the highest."""
+    """Draw the validation loss by row: the mean over seeds, and the range from the lowest to the highest."""
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -62,7 +62,7 @@ def loss_bands(curves: Mapping[str, Sequence[Curve]], title: str) -> str:
 
 
 def differences(rows: Sequence[Mapping[str, Any]], title: str) -> str:
-    """Each row against the one it is paired with: mean difference and its 95 % interval."""
+    """Draw the mean difference of each row to the one it is paired with, and the 95 % interval."""
     shown = [row for row in rows if row["difference"] is not None]
 
     def draw(figure: Figure) -> None:
@@ -81,7 +81,7 @@ def differences(rows: Sequence[Mapping[str, Any]], title: str) -> str:
 
 
 def run_losses(runs: Sequence[RunPart], title: str) -> str:
-    """Training loss (thin) and validation loss (dots) of runs."""
+    """Draw the training loss (thin) and the validation loss (dots) of runs."""
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -97,7 +97,7 @@ def run_losses(runs: Sequence[RunPart], title: str) -> str:
 
 
 def overlap_map(layers: Sequence[Mapping[str, Any]], title: str) -> str:
-    """Overlap of adjacent bases: a line for each subspace, a column for each refresh."""
+    """Draw the overlap of adjacent bases: a line for each subspace, a column for each refresh."""
     steps = sorted({step for layer in layers for step, _ in layer["overlaps"]})
 
     def draw(figure: Figure) -> None:
@@ -115,7 +115,7 @@ def overlap_map(layers: Sequence[Mapping[str, Any]], title: str) -> str:
 
 
 def spectra(update: Mapping[str, Any], title: str) -> str:
-    """Singular values of the change of each weight over the largest, by module type."""
+    """Draw the singular values of the change of each weight, divided by the largest, by module type."""
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -136,7 +136,7 @@ def spectra(update: Mapping[str, Any], title: str) -> str:
 
 
 def memory_bars(part: MemoryPart, title: str) -> str:
-    """What a step holds, stacked by kind."""
+    """Draw the memory that a step holds, stacked by kind."""
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()

@@ -1,10 +1,11 @@
-"""What a report shows, found by what its sources are: study files, directories of runs, results of ``subspan bench
-memory``.
+"""The parts of a report, read from its sources.
+
+A source is a study file, a directory of studies or runs, or the results of ``subspan bench memory``.
 """
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,24 @@ from subspan.training.monitor.metrics import read_metrics
 from subspan.utils.errors import InputError
 
 Curve = list[tuple[float, float]]
+KINDS = ("weight_bytes", "carrier_bytes", "gradient_bytes", "state_bytes", "basis_bytes", "saved_activation_bytes")
+"""The kinds of bytes that ``subspan bench memory`` tells apart."""
 
 
 @dataclass(frozen=True)
 class StudyPart:
-    """A study's table, and validation loss over steps by row and seed."""
+    """The table of a study, and its validation losses."""
 
     table: Table
     curves: dict[str, list[Curve]]
+    """Validation loss over steps: by row, one curve for each seed."""
     command: str
     versions: list[str]
 
 
 @dataclass(frozen=True)
 class RunPart:
-    """A run: its settings, loss over steps, and its subspaces if it was probed."""
+    """A run: its settings, its losses over steps, and its subspaces if it was probed."""
 
     path: str
     config: dict[str, Any]
@@ -48,7 +52,7 @@ class RunPart:
 
 @dataclass(frozen=True)
 class MemoryPart:
-    """Rows of ``subspan bench memory``."""
+    """The rows of one ``subspan bench memory``."""
 
     rows: list[dict[str, Any]]
     command: str
@@ -57,7 +61,7 @@ class MemoryPart:
 
 @dataclass
 class Parts:
-    """All of a report."""
+    """Everything that a report shows."""
 
     studies: list[StudyPart] = field(default_factory=list)
     runs: list[RunPart] = field(default_factory=list)
@@ -68,7 +72,7 @@ def gather(sources: Sequence[str]) -> Parts:
     """Read every source.
 
     Raises:
-        InputError: one is nothing that a report shows, or is broken; names it.
+        InputError: a source is nothing that a report shows, or is broken; the message names it.
     """
     parts = Parts()
     for source in sources:
@@ -92,8 +96,8 @@ def gather(sources: Sequence[str]) -> Parts:
             parts.runs += map(_run, runs)
         else:
             raise InputError(
-                f"source={source!r}: expected a study file (.yaml), a directory of them or of runs, or bench results "
-                "(.json)"
+                f"source={source!r}: expected a study file (.yaml), a directory of them or of runs, or bench "
+                "results (.json)"
             )
     return parts
 
@@ -108,7 +112,7 @@ def _study(path: Path) -> StudyPart:
         for seed in study.seeds if lr is not None else ():
             record = records.get(row.cell(lr, seed).key)  # type: ignore[arg-type]  # lr is not None in this loop
             if record:
-                if record["status"] == "finished":  # as in the table: a run that diverged takes part in no mean
+                if record["status"] == "finished":  # a run that diverged takes part in no mean of the table either
                     curves.setdefault(row.name, []).append([(step, loss) for step, loss in record.get("curve", [])])
                 versions.add(_versions(record))
     shown = f"{path.parent.name}/{path.name}"
@@ -120,8 +124,10 @@ def _study(path: Path) -> StudyPart:
 def _run(path: Path) -> RunPart:
     try:
         config = yaml.safe_load((path / "config.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # nothing but a library's reading
         raise InputError(f"{path / 'config.yaml'}: cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path / 'config.yaml'}: holds no settings of a run; mend it, or leave the run out")
     rows = read_metrics(path)
     looked = (path / "probes.jsonl").exists() or len(list_checkpoints(path / "checkpoints")) > 1
     found = None
@@ -140,33 +146,41 @@ def _run(path: Path) -> RunPart:
 
 
 def _made_by(summary: Path) -> str:
-    """Versions, once the run has finished."""
-    try:
-        return _versions(json.loads(summary.read_text())["made_by"])
-    except FileNotFoundError:
+    """Return the versions that a finished run was computed with."""
+    if not summary.exists():
         return "not finished"
-    except (KeyError, TypeError, ValueError):  # of an older version, or damaged
+    found = _json(summary)
+    return _versions(found.get("made_by") if isinstance(found, dict) else None)
+
+
+def _json(path: Path) -> Any:
+    """Return what a file of JSON says, or ``None`` for one that cannot be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _versions(made: Any) -> str:
+    """Return ``subspan 0.1.0 (3f2a...), torch 2.13.0, ...``, as far as it is known: older records say less."""
+    if not isinstance(made, dict):
         return ""
-
-
-def _versions(made: Mapping[str, Any]) -> str:
-    """``subspan 0.1.0 (3f2a...), torch 2.13.0, ...``, as far as it is known."""
     forms = {"subspan": "subspan {}", "commit": "({})", "torch": "torch {}", "python": "Python {}", "machine": "{}"}
     words = ", ".join(form.format(made[key]) for key, form in forms.items() if made.get(key))
     return words.replace(", (", " (")
 
 
 def _memory(path: Path) -> MemoryPart:
-    try:
-        found = json.loads(path.read_text())
-        rows = [{"name": row["name"], **{key: int(row[key]) for key in KINDS}} for row in found["rows"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: holds no results of subspan bench memory --json ({type(error).__name__}: {error})"
-        ) from error
+    found = _json(path)
+    rows = found.get("rows") if isinstance(found, dict) else None
+    if not isinstance(rows, list) or not all(map(_is_memory, rows)):
+        raise InputError(f"{path}: holds no results of subspan bench memory; write them with its --json")
     return MemoryPart(
-        rows, str(found.get("command", "the command is not recorded")), _versions(found.get("made_by", found))
+        [{"name": row["name"], **{kind: int(row[kind]) for kind in KINDS}} for row in rows],
+        str(found.get("command", "the command is not recorded")),
+        _versions(found.get("made_by", found)),
     )
 
 
-KINDS = ("weight_bytes", "carrier_bytes", "gradient_bytes", "state_bytes", "basis_bytes", "saved_activation_bytes")
+def _is_memory(row: Any) -> bool:
+    return isinstance(row, dict) and "name" in row and all(isinstance(row.get(kind), int | float) for kind in KINDS)

@@ -1,4 +1,4 @@
-"""The page: jinja2 fills ``page.html`` with tables and figures."""
+"""The page of a report: jinja2 fills ``page.html`` with tables and figures."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,14 +7,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import subspan
-from subspan.study import reported as papers
 from subspan.study.report import figures
 from subspan.study.report.gather import MemoryPart, Parts, RunPart, StudyPart
+from subspan.study.reported import SIZES, SOURCE, perplexities
 from subspan.study.table import notes, part
 
 
 def render(parts: Parts, title: str = "subspan report") -> str:
-    """The whole page as text."""
+    """Return the whole page as text."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -27,8 +27,8 @@ def render(parts: Parts, title: str = "subspan report") -> str:
         overview=figures.run_losses(parts.runs, "losses of the runs") if parts.runs else None,
         runs=[_run(run) for run in parts.runs],
         memory=[_memory(memory) for memory in parts.memory],
-        papers=papers.SOURCE,
-        sizes=papers.SIZES,
+        papers=SOURCE,
+        sizes=SIZES,
     )
 
 
@@ -38,7 +38,7 @@ def _number(value: float | None, form: str = ".4f") -> str:
 
 def _study(study: StudyPart) -> Mapping[str, Any]:
     table, name = study.table, study.table["study"]
-    rows = [row | {"reported": papers.reported(row["optimizer"], row["as_published"])} for row in table["rows"]]
+    rows = [row | {"reported": perplexities(row["optimizer"], row["as_published"])} for row in table["rows"]]
     compared = any(row["difference"] is not None for row in rows)
     return {
         "table": table | {"rows": rows},

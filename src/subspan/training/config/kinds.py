@@ -1,4 +1,4 @@
-"""The kinds of runs by the command that starts them: what they are set with, and how blanks are filled in."""
+"""The kinds of runs, by the command that starts them: their settings, and how blanks are filled in."""
 
 from subspan.training.config.resolve import ResolvedConfig, resolve
 from subspan.training.config.resolve_finetuning import ResolvedFinetune, resolve_finetune
@@ -11,7 +11,9 @@ CONFIGS: dict[str, type[PretrainConfig] | type[FinetuneConfig]] = {
 
 
 def resolve_run(config: PretrainConfig | FinetuneConfig) -> ResolvedConfig | ResolvedFinetune:
-    """``config`` with every blank filled in that needs no data to be read; raises ``ValueError`` as ``resolve``
-    does.
+    """Fill in every blank of ``config`` for which no data need be read.
+
+    Raises:
+        UserError: a setting is wrong, as for ``resolve``.
     """
     return resolve_finetune(config) if isinstance(config, FinetuneConfig) else resolve(config)

@@ -1,4 +1,4 @@
-"""Settings with every blank filled in, and checked."""
+"""Fill in every blank of the settings of a run, and check them."""
 
 import glob
 import importlib.util
@@ -26,8 +26,8 @@ from subspan.training.models.presets import Preset
 from subspan.utils.errors import InputError
 
 T = TypeVar("T")
-_MOST_THREADS = 1024  # far beyond, OpenMP ends the process
-_MOST_TOKENS = 2**28  # a batch is read whole: 4 GiB of token ids, and a hundred times what anyone trains with
+_MOST_THREADS = 1024  # with far more, OpenMP ends the process
+_MOST_TOKENS = 2**28  # a batch is read whole: this is 4 GiB of token ids, a hundred times what anyone trains with
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ResolvedConfig(Resolved, PretrainConfig):
 
 @dataclass(frozen=True)
 class Defaults:
-    """What the model and the method set where the user does not."""
+    """Values that the model and the method give where the user gives none."""
 
     tokenizer: str
     steps: int
@@ -83,8 +83,8 @@ def resolve(config: PretrainConfig) -> ResolvedConfig:
     """Fill in what the preset, the method and the machine decide.
 
     Raises:
-        InputError: a number out of range; the message names it.
-        ValueError: an unknown optimizer or model.
+        InputError: a number is out of range; the message names it.
+        SettingError: the optimizer or the model is unknown.
     """
     check_names(config)
     method = find(config.optimizer)
@@ -131,7 +131,7 @@ def fresh_lr(preset: Preset | None, method: Recipe) -> float:
 
 
 def fill(config: RunConfig, method: Recipe, defaults: Defaults) -> dict[str, Any]:
-    """The fields of ``config``, with those that every run has filled in."""
+    """The fields of ``config``, with the blanks of those that every run has filled in."""
     projects = method.selector is not None
     batch_size = first(config.batch_size, defaults.batch_size)
     device: Literal["cpu", "cuda"] = "cuda" if config.device == "cuda" else "cpu"
@@ -148,7 +148,7 @@ def fill(config: RunConfig, method: Recipe, defaults: Defaults) -> dict[str, Any
             config.optim,
             transfer=first(config.optim.transfer, method.transfer) if projects else config.optim.transfer,
             **_rule_settings(config.optim, method.rule),
-            # Where rows are spread over ranks, columns are compressed: written down for who goes on in one process.
+            # Where rows are sharded, columns are compressed. It is written down for a continuation in one process.
             proj_type="right"
             if projects and config.parallel == "fsdp" and config.optim.proj_type == "std"
             else config.optim.proj_type,
@@ -166,7 +166,7 @@ def fill(config: RunConfig, method: Recipe, defaults: Defaults) -> dict[str, Any
 
 
 def _rule_settings(optim: OptimConfig, rule: Rule) -> dict[str, Any]:
-    """``betas`` and ``eps``, where the rule has them and they are not among its settings."""
+    """``betas`` and ``eps``, if the rule has them and its own settings do not hold them."""
     given = {"betas": optim.betas, "eps": optim.eps}
     return {
         key: getattr(rule, key) if value is None and hasattr(rule, key) and key not in (optim.rule or {}) else value
@@ -175,11 +175,12 @@ def _rule_settings(optim: OptimConfig, rule: Rule) -> dict[str, Any]:
 
 
 def first(given: T | None, otherwise: T) -> T:
+    """Return ``given``, or ``otherwise`` if nothing is given."""
     return otherwise if given is None else given
 
 
 def absolute(name: str, known: Collection[str] = ()) -> str:
-    """A path as one that holds from any directory, so that a run continues from any; ``known`` and other names stay."""
+    """Make a path absolute, so that a run continues from any directory. Names, among them the ``known``, stay."""
     stream, colon, path = name.partition(":")
     if name in known:
         return name
@@ -190,7 +191,7 @@ def absolute(name: str, known: Collection[str] = ()) -> str:
 
 
 def check_names(config: PretrainConfig | FinetuneConfig) -> None:
-    """Refuse blank names of models, data and directories: the path of nothing is the working directory."""
+    """Refuse blank names of models, data and directories, since a blank path is the working directory."""
     for name in ("model", "data", "validation_data", "tokenizer", "out", "resume"):
         value: str | None = getattr(config, name)
         stream, colon, path = (value or "").partition(":")
@@ -202,7 +203,7 @@ def check_names(config: PretrainConfig | FinetuneConfig) -> None:
 
 
 def check_batch(batch_size: int, length: int, name: str) -> None:
-    """Raise if a batch of sequences of ``length`` tokens, the setting ``name``, cannot be meant."""
+    """Raise if a batch is larger than anyone can mean, with sequences of ``length`` tokens, the setting ``name``."""
     if batch_size * length > _MOST_TOKENS:
         raise InputError(
             f"batch_size={batch_size}: with {name}={length} a step would read {batch_size * length:,} tokens; "
@@ -211,7 +212,7 @@ def check_batch(batch_size: int, length: int, name: str) -> None:
 
 
 def check(config: Resolved, counts: Mapping[str, int | None]) -> None:
-    """Raise unless the settings that every run has are in range, and the ``counts`` that this kind of run has."""
+    """Raise unless the settings of every run are in range, and so are the ``counts`` of this kind of run."""
     at_least_one = {
         "steps": config.steps,
         "batch_size": config.batch_size,

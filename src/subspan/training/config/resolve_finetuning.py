@@ -1,18 +1,18 @@
-"""The settings of a fine-tuning run with every blank filled in, and checked.
+"""Fill in every blank of the settings of a fine-tuning run, and check them.
 
-A model that brings its weights gets the settings of the command for MRPC and RoBERTa-base in the README of GaLore's
-code
-(arXiv 2403.03507), which GoLore's scripts (arXiv 2410.11289) have for all of GLUE: rank 4, scale 4, period 500, batch
-16, 30
-epochs, learning rate 3e-5, falling linearly to 0.
+A pretrained model gets the settings of the command for MRPC and RoBERTa-base in the README of GaLore's code
+(arXiv 2403.03507). GoLore's scripts (arXiv 2410.11289) use them for all of GLUE:
 
-Deviations: examples are cut at 128 tokens, there at 512. A run of fewer than 5,000 steps has a period of a tenth of it,
-    or its
-basis would be chosen once or a few times. Methods whose basis has ``E[Q Qᵀ] = I`` (RSO, FLora) keep scale 1, since
-their step
-already has the size of full rank; SGD's learning rate is that of GoLore's scripts, 1e-3, and Lion's a third of Adam's.
-Random
-weights get the settings of pretraining.
+    rank 4, scale 4, period 500, batch 16, 30 epochs, learning rate 3e-5, which falls linearly to 0
+
+A model with random weights gets the settings of pretraining.
+
+Deviations:
+
+- Examples are cut at 128 tokens, and there at 512.
+- A run of fewer than 5,000 steps has a period of a tenth of its length. Otherwise it would choose few bases.
+- Methods whose basis has ``E[Q Qᵀ] = I`` (RSO, FLora) keep scale 1, since their step already has the size of full rank.
+- The learning rate of SGD is that of GoLore's scripts, 1e-3, and that of Lion a third of Adam's.
 """
 
 import math
@@ -42,7 +42,7 @@ from subspan.utils.errors import InputError
 _LR: dict[type, float] = {SGD: 1e-3, Lion: 1e-5}
 _LONGEST_PERIOD = 500
 _BASES = 10
-"""That a shorter run chooses."""
+"""How many bases a shorter run chooses."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ class ResolvedSelection(SelectionConfig):
 
 @dataclass(frozen=True)
 class ResolvedFinetune(Resolved, FinetuneConfig):
-    """A ``FinetuneConfig`` in which no number is left open, but what the number of examples decides
-    (``with_length``).
-    """
+    """A ``FinetuneConfig`` in which no number is left open, except for those that ``with_length`` decides."""
 
     epochs: int = 0
     evaluation: ResolvedSelection = ResolvedSelection()
@@ -66,8 +64,8 @@ def resolve_finetune(config: FinetuneConfig) -> ResolvedFinetune:
     ``steps``, ``update_proj_gap`` and ``evaluation.every`` are 0 where they depend on the number of examples.
 
     Raises:
-        InputError: a number out of range, or settings that contradict each other; the message names them.
-        ValueError: an unknown optimizer, model or task.
+        InputError: a number is out of range, or settings contradict each other; the message names them.
+        SettingError: the optimizer or the model is unknown.
     """
     check_names(config)
     method, spec, preset = find(config.optimizer), find_task(config.task), preset_of(config.model)
@@ -128,10 +126,10 @@ def resolve_finetune(config: FinetuneConfig) -> ResolvedFinetune:
 
 
 def with_length(config: ResolvedFinetune, examples: int) -> ResolvedFinetune:
-    """``config`` for a training set of so many examples.
+    """Fill in what depends on the number of examples in the training set.
 
     Raises:
-        InputError: a warmup longer than the run.
+        InputError: the warmup is longer than the run.
     """
     steps = config.steps or math.ceil(config.epochs * examples / config.batch_size)
     every = config.evaluation.every or max(1, steps // 10)
@@ -142,6 +140,7 @@ def with_length(config: ResolvedFinetune, examples: int) -> ResolvedFinetune:
 
 
 def _paper_scale(method: Recipe) -> float:
+    """The scale for pretrained weights; see the deviations above."""
     unit = isinstance(method.selector, Gaussian) or (isinstance(method.selector, Random) and method.selector.scaled)
     return 1.0 if unit or method.selector is None else 4.0
 
@@ -155,8 +154,7 @@ def _check_lora(config: ResolvedFinetune) -> None:
     if lora.rank is not None and find(config.optimizer).selector is not None:
         raise InputError(
             f"lora.rank={lora.rank}: {config.optimizer} would project what LoRA has frozen; use a full-rank "
-            "optimizer, such as "
-            "--optimizer adamw"
+            "optimizer, such as --optimizer adamw"
         )
     if lora.rank is not None and config.parallel == "fsdp":
-        raise InputError("parallel='fsdp': adapters are not spread over ranks here; use --parallel ddp, or no LoRA")
+        raise InputError("parallel='fsdp': adapters of LoRA cannot be sharded here; use --parallel ddp, or no LoRA")

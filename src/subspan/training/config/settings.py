@@ -1,9 +1,14 @@
 """The settings of a run. Each field is a YAML key and a command-line flag."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
+
+_INCIDENTAL = {"computes": "nothing"}
+"""Metadata of a setting that changes nothing that is computed, except for rounding."""
+_MEASUREMENT = {"computes": "measurements"}
+"""Metadata of a setting that changes what is measured of the weights and when, and not how they are trained."""
 
 
 @dataclass(frozen=True)
@@ -11,164 +16,180 @@ class OptimConfig:
     """Finer settings of the optimizer."""
 
     betas: tuple[float, float] | None = None
-    """Decay of the moments; null is the rule's own."""
+    """Decay rates of the two moments. By default those of the optimizer's rule."""
     eps: float | None = None
-    """Added to the root of the second moment; null is the rule's own."""
+    """Number added to the root of the second moment, so that nothing is divided by zero. By default
+    that of the rule."""
     rule: dict[str, Any] | None = None
-    """Settings of the recipe's rule, such as {momentum: 0.95}."""
+    """Settings of the optimizer's rule, such as {momentum: 0.95}."""
     proj_type: str = "std"
-    """Side to compress: std (the shorter; with parallel fsdp right), reverse_std (the longer), right, left."""
+    """Side of a matrix that is compressed: std (the shorter side; with parallel fsdp the right side), reverse_std (the
+    longer side), left, or right."""
     transfer: Literal["keep", "rotate", "moments", "reset"] | None = None
-    """What becomes of the moments at a refresh; null is the recipe's own."""
+    """What happens to the moments when the subspace changes. keep leaves them as they are, rotate moves the first one
+    into the new subspace, moments moves both, and reset sets them to zero. By default as the optimizer defines it."""
     selector: dict[str, Any] | None = None
-    """Settings of the recipe's selector, such as {power: 2.0, floor: 0.1}; or of another, {name: gaussian}."""
+    """Settings of the optimizer's selector, which chooses the subspaces, such as {power: 2.0, floor: 0.1}. With a name,
+    such as {name: gaussian}, another selector."""
     residual: dict[str, Any] | None = None
-    """Settings of the recipe's residual, such as {mode: official}."""
+    """Settings of the optimizer's residual, which is what it does with the gradient outside the subspace,
+    such as {mode: official}."""
     stagger: bool | None = None
-    """Spread the refreshes over the period; null: with backward_side."""
+    """Spread the refreshes of the matrices over the period, instead of refreshing all at one step. By
+    default only with backward_side."""
     share: Literal["auto", "none"] = "auto"
-    """With backward_side: whether layers that get the same tensor share a basis and what is saved of it."""
+    """With backward_side: whether layers with the same input share a basis and what is saved for the backward pass
+    (auto), or not (none)."""
     merge: Literal["step", "refresh"] = "step"
-    """With backward_side: when the weight changes; refresh keeps the steps between in fp32, for bf16 weights."""
+    """With backward_side: when a weight changes. step changes it at every step; refresh collects the steps in fp32
+    until the next refresh, which helps bf16 weights."""
     select_from: Literal["mean", "owner"] = "mean"
-    """With backward_side and several processes: whether a basis is chosen from the gradient of the whole batch, or from
-    that of
-    one process's part, which sends less and chooses otherwise than one process would."""
+    """With backward_side and several processes: the gradient that a basis is chosen from. mean is that of
+    the whole batch. owner is that of the part of one process, which sends less, but chooses other bases than
+    a single process would."""
     eta: float | None = None
-    """Strength of the proximal term ||B||² / (2 eta), B the way since the last refresh; null is none."""
+    """Strength of a proximal term ||B||² / (2 eta), where B is the way since the last refresh. By
+    default there is none."""
     proximal: Literal["coupled", "decoupled"] = "coupled"
-    """Whether the proximal term is part of the gradient, or beside the rule."""
+    """Whether the proximal term is added to the gradient (coupled), or to the update, as decoupled
+    weight decay is (decoupled)."""
     state_dtype: Literal["float32", "int8"] | None = None
-    """int8 keeps moments in 8 bits; null is the recipe's own."""
+    """int8 keeps the moments in 8 bits, float32 in fp32. By default as the optimizer defines it."""
     min_8bit_size: int = 4096
-    """Entries of the smallest moment that int8 is for."""
+    """Smallest moment, in entries, that int8 applies to. Smaller moments stay in fp32."""
     bf16_stochastic_round: bool = False
-    """With precision bf16: round updates of the weights at random, right on average."""
+    """With precision bf16: round the updates of the weights at random, so that they are right on average."""
     lr_full: float | None = None
-    """Learning rate of what is not projected; null is that of the rest."""
+    """Learning rate of the parameters that are not projected. By default the same as that of the others."""
     targets: str | list[str] = "all-linear"
-    """Which matrices are projected: all-linear, a list of substrings, or a regular expression."""
+    """Which matrices are projected: all-linear, a list of parts of their names, or a regular expression."""
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Linear warmup, then a decay."""
+    """Schedule of the learning rate: linear warmup, then a decay."""
 
     shape: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate goes down after warmup."""
+    """How the learning rate falls after the warmup."""
 
     warmup_steps: int | None = None
-    """Steps of linear warmup; null is the preset's, or a tenth of the run."""
+    """Steps of linear warmup. By default that of the preset, or a tenth of the run."""
     min_lr_ratio: float = 0.1
-    """Where the decay ends, as a share of the learning rate."""
+    """Learning rate at the end of the decay, as a share of the peak."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """The validation loss: the exact mean over the tokens of a fixed set."""
+    """Validation loss: the exact mean over the tokens of a fixed set."""
 
     every: int | None = None
-    """Steps between evaluations; null is five in a run. The last step is always evaluated."""
+    """Steps between evaluations. By default there are five in a run. The last step is always evaluated."""
     tokens: int = 131_072
-    """Size of the fixed set, spread evenly over the validation documents; all of them if they hold less."""
+    """Size of the fixed set in tokens, spread evenly over the validation documents. If they hold
+    fewer, all are used."""
 
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """The score of the validation examples, which chooses the checkpoint that is kept as the best."""
+    """Score of the validation examples, which decides which checkpoint is kept as the best."""
 
     every: int | None = None
-    """Steps between evaluations; null is ten in a run. The last step is always evaluated."""
+    """Steps between evaluations. By default there are ten in a run. The last step is always evaluated."""
     patience: int | None = None
-    """Evaluations in a row without a better score after which the run stops; null never stops it."""
+    """Number of evaluations in a row without a better score after which the run stops. By default
+    it never stops early."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Saving."""
+    """Checkpoints."""
 
     every: int = 100
     """Steps between checkpoints. The last step is always saved."""
     keep: int = 2
-    """How many of the newest to keep; the best is kept beside them."""
+    """Number of the newest checkpoints to keep. In fine-tuning, the best one is kept in addition."""
 
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """Measurements of the subspaces while training, written to probes.jsonl; `subspan inspect` reads them."""
+    """Measurements of the subspaces during training, for `subspan inspect`."""
 
     subspace: bool = False
-    """At each refresh: overlap with the basis before and with the anchor, principal angles, gradient captured, time."""
+    """At each refresh, write to probes.jsonl the overlap with the previous basis and with the anchor, the principal
+    angles, the share of the gradient that is captured, and the time."""
     anchor: int | None = None
-    """The step whose bases later ones are compared with; null is none."""
+    """Step whose bases all later ones are compared with. By default there is none."""
     noise_every: int | None = None
-    """Steps between measurements of the noise of the gradient, which cost a backward pass each; null is none."""
+    """Steps between measurements of the noise of the gradient, each of which costs a backward pass. By
+    default there are none."""
     noise_parts: int = 4
-    """Parts of the batch whose gradients are compared for that."""
+    """Number of parts of the batch whose gradients are compared to measure the noise."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What every run has."""
+    """Settings that every run has."""
 
     optimizer: str = "sara_adamw"
-    """A name from `subspan list optimizers`."""
+    """Optimizer: a name from `subspan list`."""
     tokenizer: str | None = None
-    """bytes, embedded (a BPE of 4,096), or a Hugging Face path or name; null is the model's."""
+    """Tokenizer: bytes, embedded (a BPE vocabulary of 4,096), a path, or a name on the Hugging Face hub. By default
+    that of the model."""
     backward_side: bool | None = None
-    """Let the backward pass make the low-rank gradient, and save no input of a projected layer; null is the
-    optimizer's own.
-    """
+    """Let the backward pass compute the low-rank gradient directly, so that no projected layer saves its input. By
+    default as the optimizer defines it."""
     steps: int | None = None
-    """Optimizer steps; null is the preset's in pretraining, and what the epochs come to in fine-tuning."""
+    """Number of optimizer steps. By default that of the preset in pretraining; in fine-tuning it
+    follows from the epochs."""
     batch_size: int | None = None
-    """Sequences in a step, of all processes together; null is the preset's in pretraining, 16 in fine-tuning."""
-    micro_batch_size: int | None = None
-    """Sequences in a forward pass of a process, fewer than its part of the batch to accumulate gradients; null is
-    all.
-    """
+    """Sequences in a step, over all processes together. By default that of the preset in pretraining,
+    and 16 in fine-tuning."""
+    micro_batch_size: int | None = field(default=None, metadata=_INCIDENTAL)
+    """Sequences in one forward pass of a process. If fewer than its part of the batch, gradients are accumulated. By
+    default the whole part."""
     lr: float | None = None
-    """Peak learning rate; null is the method's own."""
+    """Peak learning rate. By default as the optimizer defines it; when a pretrained model is fine-tuned,
+    in most cases 3e-5."""
     rank: int | None = None
-    """Dimension of the subspace; null is the preset's, or 4 for a model that brings its weights to fine-tuning."""
+    """Dimension of the subspaces. By default that of the preset, or 4 when a pretrained model is fine-tuned."""
     update_proj_gap: int | None = None
-    """Steps between refreshes of the subspace; null is the preset's, or likewise a tenth of the run, 500 at most."""
+    """Steps between refreshes of the subspaces. By default that of the preset; when a pretrained model is fine-tuned, a
+    tenth of the run, but at most 500."""
     scale: float | None = None
-    """Factor on the step of projected matrices; null is the recipe's own, or 4 likewise."""
+    """Factor on the updates of projected matrices. By default as the optimizer defines it; when a pretrained model is
+    fine-tuned, in most cases 4."""
     weight_decay: float = 0.0
-    """Decoupled weight decay; biases and norms are not decayed."""
+    """Decoupled weight decay. It does not apply to biases and norms."""
     clip: float | None = 1.0
-    """Largest norm of the whole gradient; null does not clip."""
+    """Largest norm of the whole gradient, to which a longer one is scaled down. null does not clip."""
     seed: int = 0
-    """Of the weights, the order of stored data and every subspace."""
+    """Random seed for the initial weights, the order of the training data, and the choice of subspaces."""
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    probes: ProbeConfig = ProbeConfig()
-    out: str | None = None
-    """Directory of the run; null is one under runs/ named after the settings, numbered if taken."""
-    resume: str | None = None
-    """auto continues the newest checkpoint of `out` if there is one; a path continues that checkpoint or run. Settings
-    must be
-    those of the run: give its config.yaml as --config."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto is cuda if there is one."""
-    parallel: Literal["none", "ddp", "fsdp"] | None = None
-    """Under torchrun: ddp, each process holds the model; fsdp, each holds a part of it. Both compute what one process
-    computes,
-    and a run may go on with another number of processes. Without torchrun there is one; null is none."""
+    checkpoint: CheckpointConfig = field(default=CheckpointConfig(), metadata=_INCIDENTAL)
+    probes: ProbeConfig = field(default=ProbeConfig(), metadata=_INCIDENTAL)
+    out: str | None = field(default=None, metadata=_INCIDENTAL)
+    """Directory of the run. By default one in runs/, named after the settings, with a number if the name is taken."""
+    resume: str | None = field(default=None, metadata=_INCIDENTAL)
+    """auto continues from the newest checkpoint in `out`, if there is one. A path continues from that checkpoint or
+    run. The settings must be those of the run: give its config.yaml as --config."""
+    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=_INCIDENTAL)
+    """Where to train. auto is cuda if there is a GPU."""
+    parallel: Literal["none", "ddp", "fsdp"] | None = field(default=None, metadata=_INCIDENTAL)
+    """How the processes of torchrun share the work: with ddp each holds the whole model, with fsdp each holds a part of
+    it. Both compute what one process computes, and a run may continue on another number of processes. Without
+    torchrun there is one process."""
     precision: Literal["auto", "fp32", "bf16-mixed", "bf16"] = "auto"
-    """bf16-mixed computes in bf16 and keeps fp32 weights; bf16 keeps bf16 weights; auto is bf16-mixed on cuda, else
-    fp32.
-    """
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
-    threads: int | None = None
-    """CPU threads; null is torch's choice."""
-    log_every: int = 10
+    """bf16-mixed computes in bf16 and keeps the weights in fp32. bf16 keeps the weights in bf16 too. auto is bf16-mixed
+    on a GPU, and fp32 on a CPU."""
+    gradient_checkpointing: bool = field(default=False, metadata=_INCIDENTAL)
+    """Save memory by computing activations again in the backward pass."""
+    threads: int | None = field(default=None, metadata=_INCIDENTAL)
+    """Number of CPU threads. By default torch decides."""
+    log_every: int = field(default=10, metadata=_INCIDENTAL)
     """Steps between lines of metrics."""
-    tensorboard: bool = False
-    """Write TensorBoard files too, beside metrics.jsonl."""
+    tensorboard: bool = field(default=False, metadata=_INCIDENTAL)
+    """Write files for TensorBoard, in addition to metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -176,37 +197,36 @@ class PretrainConfig(RunConfig):
     """Pretrain a language model."""
 
     model: str = "llama-nano"
-    """A preset (`subspan list models`), a config.json (random weights), a model directory or OWNER/NAME on the Hugging
-    Face hub
-    (their weights)."""
+    """Model: a preset from `subspan list models` or a config.json, both with random weights; or a model directory or
+    OWNER/NAME on the Hugging Face hub, with their weights."""
     data: str = "embedded"
-    """embedded; text files (each one document) or JSONL files (a document a line) as a file, folder or glob; c4 or
-    slimpajama,
-    or c4:PATH for a local copy of their files."""
+    """Training data: embedded (a small corpus that comes with the package); a file, folder or glob of text files (one
+    document each) or JSONL files (one document a line); c4 or slimpajama, streamed from the hub; or c4:PATH for a local
+    copy of their files."""
     validation_data: str | None = None
-    """Files of validation documents; null sets aside 5 % of the documents of `data`."""
+    """Files of validation documents. By default 5 % of the documents of `data` are set aside."""
     sequence_length: int | None = None
-    """Tokens predicted in a sequence; null is the preset's."""
+    """Number of tokens predicted in a sequence. By default that of the preset."""
     packing: bool = True
-    """Streamed data: join documents end to end; false is one document a sequence, cut or padded, as in GaLore's
-    code.
-    """
-    evaluation: EvaluationConfig = EvaluationConfig()
+    """For streamed data: join documents end to end. If false, each document is a sequence of its own, cut or padded,
+    as in GaLore's code."""
+    evaluation: EvaluationConfig = field(default=EvaluationConfig(), metadata=_MEASUREMENT)
 
     def run_name(self) -> str:
+        """The name of a run's directory, if none is given."""
         return f"{Path(self.model).name}-{self.optimizer}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """LoRA adapters (the package peft) instead of the weights, for comparison."""
+    """LoRA adapters, which the package peft trains instead of the weights, for comparison."""
 
     rank: int | None = None
-    """Of the adapters; null trains the weights."""
+    """Rank of the adapters. By default there are none, and the weights are trained."""
     alpha: float = 16.0
-    """Their factor is alpha / rank."""
+    """Scale of the adapters, which are multiplied by alpha / rank."""
     dropout: float = 0.0
-    """Of their inputs."""
+    """Dropout of the inputs of the adapters."""
 
 
 @dataclass(frozen=True)
@@ -214,42 +234,54 @@ class FinetuneConfig(RunConfig):
     """Fine-tune a model on labelled examples, or a causal language model on prompts and answers."""
 
     model: str = "llama-tiny"
-    """A model directory (also a checkpoint of subspan pretrain) or OWNER/NAME on the Hugging Face hub; a preset or a
-    config.json for random weights."""
+    """Model: a directory (also a checkpoint of `subspan pretrain`) or OWNER/NAME on the Hugging Face hub, with their
+    weights; or a preset or a config.json, with random weights."""
     task: str = "bundled"
-    """bundled (which author wrote a passage of the embedded corpus); a task of GLUE (cola, sst2, mrpc, qqp, stsb, mnli,
-    mnli-mm, qnli, rte, wnli); or of your own files: classification, regression, or lm (a causal model learns to write
-    the
-    answer)."""
+    """Task: bundled (which author wrote a passage of the embedded corpus); one of GLUE (cola, sst2, mrpc, qqp, stsb,
+    mnli, mnli-mm, qnli, rte, wnli); or classification, regression, or lm (a causal model learns to write the answer) on
+    files of your own."""
     data: str | None = None
-    """A file of training examples, .jsonl, .csv or .tsv (also .gz, .xz), instead of the task's own."""
+    """File of training examples (.jsonl, .csv or .tsv, also with .gz or .xz), for the tasks on files of your own; for
+    one of GLUE, in place of its own data."""
     validation_data: str | None = None
-    """A file of validation examples; null sets aside a tenth of `data`."""
+    """File of validation examples. By default a tenth of `data` is set aside."""
     text_column: str | None = None
-    """The column of the text (lm: the prompt); null is the task's, or text."""
+    """Column of the text, or of the prompt for lm. By default that of the task, or text."""
     pair_column: str | None = None
-    """The column of a second text, where there is one; null is the task's."""
+    """Column of a second text, if there is one. By default that of the task."""
     label_column: str | None = None
-    """The column of the label (lm: the answer, and without it the text is learnt whole); null is the task's, or
-    label.
-    """
+    """Column of the label, or of the answer for lm; without an answer, lm learns the whole text. By default that of
+    the task, or label."""
     max_length: int = 128
-    """Tokens of an example; longer ones are cut."""
+    """Largest number of tokens in an example. Longer examples are cut."""
     epochs: int | None = None
-    """Times that each example is seen, unless `steps` says how long the run is; null is the task's: of GLUE 30."""
+    """Number of times that each example is seen, unless `steps` says how long the run is. By default that of the task,
+    which is 30 for GLUE."""
     schedule: ScheduleConfig = ScheduleConfig(shape="linear", min_lr_ratio=0.0)
-    evaluation: SelectionConfig = SelectionConfig()
+    evaluation: SelectionConfig = field(default=SelectionConfig(), metadata=_MEASUREMENT)
     lora: LoraConfig = LoraConfig()
 
     def run_name(self) -> str:
+        """The name of a run's directory, if none is given."""
         adapted = f"-lora{self.lora.rank}" if self.lora.rank else ""
         return f"{self.task}-{Path(self.model).name}-{self.optimizer}{adapted}-seed{self.seed}"
 
 
-def without_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """``settings`` of a run, as a nested dict, but for those that are as they are by default.
+def names_without_effect(*, with_measurements: bool = False) -> frozenset[str]:
+    """Names of the settings of any run that change nothing that is computed, except for rounding.
 
-    So those of an older version compare with today's: a setting that it did not know is as it was.
+    Args:
+        with_measurements: add the settings that change only what is measured.
+    """
+    computes = ("nothing", "measurements") if with_measurements else ("nothing",)
+    settings = (*fields(PretrainConfig), *fields(FinetuneConfig))
+    return frozenset(setting.name for setting in settings if setting.metadata.get("computes") in computes)
+
+
+def without_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The ``settings`` of a run, as a nested dict, without those that have their default value.
+
+    Settings of an older version compare with those of today: one that it did not know counts as the default.
     """
     known = asdict(FinetuneConfig() if "task" in settings else PretrainConfig()) if defaults is None else defaults
     found = {}

@@ -1,1 +1,1 @@
-"""Where batches come from."""
+"""Where batches come from: documents, token streams and labelled examples."""

@@ -1,4 +1,4 @@
-"""What the loop asks of its data."""
+"""What the training loop asks of its data: batches in an order that can be restored."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,40 +13,38 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences and what is to be predicted of them.
-
-    Token ids ``inputs (b, l)``, and for each position the token that follows, ``targets (b, l)``, or ``IGNORED``. Of
-    examples with a label each, ``targets (b,)``; then ``mask (b, l)`` tells tokens from padding, and ``kinds (b, l)``
-    the
-    first text from the second, for a model that asks.
-    """
+    """Sequences, and what is to be predicted from them."""
 
     inputs: Tensor
+    """Token ids ``(b, l)``."""
     targets: Tensor
+    """For each position the token that follows, or ``IGNORED``, ``(b, l)``; for examples with labels, ``(b,)``."""
     mask: Tensor | None = None
+    """For examples with labels: 1 for a token and 0 for padding, ``(b, l)``."""
     kinds: Tensor | None = None
+    """For models that ask for it: 0 for the first text of an example and 1 for the second, ``(b, l)``."""
 
     def weight(self) -> int:
-        """How many targets count."""
+        """Return how many targets count."""
         return int((self.targets != IGNORED).sum()) if not self.targets.is_floating_point() else len(self.targets)
 
     def tokens(self) -> int:
-        """How many tokens are read; without a mask, how many targets count."""
+        """Return how many tokens are read; without a mask, how many targets count."""
         return self.weight() if self.mask is None else int(self.mask.sum())
 
     def split(self, size: int) -> "list[Batch]":
-        """In pieces of ``size`` sequences."""
+        """Cut the batch into pieces of ``size`` sequences."""
         return [self._rows(start, start + size) for start in range(0, len(self.inputs), size)]
 
     def _rows(self, start: int, stop: int) -> "Batch":
         return self._each(lambda A: A[start:stop])
 
     def part(self, rank: int, ranks: int) -> "Batch":
-        """The sequences of ``rank``: of ``ranks`` equal parts, one."""
+        """Return the share of ``rank`` where ``ranks`` processes share the batch."""
         return self._each(lambda A: A.chunk(ranks)[rank])
 
     def ignored(self) -> "Batch":
-        """The same sequences, of which nothing counts."""
+        """Return a copy in which no target counts."""
         return replace(self, targets=torch.full_like(self.targets, IGNORED))
 
     def to(self, device: Any) -> "Batch":
@@ -58,15 +56,18 @@ class Batch:
 
 
 class Order:
-    """Which of ``count`` examples come next. Epoch ``e`` visits each once, in the order of ``torch.randperm`` seeded by
-    ``(seed, e)``. The cursor is ``(epoch, index)``."""
+    """The order in which ``count`` examples come.
+
+    Epoch ``e`` visits each once, in the order of ``torch.randperm`` seeded by ``(seed, e)``. The cursor is
+    ``(epoch, index)``.
+    """
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
         self._go_to(0, 0)
 
     def take(self, size: int) -> Tensor:
-        """The numbers of the next ``size``."""
+        """Return the numbers of the next ``size`` examples."""
         chosen: list[Tensor] = []
         while (wanted := size - sum(map(len, chosen))) > 0:
             chosen.append(self._order[self.index : self.index + wanted])
@@ -88,22 +89,23 @@ class Order:
 
 
 class DataSource(Protocol):
-    """Training batches in an order that depends on the seed alone, and a fixed validation set.
+    """Training batches in an order that depends only on the seed, and a fixed validation set.
 
-    It knows nothing of ranks: each reads the same and takes its part of a batch. So the cursor holds for any number of
-    them.
+    It knows nothing of ranks: each rank reads the same batches and takes its share of them. So the cursor holds for any
+    number of ranks.
     """
 
     def next_batch(self, size: int) -> Batch:
-        """The next ``size`` sequences."""
+        """Return the next ``size`` sequences."""
 
     def validation(self) -> Batch:
-        """The fixed validation set."""
+        """Return the fixed validation set."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The exact cursor. Law: after ``load_state_dict`` the batches continue as if nothing had happened."""
+        """Return the exact cursor. Law: after ``load_state_dict`` the batches continue as if nothing had happened."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a cursor that ``state_dict`` has returned."""
 
     def describe(self) -> str:
-        """One line: how much there is."""
+        """Say in one line how much data there is."""

@@ -1,6 +1,7 @@
-"""The bundled task: who wrote 24 words of the embedded corpus, Austen, Milton or Shakespeare? Split by document.
+"""The bundled task: tell whether Austen, Milton or Shakespeare wrote a passage of 24 words of the embedded corpus.
 
-As many passages of each author, so that a guess is right one time in three.
+Documents, not passages, are split into training and validation. There are as many passages of each author, so a guess
+is right one time in three.
 """
 
 import json
@@ -11,13 +12,13 @@ from subspan.training.data.labelled_files import Row
 
 WORDS = 24
 PASSAGES = {"train": 1200, "validation": 200}
-"""Of each author."""
+"""Number of passages of each author."""
 _AUTHORS = {"austen/": "austen", "miltondata/": "milton", "shksprdata/texts/": "shakespeare"}
-"""By the beginning of a document's name; an encyclopedia's article has none."""
+"""Authors by the beginning of a document's name; articles of the encyclopedia have none."""
 
 
 def read_authors() -> tuple[list[Row], list[Row]]:
-    """Training and validation passages, spread evenly over each author's documents."""
+    """Return training and validation passages, taken evenly from each author's documents."""
     words: dict[tuple[str, str], list[tuple[str, list[str]]]] = {}
     with lzma.open(CORPUS, "rt", encoding="utf-8") as file:
         for line in file:

@@ -1,6 +1,4 @@
-"""Documents and their split: from the embedded corpus, or from text and JSONL files. A document is never in both
-halves.
-"""
+"""Documents and their split, from the embedded corpus or from text and JSONL files; no document is in both halves."""
 
 import glob
 import gzip
@@ -32,7 +30,7 @@ class Documents:
     validation_files: tuple[Path, ...] = ()
 
     def identity(self) -> list[tuple[str, int, int]]:
-        """Changes whenever a file does: path, bytes, time of change."""
+        """Return path, bytes and time of change of each file, which differ whenever a file has changed."""
         found = []
         for kind, files in (("train", self.files), ("validation", self.validation_files)):
             for path in files:
@@ -44,13 +42,11 @@ class Documents:
         return found
 
     def split(self) -> Iterator[tuple[Split, str]]:
-        """Every document with its half.
+        """Yield every document with its half.
 
-        A document that names its ``split`` keeps it, and files of validation are validation. Of all others, the 5 %
-        with the
-        smallest hash of their text are validation, so equal documents share a half and the order of files does not
-        matter. A
-        training document that is in validation too is left out.
+        A document that names its ``split`` keeps it, and files of validation are validation. Among all others, the 5 %
+        with the smallest hashes of their text are validation. So equal documents share a half, and the order of files
+        does not matter. A training document that is in validation too is left out.
         """
         held = {text_hash(text) for text, _ in _read(self.validation_files)}
         free: set[bytes] = set()
@@ -71,7 +67,7 @@ class Documents:
 
 
 def find_documents(data: str, validation_data: str | None = None) -> Documents:
-    """The files that ``data`` names: ``embedded``, a file, a folder (searched through), or a glob.
+    """Find the files that ``data`` names: ``embedded``, a file, a folder (searched through), or a glob.
 
     Raises:
         InputError: no such file, or none of a kind that can be read.
@@ -110,7 +106,7 @@ def _kind(path: Path) -> str:
 
 @contextmanager
 def opened(path: Path, newline: str | None = None) -> Iterator[io.TextIOBase]:
-    """``path`` as text, unpacked; what goes wrong while it is read comes out as an ``InputError`` that names it."""
+    """Open ``path`` as text, unpacked. What goes wrong while it is read becomes an ``InputError`` that names it."""
     try:
         with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8", newline=newline) as file:
             yield file
@@ -121,7 +117,7 @@ def opened(path: Path, newline: str | None = None) -> Iterator[io.TextIOBase]:
 
 
 def _read(files: tuple[Path, ...]) -> Iterator[tuple[str, Split | None]]:
-    """Documents and the split they name: a text file is one document, a line of JSON is one document."""
+    """Yield documents and the split they name: a text file is one document, and so is a line of JSON."""
     for path in files:
         with opened(path) as file:
             yield from _documents_of(file, path)
@@ -143,13 +139,8 @@ def _documents_of(file: io.TextIOBase, path: Path) -> Iterator[tuple[str, Split 
         try:
             row = json.loads(line)
             text, half = row["text"], row.get("split")
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ) as error:  # numbers and nesting have limits
+        # Numbers and nesting have limits.
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
                 f'data file {path}, line {number}: {error!r}; expected one JSON object a line with a "text"'
             ) from error
@@ -161,15 +152,15 @@ def _documents_of(file: io.TextIOBase, path: Path) -> Iterator[tuple[str, Split 
             )
         if not encodable(text):
             raise InputError(
-                f'data file {path}, line {number}: "text" holds half a surrogate pair, which UTF-8 cannot; mend the '
-                "file"
+                f'data file {path}, line {number}: "text" holds half a surrogate pair, which UTF-8 cannot hold; '
+                "mend the file"
             )
         if text.strip():
             yield text, half
 
 
 def encodable(text: str) -> bool:
-    """Whether UTF-8 can hold ``text``: not half of a surrogate pair."""
+    """Whether UTF-8 can hold ``text``; it cannot hold half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -178,5 +169,5 @@ def encodable(text: str) -> bool:
 
 
 def text_hash(text: str) -> bytes:
-    """By which a text goes to the same half, in whatever order it is read."""
+    """Return a hash that puts a text in the same half, in whatever order texts are read."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()

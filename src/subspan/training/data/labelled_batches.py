@@ -1,4 +1,4 @@
-"""Examples as batches of tokens: encoded once, shuffled by the seed, filled up to the longest of a batch."""
+"""Labelled examples as batches of tokens: encoded once, shuffled by the seed, padded to the longest of a batch."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from subspan.utils.errors import InputError
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example in tokens, and the class, the number, or the target of each token."""
+    """An example in tokens, with its class, its number, or the target of each token."""
 
     ids: list[int]
     target: int | float | list[int]
@@ -29,7 +29,13 @@ class Examples:
     """Training and validation examples; see ``DataSource``.
 
     Args:
+        train: the training examples.
+        validation: the validation examples.
+        spec: the task.
         labels: the classes, by number.
+        tokenizer: the model's tokenizer.
+        max_length: tokens of an example at most; longer ones are cut.
+        seed: of the order of the training examples.
     """
 
     def __init__(
@@ -45,7 +51,7 @@ class Examples:
         self.labels, self.padding = tuple(labels), padding_of(tokenizer)
         encode = _Encoder(spec, labels, tokenizer, max_length)
         self.train = encode(train)
-        # By length, so that little is filled up; the order does not matter to a score.
+        # By length, so that little is padded; the order does not matter to a score.
         self.held = sorted(encode(validation), key=lambda example: len(example.ids))
         self.order = Order(len(self.train), seed)
         self.digest = _digest(self.train)
@@ -58,11 +64,11 @@ class Examples:
         return self._batch(self.held)
 
     def validation_batches(self, size: int) -> list[Batch]:
-        """The validation set in pieces, each no longer than its longest example."""
+        """Return the validation set in batches, each padded to its own longest example."""
         return [self._batch(self.held[start : start + size]) for start in range(0, len(self.held), size)]
 
     def majority(self) -> float | None:
-        """The accuracy on the validation set of who always says the label most common in training."""
+        """Return the accuracy, on the validation set, of always saying the label that is most common in training."""
         if not self.labels:
             return None
         common = torch.bincount(torch.tensor([example.target for example in self.train])).argmax()
@@ -74,14 +80,13 @@ class Examples:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["digest"] != self.digest:
             raise InputError(
-                "data: the examples or the tokenizer have changed since the checkpoint; start anew with another --out"
+                "data: the examples or the tokenizer have changed since the checkpoint; start again with another --out"
             )
-        # Checkpoints of before it was kept have none.
+        # Checkpoints of earlier versions have none.
         if state.get("held_digest", self.held_digest) != self.held_digest:
             raise InputError(
                 "validation_data: the validation examples have changed since the checkpoint, whose best score is of "
-                "those "
-                "before; put them back, or start anew with another --out"
+                "those before; put them back, or start again with another --out"
             )
         self.order.load_state_dict(state)
 
@@ -92,7 +97,7 @@ class Examples:
     def _batch(self, examples: Sequence[Encoded]) -> Batch:
         first = examples[0]
         ids = _filled([example.ids for example in examples], self.padding)
-        if isinstance(first.target, list):  # causal attention: what fills up a sequence comes behind it
+        if isinstance(first.target, list):  # causal attention: padding comes behind the sequence
             return Batch(ids, _filled([example.target for example in examples], IGNORED))  # type: ignore[misc]
         mask = _filled([[1] * len(example.ids) for example in examples], 0)
         kinds = None if first.kinds is None else _filled([example.kinds or [] for example in examples], 0)
@@ -117,7 +122,7 @@ class _Encoder:
     ) -> None:
         self.spec, self.tokenizer, self.length = spec, tokenizer, max_length
         self.numbers = {label: number for number, label in enumerate(labels)}
-        # Tokens that the model knows texts to be wrapped in; without any, an end-of-text token stands between a pair.
+        # Whether the model wraps texts in tokens of its own. If not, an end-of-text token stands between a pair.
         self.wraps = tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False)
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         self.end = padding_of(tokenizer) if end is None else end
@@ -144,7 +149,7 @@ class _Encoder:
         if row.label not in self.numbers:
             known = ", ".join(list(self.numbers)[:8]) + (" ..." if len(self.numbers) > 8 else "")
             raise InputError(
-                f"{row.where}: the label {row.label!r} is none of training ({known}); mend it, or add examples of it "
+                f"{row.where}: the label {row.label!r} is not one of training ({known}); mend it, or add examples of it "
                 "to --data"
             )
         return self.numbers[str(row.label)]
@@ -153,13 +158,13 @@ class _Encoder:
         return list(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
 
     def _joined(self, first: list[int], second: list[int]) -> list[int]:
-        """Both with an end of text between; of what is too long, the longer is cut first."""
+        """Join two texts with an end of text between; if they are too long, the longer is cut first."""
         room = self.length - 1
         first = first[: max(room - len(second), (room + 1) // 2)]
         return [*first, self.end, *second[: room - len(first)]]
 
     def _continuations(self, rows: Sequence[Row]) -> list[Encoded]:
-        """``end, text, answer, end``: predicted is the answer and its end, or the text where there is no answer."""
+        """Encode ``end, text, answer, end``; targets are the answer and its end, or the text if there is no answer."""
         begin = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.end
         prompts = self._plain([row.text for row in rows])
         answers = self._plain(["" if row.label is None else str(row.label) for row in rows])
@@ -167,10 +172,8 @@ class _Encoder:
         for row, prompt, answer in zip(rows, prompts, answers, strict=True):
             known = [] if row.label is None else prompt
             said = [*(prompt if row.label is None else answer), self.end][: self.length]
-            known = [
-                begin,
-                *known[len(known) - min(len(known), self.length - len(said)) :],
-            ]  # its end is next to the answer
+            # The end of the prompt, which is next to the answer, is kept.
+            known = [begin, *known[len(known) - min(len(known), self.length - len(said)) :]]
             ids = [*known, *said]
             found.append(Encoded(ids[:-1], [IGNORED] * (len(known) - 1) + said))
         return found

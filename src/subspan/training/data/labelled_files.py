@@ -1,4 +1,4 @@
-"""Labelled examples: from a file of JSON lines, CSV or TSV, or from GLUE through ``datasets``."""
+"""Labelled examples, from a file of JSON lines, CSV or TSV, or from GLUE through ``datasets``."""
 
 import csv
 import json
@@ -20,24 +20,24 @@ _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _KINDS = (".jsonl", ".json", *_SEPARATORS)
 _FILE = "data file"
 _LONGEST_CELL = 2**31 - 1
-"""Characters: a text may be as long as a file. ``csv`` would stop at 131,072, and takes no more than a C long holds."""
+"""Characters of a cell at most. ``csv`` would stop at 131,072, and takes no limit beyond what a C long holds."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """An example."""
+    """An example as a file has it."""
 
     text: str
     pair: str | None
     label: str | float | None
-    """A class by name, a number, or of ``lm`` the answer, if there is one."""
+    """The name of a class, a number, or for ``lm`` the answer, if there is one."""
     where: str
-    """For a message: file and line."""
+    """File and line, for messages."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column is what."""
+    """Names of the columns."""
 
     text: str
     pair: str | None
@@ -45,11 +45,11 @@ class Columns:
 
 
 def read_file(path: Path, argument: str, spec: TaskSpec, columns: Columns) -> list[Row]:
-    """The examples of a file.
+    """Read the examples of a file.
 
     Raises:
-        InputError: no such file, a kind that is not known, a line that is broken or lacks a column; names file, line,
-            column.
+        InputError: there is no such file, its kind is not known, or a line is broken or lacks a column. The message
+            names the file, the line and the column.
     """
     kind = Path(path.name.removesuffix(path.suffix)).suffix if path.suffix in (".gz", ".xz") else path.suffix
     if kind not in _KINDS:
@@ -67,10 +67,10 @@ def read_file(path: Path, argument: str, spec: TaskSpec, columns: Columns) -> li
 
 
 def read_glue(spec: TaskSpec, columns: Columns) -> tuple[list[Row], list[Row]]:
-    """Training and validation examples from the hub, or from what ``datasets`` has in its cache.
+    """Read training and validation examples from the hub, or from what ``datasets`` has in its cache.
 
     Raises:
-        InputError: they cannot be had.
+        InputError: they cannot be loaded, or have no such column.
     """
     import datasets  # seconds to import
 
@@ -99,13 +99,13 @@ def read_glue(spec: TaskSpec, columns: Columns) -> tuple[list[Row], list[Row]]:
 
 
 def set_aside(rows: list[Row], spec: TaskSpec) -> tuple[list[Row], list[Row]]:
-    """A tenth for validation: the texts with the smallest hashes, so that equal texts share a half, whatever their
-    order.
+    """Set a tenth of the texts aside for validation, those with the smallest hashes.
 
-    A text stays in training where it is the last there of one of its labels: no model could learn that label.
+    So equal texts share a half, whatever their order. A text stays in training if it is the last one there with one of
+    its labels: no model could learn that label otherwise.
 
     Raises:
-        InputError: there are too few.
+        InputError: there are too few texts.
     """
     hashes = [text_hash(f"{row.text}\0{row.pair or ''}") for row in rows]
     different = sorted(set(hashes))
@@ -133,10 +133,12 @@ def set_aside(rows: list[Row], spec: TaskSpec) -> tuple[list[Row], list[Row]]:
 
 
 def class_names(rows: list[Row], spec: TaskSpec) -> tuple[str, ...]:
-    """The labels of the training examples: in the task's own order, by number if all are numbers, else by name.
+    """Return the labels of the training examples, in the task's own order if it has one.
+
+    Otherwise they are sorted, by number if all are numbers, else by name.
 
     Raises:
-        InputError: there is one alone.
+        InputError: there is only one.
     """
     found = {str(row.label) for row in rows}
     if len(found) < 2:
@@ -177,15 +179,14 @@ def _separated(file: Any, path: Path, separator: str) -> Iterator[tuple[int, dic
                 twice = [name for name, count in Counter(header).items() if count > 1 and name]
                 if twice:
                     raise InputError(
-                        f"{_FILE} {path}, line 1: names the column {twice[0]!r} more than once; give each a name of "
-                        "its own"
+                        f"{_FILE} {path}, line 1: names the column {twice[0]!r} more than once; "
+                        "give each a name of its own"
                     )
             elif cells:
                 if len(cells) != len(header):
                     raise InputError(
                         f"{_FILE} {path}, line {began}: {len(cells)} cells, and the first line names {len(header)} "
-                        "columns; "
-                        "quote cells that hold a separator"
+                        "columns; quote cells that hold a separator"
                     )
                 yield began, dict(zip(header, cells, strict=True))
             began = reader.line_num + 1
@@ -226,7 +227,7 @@ def _number(value: Any, where: str, column: str) -> float:
         number = math.nan
     if not math.isfinite(number):
         raise InputError(
-            f"{where}: {column!r} is {value!r:.40}, expected a number; of classes the task is classification"
+            f"{where}: {column!r} is {value!r:.40}, expected a number; for classes use --task classification"
         )
     return number
 

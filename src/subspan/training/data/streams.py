@@ -1,9 +1,8 @@
 """C4 and SlimPajama, streamed through ``datasets`` and tokenised on the way, with an exact cursor.
 
-GaLore's code takes one document a sequence, cut or padded (``packing=False``). Here documents come in stored order:
-C4's files are shuffled already, and a shuffle buffer could not be restored exactly. With several processes each reads
-and
-tokenises all of the stream and keeps its part of every batch, so that a run goes on with another number of them.
+Documents come in stored order: C4's files are shuffled already, and a shuffle buffer could not be restored exactly.
+GaLore's code takes one document for each sequence, cut or padded; that is ``packing=False``. Every process reads and
+tokenises all of the stream and keeps its share of every batch. So a run can go on with another number of processes.
 """
 
 import copy
@@ -22,9 +21,9 @@ from subspan.utils.errors import InputError, first_line
 @dataclass(frozen=True)
 class _Dataset:
     hub: tuple[str, ...]
-    """What ``datasets.load_dataset`` is called with."""
+    """Arguments of ``datasets.load_dataset``."""
     files: dict[str, str]
-    """The data set's own file names, under a local copy."""
+    """Patterns of the data set's own file names, under a local copy."""
 
 
 STREAMS = {
@@ -40,17 +39,19 @@ class TokenStream:
 
     Args:
         data: ``c4`` or ``slimpajama`` from the hub, or ``c4:PATH`` for a local copy of its files.
-        packing: join documents with end-of-text tokens and cut; or one document a sequence, cut or padded.
+        tokenizer: the model's tokenizer, which has an end-of-text token.
+        sequence_length: predictions of a sequence.
+        validation_tokens: tokens of the validation set.
+        packing: whether to join documents with end-of-text tokens and cut the result. If not, each sequence is one
+            document, cut or padded.
     """
 
     def __init__(
         self, data: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int, validation_tokens: int, packing: bool
     ) -> None:
         self.data, self.tokenizer, self.length, self.packing = data, tokenizer, sequence_length, packing
-        self._files, self._read = (
-            _sizes(data, "train"),
-            0,
-        )  # as they were when it began, and how many have been read since
+        # The files as they were when it began, and how many have been read since.
+        self._files, self._read = _sizes(data, "train"), 0
         self._train = _load(data, "train")
         self._beginning = copy.deepcopy(self._train.state_dict())
         self._documents: Iterator[str] | None = None
@@ -75,21 +76,21 @@ class TokenStream:
         self._left, self._documents = list(state["left"]), None
 
     def _check(self, names: Iterable[str], before: dict[str, int], since: str) -> None:
-        """Raise unless the files of these names are as long as they were ``before``."""
+        """Raise an error unless the files of these names are as long as they were ``before``."""
         now = _sizes(self.data, "train")
         for name in names:
             if before.get(name) != now.get(name):
                 sizes = [f"{files[name]:,} bytes" if name in files else "absent" for files in (before, now)]
                 raise InputError(
                     f"data {self.data!r}: {name} has changed {since} ({sizes[0]}, now {sizes[1]}); "
-                    "put it back and continue with --resume auto, or start anew with another --out"
+                    "put it back and continue with --resume auto, or start again with another --out"
                 )
 
     def describe(self) -> str:
         return f"{self.data}, streamed; {self._validation.tokens():,} validation tokens"
 
     def _next_sequence(self) -> list[int]:
-        """The next ``length + 1`` tokens; fewer without packing."""
+        """Return the next ``length + 1`` tokens; without packing there may be fewer."""
         if not self.packing:
             return self._encode(self._next_document())[: self.length + 1]
         while len(self._left) < self.length + 1:
@@ -103,7 +104,8 @@ class TokenStream:
             self._documents = _texts(self._train, self.data)
         text = next(self._documents, None)
         self._check_read(len(self._files) if text is None else _finished(self._train.state_dict()))
-        if text is None:  # the next epoch; said outright, or a restored stream would start again where it was restored
+        # The next epoch is begun by hand: a restored stream would start again where it was restored.
+        if text is None:
             self._train.load_state_dict(copy.deepcopy(self._beginning))
             self._read = 0
             self._documents = _texts(self._train, self.data)
@@ -113,8 +115,9 @@ class TokenStream:
         return text
 
     def _check_read(self, done: int) -> None:
-        """Raise if one of the ``done`` files has ended before its time: cut between two lines it reads like a shorter
-        one.
+        """Raise an error if one of the ``done`` files has ended too early.
+
+        A file that is cut between two lines reads like a shorter one.
         """
         if done > self._read:
             self._check(list(self._files)[self._read : done], self._files, "while it was read")
@@ -183,8 +186,9 @@ def _load(data: str, half: str) -> Any:
 
 
 def _finished(state: Any) -> int:
-    """How many files a stream in this state has read to the end. After a resume ``datasets`` says so late, by a
-    file.
+    """Return how many files a stream in this state has read to the end.
+
+    After a resume ``datasets`` counts one file too few.
     """
     own = state.get("shard_idx", 0)
     return max([own, *(_finished(value) for value in state.values() if isinstance(value, dict))])
@@ -195,6 +199,6 @@ def _files(path: str, pattern: str) -> list[Path]:
 
 
 def _sizes(data: str, half: str) -> dict[str, int]:
-    """The files of a local copy by name, with their bytes; none for the hub."""
+    """Return the bytes of the files of a local copy by name; there are none for the hub."""
     name, _, path = data.partition(":")
     return {file.name: file.stat().st_size for file in _files(path, STREAMS[name].files[half])} if path else {}

@@ -1,10 +1,9 @@
-"""The tasks: GLUE's nine, as GLUE scores them, the bundled one, and those of a user's own files.
+"""The tasks for fine-tuning: GLUE's nine, scored as GLUE does, the bundled one, and those for a user's own files.
 
 Source: Wang et al. 2019, arXiv 1804.07461, table 1, and the columns of the data set ``nyu-mll/glue``.
 
-Deviations: scored on the validation half, since the labels of the test half are not public; MNLI's two validation
-    halves are
-two tasks, ``mnli`` (matched) and ``mnli-mm``.
+Deviations: scores are those of the validation half, since the labels of the test half are not public. MNLI's two
+validation halves are two tasks, ``mnli`` (matched) and ``mnli-mm``.
 """
 
 from dataclasses import dataclass
@@ -25,15 +24,15 @@ class TaskSpec:
     pair: str | None = None
     label: str = "label"
     scores: tuple[str, ...] = ("accuracy",)
-    """Names in ``SCORES``; the first chooses the best checkpoint. Of ``lm`` the perplexity, and the lowest."""
+    """Names in ``SCORES``. The first chooses the best checkpoint: the highest, or for ``lm`` the lowest perplexity."""
     labels: tuple[str, ...] = ()
-    """In the order of the data set, where F1 needs to know which is the second."""
+    """Labels in the order of the data set, where F1 needs to know which is the second."""
     epochs: int = 3
-    """Unless the user says how long the run is."""
+    """Length of the run, unless the user gives one."""
     glue: str | None = None
-    """The configuration of ``nyu-mll/glue``."""
+    """Name of the configuration of ``nyu-mll/glue``."""
     validation: str = "validation"
-    """Its half to validate on."""
+    """Name of the half of the data set to validate on."""
 
 
 TASKS: dict[str, TaskSpec] = {
@@ -61,13 +60,13 @@ TASKS: dict[str, TaskSpec] = {
 
 
 def find_task(name: str) -> TaskSpec:
-    """The task of this name.
+    """Return the task of this name.
 
     Raises:
         InputError: there is none.
     """
     if name not in TASKS:
         raise InputError(
-            f"task={name!r}: is unknown; {near_names(name, TASKS)}; of files: classification, regression, lm"
+            f"task={name!r}: is unknown; {near_names(name, TASKS)}; for files of your own: classification, regression, lm"
         )
     return TASKS[name]

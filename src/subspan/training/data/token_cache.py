@@ -1,4 +1,4 @@
-"""Tokenised documents in a file, read as shuffled windows with an exact cursor."""
+"""Tokenised documents in files that are kept, read as shuffled windows with an exact cursor."""
 
 import hashlib
 import json
@@ -18,19 +18,18 @@ from transformers import PreTrainedTokenizerBase
 from subspan.training.data.batches import Batch, Order
 from subspan.training.data.documents import Documents, Split
 from subspan.training.data.tokenizer import fingerprint
-from subspan.training.monitor.progress import say
 from subspan.utils.atomic_files import no_space, remove_directory
 from subspan.utils.errors import InputError
+from subspan.utils.messages import say
 
 _HALVES: tuple[Split, ...] = ("train", "validation")
 _FORMAT = 3  # part of the cache's key: raise it when the files change
 
 
 class TokenWindows:
-    """Windows of ``sequence_length`` predictions, cut end to end from the documents of a half and joined by end-of-text
-    tokens.
+    """Windows of ``sequence_length`` predictions, cut end to end from the documents of a half.
 
-    The training windows come in the order of ``Order``.
+    Documents are joined by end-of-text tokens. The training windows come in the order of ``Order``.
     """
 
     def __init__(self, folder: Path, sequence_length: int, seed: int, validation_tokens: int) -> None:
@@ -69,7 +68,7 @@ class TokenWindows:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["digest"] != self.digest:
             raise InputError(
-                "data: the documents or the tokenizer have changed since the checkpoint; start anew with another --out"
+                "data: the documents or the tokenizer have changed since the checkpoint; start again with another --out"
             )
         self.order.load_state_dict(state)
 
@@ -90,7 +89,7 @@ class TokenWindows:
 
 
 def tokenise(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """The folder with ``train.bin``, ``validation.bin`` and ``meta.json``, made once and kept in the cache.
+    """Return the folder with ``train.bin``, ``validation.bin`` and ``meta.json``, made once and kept in the cache.
 
     The cache is ``$SUBSPAN_CACHE`` or ``~/.cache/subspan``; its key covers the files and the tokenizer.
     """
@@ -109,16 +108,15 @@ def tokenise(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Path:
                 "data: its files changed while they were read; start again when nothing writes to them any more"
             )
         if folder.exists() and _meta(folder) is None:
-            say(f"{folder}: the cache of tokens there is damaged; made anew")
+            say(f"{folder}: the cache of tokens there is damaged and is made again")
             remove_directory(folder)
         # Renamed when complete: a reader sees all of it or nothing. Where another process was first, its folder stands.
         if not folder.exists():
             scratch.rename(folder)
     except OSError as error:
         if _meta(folder) is None:
-            needed = (
-                sum(size for _, size, _ in documents.identity()) * 2
-            )  # a token takes two bytes and more than a letter
+            # A token takes two bytes, and stands for more than a letter.
+            needed = sum(size for _, size, _ in documents.identity()) * 2
             raise no_space(f"the cache of tokens {folder} (SUBSPAN_CACHE)", cache, error, needed) from error
     finally:
         if scratch:
@@ -129,7 +127,7 @@ def tokenise(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Path:
 class TokenFile:
     """The tokens of a half, read when they are asked for.
 
-    Not a memory map: a file that someone shortens under a map ends the process by a signal (SIGBUS), without a word.
+    It is no memory map: if someone shortens a file under a map, a signal (SIGBUS) ends the process without a word.
     """
 
     def __init__(self, path: Path, dtype: str, largest: int) -> None:
@@ -168,12 +166,12 @@ class TokenFile:
 def _damaged(path: Path, reason: str | None = None) -> InputError:
     return InputError(
         f"the cache of tokens {path} is damaged{f': {reason}' if reason else ''}; "
-        "start again with --resume auto, and what can be seen to be damaged is made anew; else remove its folder first"
+        "start again with --resume auto, and what can be seen to be damaged is made again; else remove its folder first"
     )
 
 
 def _meta(folder: Path) -> dict[str, Any] | None:
-    """What ``meta.json`` says of a complete cache; ``None`` if there is none, or it is not as it was written."""
+    """Return what ``meta.json`` says of a complete cache, or ``None`` if there is none or it is damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         sizes = {half: (folder / f"{half}.bin").stat().st_size for half in _HALVES}

@@ -13,10 +13,15 @@ _EOS = "<eos>"
 
 
 def load_tokenizer(name: str, *, needs_end: bool = True) -> PreTrainedTokenizerBase:
-    """``bytes`` (256 and an end of text), ``embedded`` (the corpus's BPE of 4,096), or a Hugging Face path or name.
+    """Load a tokenizer.
+
+    Args:
+        name: ``bytes`` (256 and an end of text), ``embedded`` (the corpus's BPE of 4,096), or a Hugging Face path or
+            name.
+        needs_end: whether it must have an end-of-text token to put between documents.
 
     Raises:
-        InputError: it cannot be loaded, or has no end-of-text token to put between documents, if that is needed.
+        InputError: it cannot be loaded, or lacks the token that it must have.
     """
     if name == "bytes":
         return _wrap(_byte_tokenizer())
@@ -41,7 +46,7 @@ def load_tokenizer(name: str, *, needs_end: bool = True) -> PreTrainedTokenizerB
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A text that differs whenever two tokenizers would write different tokens."""
+    """Return a text that differs whenever two tokenizers would write different tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     encoding = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return f"{tokenizer.eos_token_id} {encoding}"

@@ -1,4 +1,4 @@
-"""The blocks that a model is a stack of."""
+"""The transformer blocks of a model."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,10 @@ from torch import nn
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks: what a transformers model says must not be split, or else the longest list of modules."""
+    """Return the transformer blocks of ``model``.
+
+    They are the modules that a transformers model says must not be split, or else its longest list of modules.
+    """
     names = getattr(model, "_no_split_modules", None) or ()
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     lists: Sequence[nn.ModuleList] = [module for module in model.modules() if isinstance(module, nn.ModuleList)]

@@ -1,13 +1,17 @@
-"""Models: transformers' LLaMA from a preset, or any model from a config or a directory; causal, or with a head for
-labels.
+"""The model of a run, built from a preset, a config, a directory or a hub name.
+
+It is a causal language model, or one with a head for labels.
 """
 
+import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,14 +28,31 @@ from subspan.utils.suggestions import near_names
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
+UNUSABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    ImportError,
+    EOFError,
+    pickle.UnpicklingError,
+    SafetensorError,
+    StrictDataclassError,
+)
+"""The errors that transformers raises for a config or for weights that are missing, damaged or contradictory.
+
+``TypeError`` and ``AttributeError`` are left out: they mean that transformers is called wrongly.
+"""
+
 transformers_logging.disable_progress_bar()  # a run shows one bar, its own
 
 
 def preset_of(name: str) -> Preset | None:
-    """The preset of this name, or ``None`` for a path or a hub name.
+    """Return the preset of this name, or ``None`` for a path or a hub name.
 
     Raises:
-        InputError: neither a preset, nor anything that could be a path or a hub name.
+        InputError: the name is no preset, and could be neither a path nor a hub name.
     """
     if name in PRESETS:
         return PRESETS[name]
@@ -43,10 +64,10 @@ def preset_of(name: str) -> Preset | None:
 
 
 def own_tokenizer(name: str) -> str:
-    """Where the tokenizer of a model that is no preset is found, unless another is given.
+    """Return the place of the tokenizer that a model which is no preset brings.
 
     Raises:
-        InputError: a local model without one.
+        InputError: the model is a local one and brings no tokenizer.
     """
     path = Path(name)
     if not path.exists():
@@ -61,7 +82,7 @@ def own_tokenizer(name: str) -> str:
 
 
 def brings_weights(name: str) -> bool:
-    """Whether the model of this name comes with weights: a directory that holds some, or a hub name."""
+    """Whether the model of this name comes with weights, as a directory that holds some or a hub name does."""
     path = Path(name)
     if preset_of(name) is not None or path.is_file():
         return False
@@ -76,12 +97,21 @@ def build_model(
     labels: Sequence[str] | None = None,
     setting: str = "sequence_length",
 ) -> nn.Module:
-    """A causal language model, or one with a head for ``labels`` (a single one is a number to predict).
+    """Build a causal language model, or one with a head for ``labels``.
 
-    Presets and configs start from random weights, directories and hub names from theirs; a head that they do not bring
-    is
-    random. The seed sets the initial weights; nothing drawn before matters. ``setting`` is what the user calls the
-    length.
+    Presets and configs start from random weights, directories and hub names from their own. A head that they do not
+    bring is random. Only the seed decides the random weights: nothing that was drawn before matters.
+
+    Args:
+        name: a preset, the path of a config or of a directory, or a hub name.
+        tokenizer: sets the size of the vocabulary where the weights are random.
+        sequence_length: the number of tokens that the model must have positions for.
+        seed: of the random weights.
+        labels: the classes to tell apart; a single one stands for a number to predict.
+        setting: the user's name for ``sequence_length``, for messages.
+
+    Raises:
+        InputError: the model cannot be loaded, does not fit the tokenizer or the length, or is not causal.
     """
     preset, path = preset_of(name), Path(name)
     torch.manual_seed(seed)
@@ -91,16 +121,16 @@ def build_model(
         config = _llama(preset, tokenizer, sequence_length)
         config.update(head)
         return _from_config(kind, config)
-    try:
-        if not brings_weights(name):
-            config = AutoConfig.from_pretrained(path, **head)
-            config.vocab_size = len(tokenizer)
-            model = _from_config(kind, config)
+    weights, vocabulary = brings_weights(name), len(tokenizer)
+    resized = {"ignore_mismatched_sizes": True} if head else {}
+    try:  # nothing but calls of transformers
+        if weights:
+            model = kind.from_pretrained(name, dtype=torch.float32, **head, **resized)
         else:
-            model = kind.from_pretrained(
-                name, dtype=torch.float32, **head, **({"ignore_mismatched_sizes": True} if head else {})
-            )
-    except Exception as error:  # configs and weights can be wrong in a dozen ways, each with an error class of its own
+            config = AutoConfig.from_pretrained(path, **head)
+            config.vocab_size = vocabulary
+            model = _from_config(kind, config)
+    except UNUSABLE as error:
         raise cannot_load(name, error) from error
     _check_fits(name, model, tokenizer, sequence_length, setting)
     if labels is None:
@@ -109,7 +139,7 @@ def build_model(
 
 
 def cannot_load(name: str, error: Exception) -> InputError:
-    """The error for a model that is not there, or is none."""
+    """Return the error for a model that is not there, or that cannot be used."""
     return InputError(f"model {name!r} cannot be loaded: {first_line(error)}; presets are {', '.join(PRESETS)}")
 
 
@@ -117,13 +147,13 @@ def _head(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> dict[str
     return {
         "id2label": dict(enumerate(labels)),
         "label2id": {label: number for number, label in enumerate(labels)},
-        # A decoder reads the label off the last token that is none of padding.
+        # A decoder reads the label from the last token that is not padding.
         "pad_token_id": padding_of(tokenizer),
     }
 
 
 def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills up a batch; behind a text it does not matter which."""
+    """Return the token that fills up a batch. Which one it is does not matter, since it stands behind the text."""
     known = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return 0 if known is None else int(known)
 
@@ -141,12 +171,12 @@ def _check_fits(name: str, model: Any, tokenizer: PreTrainedTokenizerBase, lengt
 
 
 def positions_of(model: Any) -> int | None:
-    """How many tokens ``model`` has positions for; ``None`` if its config says nothing of them."""
+    """Return the number of tokens that ``model`` has positions for, or ``None`` if its config does not say."""
     positions = getattr(model.config, "max_position_embeddings", None)
     if not isinstance(positions, int):
         return None
     for name, module in model.named_modules():
-        # RoBERTa and its kin count from behind the position that stands for padding: of 514 they use 512.
+        # RoBERTa and its relatives begin behind the position that stands for padding: of 514 they use 512.
         if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
             return min(positions, module.num_embeddings - module.padding_idx - 1)
     return positions

@@ -1,6 +1,8 @@
-"""LoRA through ``peft``, on the layers that the subspace methods project: the comparison, not a part of them.
+"""LoRA through ``peft``, on the layers that the subspace methods project. They are compared with it.
 
-    y = x Wᵀ + (alpha / rank) x Aᵀ Bᵀ        W frozen, A (rank, in) and B (out, rank) trained; a head for labels too
+    y = x Wᵀ + (alpha / rank) x Aᵀ Bᵀ        W frozen, A (rank, in) and B (out, rank) trained
+
+A head for labels is trained too.
 
 Source: Hu et al. 2021, arXiv 2106.09685.
 """
@@ -11,15 +13,16 @@ from typing import Any
 from torch import nn
 
 from subspan.groups import EXCLUDED, select_linear
-from subspan.training.config.settings import LoraConfig
 from subspan.utils.errors import InputError
 
 _HEAD = re.compile(r"(^|\.)(score|classifier|classification_head)\.")
 
 
-def add_lora(model: nn.Module, config: LoraConfig) -> Any:
-    """Put adapters into ``model`` in place, and freeze the rest but the head. Returns peft's wrapper, which can merge
-    them.
+def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float) -> Any:
+    """Put adapters into ``model`` in place, and freeze everything else except the head.
+
+    Returns:
+        peft's wrapper, which can merge the adapters into the weights.
 
     Raises:
         InputError: peft is not installed.
@@ -28,13 +31,11 @@ def add_lora(model: nn.Module, config: LoraConfig) -> Any:
         import peft
     except ImportError as error:
         raise InputError(
-            f"lora.rank={config.rank}: the package peft is not installed ({error}); pip install 'subspan[finetune]'"
+            f"lora.rank={rank}: the package peft is not installed ({error}); pip install 'subspan[finetune]'"
         ) from error
 
     names = list(select_linear(model, "all-linear", EXCLUDED))
-    settings = peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=names, bias="none"
-    )
+    settings = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, bias="none")
     wrapper = peft.tuners.lora.LoraModel(model, settings, "default")
     for name, p in model.named_parameters():
         if _HEAD.search(name):

@@ -1,4 +1,7 @@
-"""Named models and the run that goes with each: GaLore's published shapes, and two small enough for two CPU cores."""
+"""Named models, each with the settings of its run.
+
+The shapes are those that GaLore published, and two that are small enough for two CPU cores.
+"""
 
 from dataclasses import dataclass
 
@@ -7,7 +10,7 @@ from subspan.costs.llama import Llama
 
 @dataclass(frozen=True)
 class Preset:
-    """A LLaMA's shape, and the settings its run uses where the user sets none."""
+    """The shape of a LLaMA, and the settings that its run uses where the user sets none."""
 
     hidden: int
     mlp: int
@@ -18,11 +21,11 @@ class Preset:
     batch_size: int = 512
     steps: int = 10_000
     warmup_steps: int | None = None
-    """``None``: a tenth of the run."""
+    """Steps of the warmup; ``None`` means a tenth of the run."""
     rank: int = 128
     update_proj_gap: int = 200
     adamw_lr: float = 1e-3
-    """Learning rate of the full-rank baseline; the recipes of subspace methods carry their own."""
+    """Learning rate of the full-rank baseline. The recipes of subspace methods have their own."""
 
 
 PRESETS: dict[str, Preset] = {
@@ -44,5 +47,5 @@ PRESETS: dict[str, Preset] = {
 
 
 def llama_of(preset: Preset) -> Llama:
-    """The shapes of a preset."""
+    """Return the shapes of a preset."""
     return Llama(preset.hidden, preset.mlp, preset.layers, preset.heads, kv=preset.hidden)

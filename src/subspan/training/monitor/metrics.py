@@ -1,4 +1,4 @@
-"""Metrics of a run: ``metrics.jsonl`` always, TensorBoard if asked; and other files of rows like it."""
+"""Metrics of a run: ``metrics.jsonl``, other files of rows like it, and TensorBoard's where a run asks for them."""
 
 import contextlib
 import json
@@ -12,25 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspan.training.monitor.progress import say
-from subspan.training.monitor.tensorboard import Board
+from subspan.training.monitor.tensorboard import TensorBoard
 from subspan.utils.atomic_files import no_space, write_text
 from subspan.utils.errors import InputError
+from subspan.utils.messages import say
 
 
 class Metrics:
     """Appends rows to ``metrics.jsonl``; each has a ``step``.
 
-    Args:
-        folder: the run's directory.
-        name: of the file.
-        step: where the run starts. Rows beyond it, written before an interruption, are dropped: they will come again.
+    Rows that cannot be read are left out, and a line on stderr counts them. A copy of the old file stays beside it.
 
-    Rows that cannot be read are left out, with a line on stderr that counts them; the file as it was stays beside the
-    new one.
+    Args:
+        folder: the directory of the run.
+        step: the step at which the run starts. Later rows, written before an interruption, are dropped: they will come
+            again.
+        tensorboard: whether to write TensorBoard files too.
+        name: the name of the file.
 
     Raises:
-        InputError: the file cannot be written, for want of space say; likewise ``write`` and leaving the context.
+        InputError: the file cannot be written, for example for want of space. ``write`` and leaving the context raise
+            it too.
     """
 
     def __init__(self, folder: Path, step: int, tensorboard: bool, name: str = "metrics.jsonl") -> None:
@@ -48,9 +50,10 @@ class Metrics:
             self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  # open as long as the run
         except OSError as error:
             raise no_space(str(self.path), folder, error, 1) from error
-        self._board = Board(folder / "tensorboard", step) if tensorboard else None
+        self._board = TensorBoard(folder / "tensorboard", step) if tensorboard else None
 
     def write(self, row: dict[str, Any]) -> None:
+        """Append ``row``."""
         line = json.dumps(row) + "\n"
         with self._named(len(line)):
             self._file.write(line)
@@ -65,10 +68,8 @@ class Metrics:
     ) -> None:
         if self._board:
             self._board.close()
-        first = (
-            contextlib.suppress(InputError) if error else contextlib.nullcontext()
-        )  # the first error is the one to show
-        with first, self._named(1):
+        # Only the first error is shown.
+        with contextlib.suppress(InputError) if error else contextlib.nullcontext(), self._named(1):
             self._file.close()
 
     @contextlib.contextmanager
@@ -80,9 +81,14 @@ class Metrics:
 
 
 class Meter:
-    """Mean loss and speed of training since it was last read. Time between ``stop`` and ``start`` does not count."""
+    """Mean loss and speed of training since the last ``read``. Time between ``stop`` and ``start`` does not count.
 
-    def __init__(self) -> None:
+    Args:
+        device: the device of the run, on which a step may still be under way when the host has gone on.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
         self._clear()
 
     def _clear(self) -> None:
@@ -90,16 +96,19 @@ class Meter:
         self._steps, self._tokens, self._seconds = 0, 0, 0.0
 
     def start(self) -> None:
+        """Begin a step."""
         self._began = time.monotonic()
 
     def stop(self, loss: Tensor, tokens: int) -> None:
-        self._loss = self._loss + loss  # on its device: adding up does not wait for it
+        """End a step: ``loss`` is its loss, ``tokens`` the number of its tokens."""
+        self._loss = self._loss + loss  # added up on the device, without waiting for it
         self._steps += 1
         self._tokens += tokens
         self._seconds += time.monotonic() - self._began
 
     def read(self) -> dict[str, float]:
-        if torch.cuda.is_available():
+        """The row since the last one, and begin the next."""
+        if self._device == "cuda":  # asking CUDA for anything would make a context, also in a run on the CPU
             began = time.monotonic()
             torch.cuda.synchronize()
             self._seconds += time.monotonic() - began
@@ -110,12 +119,12 @@ class Meter:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run. A last line cut short by a kill is left out, and so is what else cannot be read."""
+    """The rows of a run, except the lines that cannot be read, such as a last one that a kill has cut short."""
     return _read(folder / "metrics.jsonl")[0]
 
 
 def _read(path: Path) -> tuple[list[dict[str, float]], int]:
-    """The rows of ``path``, and how many lines are broken: not counting a last one that a kill cut short."""
+    """The rows of ``path``, and how many lines are broken. A last line that a kill has cut short does not count."""
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, a line now and then elsewhere. On standard error."""
+"""What a person sees while a run goes on, on standard error: a bar on a terminal, elsewhere a line now and then."""
 
 import sys
 import time
@@ -7,9 +7,17 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from subspan.utils.messages import say
+
 
 class ProgressLine:
-    """Steps, loss, tokens per second and time left. A context manager. Where it is not ``shown``, it is silent."""
+    """Steps, loss, tokens per second and time left, as a context manager.
+
+    Args:
+        total: steps of the run.
+        done: steps that were made before.
+        shown: whether anything is written at all.
+    """
 
     def __init__(self, total: int, done: int, shown: bool = True) -> None:
         self.shown = shown
@@ -41,11 +49,12 @@ class ProgressLine:
             self.bar.stop()
 
     def note(self, loss: float, tokens_per_second: float) -> None:
-        """The newest measurements."""
+        """Take the newest measurements, which the next ``update`` shows."""
         self._note = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s"
         self._fresh = True
 
     def update(self, step: int) -> None:
+        """Show that ``step`` is done."""
         if self.bar:
             self.bar.update(self.task, completed=step, note=self._note)
         elif self.shown and self._fresh and (step >= self._said + self.every or step == self.total):
@@ -54,7 +63,7 @@ class ProgressLine:
             self._said, self._fresh = step, False
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line, above the bar where there is one."""
         if self.bar:
             self.bar.console.print(text, highlight=False)
         elif self.shown:
@@ -62,17 +71,13 @@ class ProgressLine:
 
 
 def terminal() -> Console | None:
-    """Standard error, where it is a terminal on which a bar can be drawn. It has no colours under NO_COLOR."""
+    """Standard error if it is a terminal on which a bar can be drawn, else ``None``. NO_COLOR turns colours off."""
     console = Console(stderr=True)
     return console if sys.stderr.isatty() and not console.is_dumb_terminal else None
 
 
 def duration(seconds: float) -> str:
-    """In the unit that a person would use."""
+    """Seconds as words, in the unit that a person would use."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

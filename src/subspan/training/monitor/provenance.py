@@ -11,9 +11,11 @@ import subspan
 
 
 def stamp() -> dict[str, str]:
-    """As records and results keep it. ``commit`` ends in ``-dirty`` where the code was changed since; it is ``unknown``
-    where
-    the code is in no repository of its own, or git is not installed."""
+    """The facts that records and results keep.
+
+    ``commit`` ends in ``-dirty`` if the code has changed since. It is ``unknown`` if the code is in no repository of
+    its own, or if git is not installed.
+    """
     return {
         "subspan": subspan.__version__,
         "commit": _commit(Path(subspan.__file__).parent),
@@ -31,9 +33,9 @@ def _commit(source: Path) -> str:
             return None
         return done.stdout.strip()
 
-    # A package in an environment within another project's repository is not of that commit.
+    # A package installed inside another project's repository does not belong to that repository's commit.
     if git("ls-files", "--error-unmatch", "__init__.py") is None:
         return "unknown"
     commit, changed = git("describe", "--always", "--abbrev=12"), git("status", "--porcelain", "--", ".")
-    # Of the code alone: the record that a study appends to is tracked too.
+    # Only changes of the code count: the record that a study appends to is tracked too.
     return "unknown" if commit is None else commit + ("-dirty" if changed else "")

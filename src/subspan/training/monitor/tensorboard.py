@@ -1,6 +1,4 @@
-"""TensorBoard files of a run. ``metrics.jsonl`` holds the same, so a disk that takes no more of them does not end the
-run.
-"""
+"""TensorBoard files of a run. ``metrics.jsonl`` holds the same, so a full disk ends them and not the run."""
 
 import contextlib
 import threading
@@ -8,22 +6,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from subspan.training.monitor.progress import say
 from subspan.utils.errors import first_line
+from subspan.utils.messages import say
 
 
-class Board:
+class TensorBoard:
     """Writes rows of metrics to ``folder``. If that fails, a line on stderr says so, and no more is written.
 
     Args:
-        folder: of the files.
-        step: where the run starts; TensorBoard hides what it has of later ones.
+        folder: the directory of the files.
+        step: the step at which the run starts. TensorBoard hides what it has of later steps.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
         self._folder = folder
         self._writer: Any = None
-        # The writer's thread raises what ``write`` raises again, and Python would show that as a traceback.
+        # The writer's thread raises an error that ``write`` raises again. Python would show it as a traceback.
         self._hook, threading.excepthook = threading.excepthook, self._quiet
         with self._or_drop():
             from torch.utils.tensorboard import SummaryWriter
@@ -31,12 +29,14 @@ class Board:
             self._writer = SummaryWriter(folder, purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
+        """Write each number of ``row`` under its name."""
         with self._or_drop():
             for name, value in row.items():
                 if self._writer and name != "step":
                     self._writer.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
+        """Write what is left, and give back the hook for errors of threads."""
         with self._or_drop():
             if self._writer:
                 self._writer.close()
