@@ -1,9 +1,12 @@
 """Saving and restoring: what the state may hold, exactness, hooks, and refusal of a foreign checkpoint."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from support.helpers import METHODS, RANK, SETTINGS, assert_same, net, set_gradients, snapshot, walk, weights
+from support.pairs import every_pair
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from subspan import SubspaceAdamW, create
@@ -69,9 +72,7 @@ def test_state_keys_and_types(method):
             assert key == "params" or isinstance(value, bool | int | float | str | tuple | list | None)
 
 
-@methods
-@dtypes
-@pytest.mark.parametrize("saved_at", [3, 5, 7, 10])
+@every_pair("method, dtype, saved_at", [*product(METHODS, [torch.float32, torch.bfloat16], [3, 5, 7, 10])])
 def test_resume_is_exact(method, dtype, saved_at, tmp_path):
     """Stopped at any step, before a refresh or between two, and resumed from a file, a run gives the same bits as one
     that was not stopped.

@@ -1,10 +1,13 @@
 """Weights of any shape: orientation is undone, a stack is its matrices, a convolution is its flattened matrix."""
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.helpers import RANK, feed, gradients, oriented_side, parameter
+from support.pairs import every_pair
 
 from subspan import SubspaceAdamW
 from subspan.residuals import ErrorFeedback, Fira
@@ -34,10 +37,13 @@ def test_the_compressed_side(shape, proj_type):
     assert layout_of(shape, 4, proj_type).side == oriented_side(shape, proj_type)
 
 
-@pytest.mark.parametrize("selector", [Dominant(), Coordinates("top"), PowerIteration(), OnlinePCA()], ids=repr)
-@pytest.mark.parametrize("residual", ["discard", Fira(), ErrorFeedback()], ids=repr)
-@pytest.mark.parametrize("transfer", ["keep", "rotate", "moments", "reset"])
-@pytest.mark.parametrize("shape", [(48, 20), (20, 48)], ids=str)
+STACKED = product(
+    [Dominant(), Coordinates("top"), PowerIteration(), OnlinePCA()], ["discard", Fira(), ErrorFeedback()],
+    ["keep", "rotate", "moments", "reset"], [(48, 20), (20, 48)],
+)  # fmt: skip
+
+
+@every_pair("selector, residual, transfer, shape", [*STACKED])
 def test_a_stack_is_its_matrices(selector, residual, transfer, shape):
     """Three experts in one parameter, one of them far larger, step as three parameters do."""
     parts = [[10.0**index * G for G in gradients(shape, 8, seed=index)] for index in range(3)]

@@ -50,7 +50,7 @@ def distance_to_the_optimum(method: str, seed: int) -> float:
     return (0.5 * top.square().sum() + (D * top[:, :K]).sum() + 0.5 * D.square().sum()).item()
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("method", "least", "most"),
     [
@@ -62,5 +62,5 @@ def distance_to_the_optimum(method: str, seed: int) -> float:
     ],
 )
 def test_who_converges(method, least, most, seed):
-    """The dominant subspace stays more than 1.0 above the optimum; random, hybrid and importance-sampled reach it."""
+    """The dominant subspace stays more than 1.0 above the optimum. The others reach it."""
     assert least <= distance_to_the_optimum(method, seed) < most
