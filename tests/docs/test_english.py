@@ -50,10 +50,7 @@ def offenders(folder: str) -> list[str]:
     ]
 
 
-BEING_MENDED = pytest.mark.xfail(strict=False, reason="docstrings of src are being mended")
-
-
-@pytest.mark.parametrize("folder", [pytest.param("src", marks=BEING_MENDED), *FOLDERS[1:]])
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_openings(folder: str) -> None:
     found = offenders(folder)
     assert not found, "\n" + "\n".join(found)

@@ -74,7 +74,7 @@ def test_it_does_so_on_two_ranks(mode: str, corpus: Path, tmp_path: Path) -> Non
 
 
 def test_a_norm_is_logged_without_clipping(small: Callable[..., PretrainConfig], tmp_path: Path) -> None:
-    """Norms and weights are those of a run with a clip that is never reached."""
+    """Norms and weights are the same as with a clip that is never reached."""
     weights, norms = [], []
     for name, clip in (("none", None), ("high", 1e9)):
         run = Pretraining(small(clip=clip, out=str(tmp_path / name)))

@@ -1,7 +1,7 @@
 """One basis, and the layers that share it because they have the same input."""
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,12 +9,9 @@ from torch import Tensor
 from subspan.backward.autograd import Box, LayerPass, gather
 from subspan.distributed import is_sharded, local, wrapping_process_group
 from subspan.parts import Selector
-from subspan.step.carriers import Driver, Plan
+from subspan.step.carriers import CarriedLayer, Driver, Plan
 from subspan.storage.allocation import State
 from subspan.storage.stochastic_rounding import add_rounded_
-
-if TYPE_CHECKING:
-    from subspan.backward.layer import BackwardLinear
 
 
 class Projection:
@@ -38,7 +35,7 @@ class Projection:
     def __init__(self, rank: int, merge: str, select_from: str, process_group: Any = None) -> None:
         self.rank, self.merge, self.select_from = rank, merge, select_from
         self.process_group, self.given = process_group, process_group is not None
-        self.layers: list[BackwardLinear] = []
+        self.layers: list[Any] = []  # each a CarriedLayer
         self.plan: Plan = "keep"
         self.formed = self.displaced = False
         self.selector: Selector | None = None
@@ -138,7 +135,7 @@ class Projection:
         rows = A.reshape(-1, A.shape[-1])  # with more dimensions it would be a stack of matrices
         return self.selector.project(rows, self.state).to(A.dtype).reshape(*A.shape[:-1], self.rank)
 
-    def moved(self, x: Tensor, layer: "BackwardLinear") -> Tensor:
+    def moved(self, x: Tensor, layer: CarriedLayer) -> Tensor:
         """Return ``(x Q) Bᵀ``, which the displacement of a layer adds to its output."""
         return torch.nn.functional.linear(self._down(x), layer.carrier.detach().to(x.dtype))
 
@@ -149,7 +146,7 @@ class Projection:
         return self.selector.project_back(rows, self.state).reshape(*A.shape[:-1], self.layers[0].in_features)
 
     def apply_(
-        self, layer: "BackwardLinear", step: Tensor, keep: float | Tensor, generator: torch.Generator | None
+        self, layer: CarriedLayer, step: Tensor, keep: float | Tensor, generator: torch.Generator | None
     ) -> None:
         """Compute ``W <- keep * W - step Qᵀ``. With ``merge="refresh"`` the step stays in the carrier for now."""
         assert self.selector is not None
@@ -197,7 +194,7 @@ class Projection:
             self.fold()
 
     @torch.no_grad()
-    def displacement(self, layer: "BackwardLinear") -> Tensor:
+    def displacement(self, layer: CarriedLayer) -> Tensor:
         """Return ``B Qᵀ (out, in)``."""
         with torch.autocast(layer.carrier.device.type, enabled=False):
             return self.back(layer.carrier)

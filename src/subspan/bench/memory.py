@@ -102,7 +102,7 @@ def _basis_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _formula(setting: Setting, name: str, trained: Trained, layers: Iterable[nn.Linear]) -> dict[str, int]:
-    """The same bytes from shapes, in fp32: weights W (out, in), tokens T, rank r.
+    """These are the same bytes, computed from shapes in fp32: weights W (out, in), tokens T, rank r.
 
     Layers that share an input count it once.
     """

@@ -38,6 +38,7 @@ def agree(error: Exception | None) -> None:
     """
     if world()[1] == 1:
         if error is not None:
+            vars(error)["agreed"] = True
             raise error
         return
     try:

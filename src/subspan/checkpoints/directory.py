@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from subspan.utils.atomic_files import remove_directory, written
+from subspan.utils.atomic_files import written
 from subspan.utils.errors import InputError, first_line
 from subspan.utils.names import canonical_names
 
@@ -68,28 +68,6 @@ def adopt(checkpoint: Path, folder: Path) -> None:
 def holds_shards(checkpoint: Path) -> bool:
     """Whether the checkpoint is one that ``sharded.py`` has saved."""
     return not (checkpoint / "optimizer.pt").exists()
-
-
-def plain_model(out: Path, step: int, model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> Path:
-    """Return a directory that ``from_pretrained`` loads, with the model of a run at a step. For one process.
-
-    A sharded checkpoint, whichever ranks saved it, is put together in ``OUT/model``. Any other is such a directory.
-
-    Args:
-        out: the run's directory.
-        step: the step of one of its checkpoints.
-        model: the run's model.
-        tokenizer: the run's tokenizer.
-    """
-    checkpoint, place = out / "checkpoints" / name_of(step), out / MODEL
-    if holds_shards(checkpoint):
-        from subspan.checkpoints.unshard import write_whole  # what reads shards takes seconds to import
-
-        write_whole(checkpoint, place, model, tokenizer)
-        return place
-    if place.exists():  # left by the run when it ended before
-        remove_directory(place)
-    return checkpoint
 
 
 def disk_bytes(checkpoint: Path) -> int:

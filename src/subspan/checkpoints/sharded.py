@@ -129,6 +129,8 @@ class PendingSave:
             self._failure = error
             if is_agreed(error):  # all ranks are here, and none goes on before all have removed their files
                 together(self._remove)
+            else:
+                self._remove()
             raise
         self._future = None
 

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from subspan.checkpoints.directory import tensor_bytes
+from subspan.checkpoints.directory import MODEL, holds_shards, name_of, tensor_bytes
 from subspan.checkpoints.shard_files import Shards, piece_of
-from subspan.utils.atomic_files import written
+from subspan.utils.atomic_files import remove_directory, written
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -47,3 +47,23 @@ def write_whole(checkpoint: Path, place: Path, model: nn.Module, tokenizer: "Pre
         if generation is not None:
             generation.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
+
+
+def plain_model(out: Path, step: int, model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> Path:
+    """Return a directory that ``from_pretrained`` loads, with the model of a run at a step. For one process.
+
+    A sharded checkpoint, whichever ranks saved it, is put together in ``OUT/model``. Any other is such a directory.
+
+    Args:
+        out: the run's directory.
+        step: the step of one of its checkpoints.
+        model: the run's model.
+        tokenizer: the run's tokenizer.
+    """
+    checkpoint, place = out / "checkpoints" / name_of(step), out / MODEL
+    if holds_shards(checkpoint):
+        write_whole(checkpoint, place, model, tokenizer)
+        return place
+    if place.exists():  # left by the run when it ended before
+        remove_directory(place)
+    return checkpoint

@@ -1,4 +1,4 @@
-"""r coordinates: to project gathers r columns of the gradient, and to project back scatters them.
+"""Chooses ``r`` columns of the gradient: to project gathers them, and to project back scatters them.
 
 No matrices are multiplied. The basis is
 

@@ -1,4 +1,5 @@
-"""r singular vectors of the gradient, chosen so that ``ceil(k / r)`` refreshes, a cycle, visit every one of them.
+"""Chooses ``r`` singular vectors of the gradient in turn: ``ceil(k / r)`` refreshes, a cycle, visit every one of
+them.
 
 With ``G = S diag(sigma) Vᵀ (m, n)``, ``sigma`` descending, and ``k = min(m, n)``: each cycle draws a permutation ``pi``
 of the ``k`` places of the spectrum. Its refresh number ``t`` takes the next ``r`` of them:

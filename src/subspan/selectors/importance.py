@@ -1,4 +1,5 @@
-"""r singular vectors of the gradient, drawn without replacement: the larger the singular value, the likelier.
+"""Chooses ``r`` singular vectors of the gradient, drawn without replacement: the larger the singular value, the
+likelier.
 
 With ``G = S diag(sigma) Vᵀ (m, n)`` and ``k = min(m, n)`` the basis is ``Q = V[:, I]``. The indices ``I`` are drawn one
 after another, without replacement, with probability proportional to

@@ -1,4 +1,4 @@
-"""r singular vectors of the gradient, one from each of r parts of the spectrum.
+"""Chooses ``r`` singular vectors of the gradient, one from each of r parts of the spectrum.
 
 With ``G = S diag(sigma) Vᵀ (m, n)``, ``sigma`` descending, and ``k = min(m, n)``: part ``j`` holds the indices
 ``ceil(j k / r)`` to ``ceil((j + 1) k / r) - 1``, and

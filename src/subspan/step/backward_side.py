@@ -175,7 +175,10 @@ def check_carrier(method: Method, p: Tensor) -> None:
 def check_ranks(slots: Iterable[Slot], rank: int | None, proj_type: str) -> None:
     """Refuse what would be ignored: where only backward-side layers are projected, their rank and side are given."""
     projected = [
-        slot for slot in slots if layer_of(slot.p) is not None or (slot.group["rank"] is not None and slot.p.ndim > 1)
+        slot
+        for slot in slots
+        if slot.p.requires_grad and slot.p.ndim > 1
+        if layer_of(slot.p) is not None or slot.group["rank"] is not None
     ]
     for slot in projected if all(layer_of(slot.p) is not None for slot in projected) else []:
         layer, own = layer_of(slot.p), slot.p.shape[1]

@@ -42,11 +42,21 @@ class CarriedProjection(Protocol):
 class CarriedLayer(Protocol):
     """A layer with a carrier (``backward.layer``)."""
 
-    weight: Tensor
-    carrier: Tensor
-    projection: CarriedProjection
     number: int
     weight_name: str
+    in_features: int
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight ``(out, in)``."""
+
+    @property
+    def carrier(self) -> Tensor:
+        """The trained parameter ``(out, r)``, whose gradient is ``R``."""
+
+    @property
+    def projection(self) -> CarriedProjection:
+        """The basis, which several layers may share."""
 
 
 class Driver(Protocol):

@@ -36,9 +36,9 @@ class Comparison:
     bootstrap: tuple[float, float] | None
     """The bootstrap interval."""
     p_value: float | None
-    """p of the paired t-test."""
+    """The p-value of the paired t-test."""
     p_wilcoxon: float | None
-    """p of Wilcoxon's test."""
+    """The p-value of Wilcoxon's test."""
 
 
 def compare_pairs(a: Sequence[float], b: Sequence[float]) -> Comparison:

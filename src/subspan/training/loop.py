@@ -15,6 +15,7 @@ from torch import nn
 from subspan import distributed
 from subspan.backward import project_backward
 from subspan.checkpoints import directory as checkpoints
+from subspan.checkpoints.unshard import plain_model
 from subspan.costs.saved_activations import SavedBytes
 from subspan.optimizer import SubspaceOptimizer
 from subspan.training.config.resolve import ResolvedConfig
@@ -152,9 +153,7 @@ class Training(ABC, Generic[R]):
             self._announce()
             measured = self._train()
             final = self.best.step if self.best else self.step
-            folder = processes.from_first(
-                lambda: str(checkpoints.plain_model(self.out, final, self.model, self.tokenizer))
-            )
+            folder = processes.from_first(lambda: str(plain_model(self.out, final, self.model, self.tokenizer)))
             summary = self.summarise(measured, Path(folder))
             if processes.first:
                 write_text(self.out / "summary.json", json.dumps(summary.as_json() | {"made_by": self._made_by}) + "\n")

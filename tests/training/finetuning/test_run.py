@@ -286,7 +286,7 @@ def test_a_short_run_chooses_several_bases(steps: int, period: int, small: Make)
 
 
 def test_a_warmup_of_a_run_whose_length_the_examples_decide(small: Make) -> None:
-    """Two passes over 48 examples in batches of 16 are six steps, and two of them are warmup."""
+    """The 48 examples in batches of 16, seen twice, are six steps, and two of them are warmup."""
     run = Finetuning(small(steps=None, epochs=2, batch_size=16, lr=0.01, schedule=ScheduleConfig("linear", 2, 0.0)))
     assert (run.config.steps, run.config.schedule.warmup_steps) == (6, 2)
     run.run()

@@ -101,7 +101,7 @@ def test_unknown_names_list_near_ones(name: str) -> None:
     ids=lambda value: value if isinstance(value, str) else value.decode()[:40],
 )
 def test_a_model_that_cannot_be_read_is_the_users(file: str, content: bytes, tmp_path: Path) -> None:
-    """Each of these is refused by transformers with an error of another class."""
+    """Transformers refuses each of these with an error of another class."""
     build_model("llama-nano", BYTES, 16, seed=3).save_pretrained(tmp_path)
     if file == "config.json":
         (tmp_path / "model.safetensors").unlink()

@@ -18,8 +18,8 @@ class OptimConfig:
     betas: tuple[float, float] | None = None
     """Decay rates of the two moments. By default those of the optimizer's rule."""
     eps: float | None = None
-    """Number added to the root of the second moment, so that nothing is divided by zero. By default
-    that of the rule."""
+    """Number added to the root of the second moment, so that nothing is divided by zero. By default that of the rule.
+    """
     rule: dict[str, Any] | None = None
     """Settings of the optimizer's rule, such as {momentum: 0.95}."""
     proj_type: str = "std"
@@ -32,11 +32,11 @@ class OptimConfig:
     """Settings of the optimizer's selector, which chooses the subspaces, such as {power: 2.0, floor: 0.1}. With a name,
     such as {name: gaussian}, another selector."""
     residual: dict[str, Any] | None = None
-    """Settings of the optimizer's residual, which is what it does with the gradient outside the subspace,
-    such as {mode: official}."""
+    """Settings of the optimizer's residual, which is what it does with the gradient outside the subspace, such as
+    {mode: official}."""
     stagger: bool | None = None
-    """Spread the refreshes of the matrices over the period, instead of refreshing all at one step. By
-    default only with backward_side."""
+    """Spread the refreshes of the matrices over the period, instead of refreshing all at one step. By default only with
+    backward_side."""
     share: Literal["auto", "none"] = "auto"
     """With backward_side: whether layers with the same input share a basis and what is saved for the backward pass
     (auto), or not (none)."""
@@ -44,17 +44,18 @@ class OptimConfig:
     """With backward_side: when a weight changes. step changes it at every step; refresh collects the steps in fp32
     until the next refresh, which helps bf16 weights."""
     select_from: Literal["mean", "owner"] = "mean"
-    """With backward_side and several processes: the gradient that a basis is chosen from. mean is that of
-    the whole batch. owner is that of the part of one process, which sends less, but chooses other bases than
-    a single process would."""
+    """With backward_side and several processes: the gradient that a basis is chosen from. mean is that of the whole
+    batch. owner is that of the part of one process, which sends less, but chooses other bases than a single process
+    would."""
     eta: float | None = None
-    """Strength of a proximal term ||B||² / (2 eta), where B is the way since the last refresh. By
-    default there is none."""
+    """Strength of a proximal term ||B||² / (2 eta), where B is the way since the last refresh. By default there is
+    none."""
     proximal: Literal["coupled", "decoupled"] = "coupled"
-    """Whether the proximal term is added to the gradient (coupled), or to the update, as decoupled
-    weight decay is (decoupled)."""
+    """Whether the proximal term is added to the gradient (coupled), or to the update, as decoupled weight decay is
+    (decoupled)."""
     state_dtype: Literal["float32", "int8"] | None = None
-    """int8 keeps the moments in 8 bits, float32 in fp32. By default as the optimizer defines it."""
+    """Precision of the moments: int8 keeps the moments in 8 bits, float32 in fp32. By default as the optimizer defines
+    it."""
     min_8bit_size: int = 4096
     """Smallest moment, in entries, that int8 applies to. Smaller moments stay in fp32."""
     bf16_stochastic_round: bool = False
@@ -85,8 +86,8 @@ class EvaluationConfig:
     every: int | None = None
     """Steps between evaluations. By default there are five in a run. The last step is always evaluated."""
     tokens: int = 131_072
-    """Size of the fixed set in tokens, spread evenly over the validation documents. If they hold
-    fewer, all are used."""
+    """Size of the fixed set in tokens, spread evenly over the validation documents. If they hold fewer, all are used.
+    """
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ class SelectionConfig:
     every: int | None = None
     """Steps between evaluations. By default there are ten in a run. The last step is always evaluated."""
     patience: int | None = None
-    """Number of evaluations in a row without a better score after which the run stops. By default
-    it never stops early."""
+    """Number of evaluations in a row without a better score after which the run stops. By default it never stops early.
+    """
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ class ProbeConfig:
     anchor: int | None = None
     """Step whose bases all later ones are compared with. By default there is none."""
     noise_every: int | None = None
-    """Steps between measurements of the noise of the gradient, each of which costs a backward pass. By
-    default there are none."""
+    """Steps between measurements of the noise of the gradient, each of which costs a backward pass. By default there
+    are none."""
     noise_parts: int = 4
     """Number of parts of the batch whose gradients are compared to measure the noise."""
 
@@ -139,17 +140,17 @@ class RunConfig:
     """Let the backward pass compute the low-rank gradient directly, so that no projected layer saves its input. By
     default as the optimizer defines it."""
     steps: int | None = None
-    """Number of optimizer steps. By default that of the preset in pretraining; in fine-tuning it
-    follows from the epochs."""
+    """Number of optimizer steps. By default that of the preset in pretraining; in fine-tuning it follows from the
+    epochs."""
     batch_size: int | None = None
-    """Sequences in a step, over all processes together. By default that of the preset in pretraining,
-    and 16 in fine-tuning."""
+    """Sequences in a step, over all processes together. By default that of the preset in pretraining, and 16 in
+    fine-tuning."""
     micro_batch_size: int | None = field(default=None, metadata=_INCIDENTAL)
     """Sequences in one forward pass of a process. If fewer than its part of the batch, gradients are accumulated. By
     default the whole part."""
     lr: float | None = None
-    """Peak learning rate. By default as the optimizer defines it; when a pretrained model is fine-tuned,
-    in most cases 3e-5."""
+    """Peak learning rate. By default as the optimizer defines it; when a pretrained model is fine-tuned, in most cases
+    3e-5."""
     rank: int | None = None
     """Dimension of the subspaces. By default that of the preset, or 4 when a pretrained model is fine-tuned."""
     update_proj_gap: int | None = None
@@ -171,8 +172,8 @@ class RunConfig:
     out: str | None = field(default=None, metadata=_INCIDENTAL)
     """Directory of the run. By default one in runs/, named after the settings, with a number if the name is taken."""
     resume: str | None = field(default=None, metadata=_INCIDENTAL)
-    """auto continues from the newest checkpoint in `out`, if there is one. A path continues from that checkpoint or
-    run. The settings must be those of the run: give its config.yaml as --config."""
+    """Where to continue from: auto continues from the newest checkpoint in `out`, if there is one. A path continues
+    from that checkpoint or run. The settings must be those of the run: give its config.yaml as --config."""
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=_INCIDENTAL)
     """Where to train. auto is cuda if there is a GPU."""
     parallel: Literal["none", "ddp", "fsdp"] | None = field(default=None, metadata=_INCIDENTAL)
@@ -180,8 +181,8 @@ class RunConfig:
     it. Both compute what one process computes, and a run may continue on another number of processes. Without
     torchrun there is one process."""
     precision: Literal["auto", "fp32", "bf16-mixed", "bf16"] = "auto"
-    """bf16-mixed computes in bf16 and keeps the weights in fp32. bf16 keeps the weights in bf16 too. auto is bf16-mixed
-    on a GPU, and fp32 on a CPU."""
+    """Precision of the training: bf16-mixed computes in bf16 and keeps the weights in fp32. bf16 keeps the weights in
+    bf16 too. auto is bf16-mixed on a GPU, and fp32 on a CPU."""
     gradient_checkpointing: bool = field(default=False, metadata=_INCIDENTAL)
     """Save memory by computing activations again in the backward pass."""
     threads: int | None = field(default=None, metadata=_INCIDENTAL)
