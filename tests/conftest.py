@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +47,15 @@ def _signals() -> Iterator[None]:
 def corpus(tmp_path: Path) -> Path:
     """Forty short documents in one JSONL file."""
     return documents(tmp_path / "corpus.jsonl")
+
+
+@pytest.fixture
+def one_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives the command a parser that is there, for tests which call it often and are not about the parser."""
+    from support import parsers
+
+    module = sys.modules[parsers.make_parser.__module__]  # whose name in its package is that of a function
+    monkeypatch.setattr(module, "make_parser", lambda: parsers.PARSER)
 
 
 @pytest.fixture(autouse=True)

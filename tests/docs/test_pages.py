@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from support.pages import ROOT, commands, module_of, python_blocks, run
+from support.parsers import PARSER
 
 from subspan.cli import main
-from subspan.cli.main import make_parser
 
 PAGES = {str(path.relative_to(ROOT / "docs")): path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))}
 PAGES = {name: page for name, page in PAGES.items() if not name.startswith("_build")}  # `make docs` leaves copies there
@@ -89,7 +89,7 @@ def test_commands_are_understood(page: str) -> None:
                 raise SystemExit(main(words))
             assert ended.value.code == 0, words
         else:
-            assert make_parser().parse_args(words).command == words[0]
+            assert PARSER.parse_args(words).command == words[0]
 
 
 def test_a_how_tos_selector_keeps_the_laws(names: dict[str, Any]) -> None:

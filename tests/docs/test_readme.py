@@ -17,6 +17,8 @@ from subspan.training.config.resolve_finetuning import resolve_finetune
 from subspan.training.finetuning import Finetuning
 from subspan.training.pretraining import Pretraining
 
+pytestmark = pytest.mark.usefixtures("one_parser")
+
 README = (ROOT / "README.md").read_text()
 COMMANDS = [words for words in commands(README) if words[0] == "pretrain" and words[1].startswith(("--m", "--c"))]
 TUNING = [words for words in commands(README) if words[0] == "finetune"]

@@ -19,6 +19,8 @@ from subspan.training.data.tokenizer import load_tokenizer
 from subspan.training.models.build import build_model
 from subspan.training.models.presets import PRESETS
 
+pytestmark = pytest.mark.usefixtures("one_parser")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:

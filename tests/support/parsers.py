@@ -1,4 +1,4 @@
-"""The parsers of all commands."""
+"""The parsers of all commands, made once."""
 
 from collections.abc import Iterator
 

@@ -17,6 +17,8 @@ from subspan.cli import main
 from subspan.training.config.resolve import resolve
 from subspan.training.pretraining import Pretraining
 
+pytestmark = pytest.mark.usefixtures("one_parser")
+
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 STUDY = Path(__file__).parents[2] / "studies" / "table1_nano.yaml"
 KEYS = ["optimizer", "model", "steps", "tokens", "val_loss", "val_ppl", "state_bytes", "seconds", "out", "seed"]

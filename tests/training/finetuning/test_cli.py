@@ -8,6 +8,8 @@ import torch
 
 from subspan.cli import main
 
+pytestmark = pytest.mark.usefixtures("one_parser")
+
 KEYS = {
     "task",
     "model",
