@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from support import processes
-from support.process_worker import add_up, fail, hang, status
+from support.tests.process_worker import add_up, fail, hang, status
 from support.processes import launch
 
 pytestmark = pytest.mark.distributed
