@@ -50,7 +50,7 @@ nitpick_ignore_regex = [
     ("py:exc", r"LinAlgError"),  # torch's, under its short name
     ("py:class", r"(.*\.)?_\w+(\..*)?"),  # private bases
     # What public classes are made of, and show of their inside.
-    ("py:class", r"subspan\.(state_dict\.Restorable|step\.(layout\.Layout|work\.Slot))"),
+    ("py:class", r"subspan\.(state_dict\.Restorable|step\.(in_backward\.Stepper|layout\.Layout|work\.Slot))"),
     ("py:class", r"subspan\.backward\.(projection\.Projection|layer\.BackwardLinear)"),
     ("py:class", r"subspan\.checkpoints\.shard_files\.Written"),
 ]

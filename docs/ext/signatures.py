@@ -27,7 +27,11 @@ def written_defaults(function: Any) -> dict[str, str]:
     try:
         source = textwrap.dedent(inspect.getsource(function))
         definition = ast.parse(source).body[0]
-    except (OSError, TypeError, SyntaxError):  # no source, such as the __init__ of a dataclass, or only a part of a line
+    except (
+        OSError,
+        TypeError,
+        SyntaxError,
+    ):  # no source, such as the __init__ of a dataclass, or only a part of a line
         return {}
     if not isinstance(definition, ast.FunctionDef):
         return {}
@@ -36,7 +40,9 @@ def written_defaults(function: Any) -> dict[str, str]:
     given = list(zip(positional[len(positional) - len(own.defaults) :], own.defaults, strict=True))
     given += [(arg, value) for arg, value in zip(own.kwonlyargs, own.kw_defaults, strict=True) if value is not None]
     found = {arg.arg: " ".join((ast.get_source_segment(source, value) or "").split()) for arg, value in given}
-    return {name: text for name, text in found.items() if not text.startswith("_")}  # a private name tells a reader nothing
+    return {
+        name: text for name, text in found.items() if not text.startswith("_")
+    }  # a private name tells a reader nothing
 
 
 def _show_written(app: Sphinx, obj: Any, bound: bool) -> None:
