@@ -47,7 +47,6 @@ def test_while_torch_is_imported(start: list[str], tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=60,
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{SOURCE}"},
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "subspan: stopped before anything was done\n")

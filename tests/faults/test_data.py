@@ -94,7 +94,7 @@ def test_a_process_survives_a_shrinking_cache(tiny: Make, tmp_path: Path, cache:
         """
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "settings.json")], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script, str(tmp_path / "settings.json")], capture_output=True, text=True
     )
     assert done.returncode == 2, done
     assert done.stderr.splitlines()[-1].startswith("subspan: error: the cache of tokens ")

@@ -34,7 +34,7 @@ def growth(config: PretrainConfig, tmp_path: Path, early: int, kept: int = 0) ->
     path = tmp_path / "config.pickle"
     path.write_bytes(pickle.dumps(config))
     command = [sys.executable, str(WORKER), str(path), str(early), str(kept)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=800)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
     return float(done.stdout.splitlines()[-1])
 

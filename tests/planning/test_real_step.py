@@ -34,11 +34,14 @@ METHODS: dict[str, dict[str, Any]] = {
 def planned(setting: PlanSetting) -> dict[str, int]:
     """Plan what ``real_step`` measures."""
     planner = Planner(setting)
-    found, counts = planner.costs(planner.rank, setting.batch).bytes, planner.at(planner.rank).counts
+    at = planner.at(planner.rank)
+    peak = at.peak(setting.batch)
+    at.peak = lambda batch: peak  # type: ignore[method-assign]  # it takes long, and costs ask for it again
+    found, counts = planner.costs(planner.rank, setting.batch).bytes, at.counts
     keys = ("weights", "carriers", "gradients", "states", "bases")
     return {key: found[key] for key in keys} | {
         "activations": planner.saved(planner.rank, setting.batch),
-        "peak": planner.at(planner.rank).peak(setting.batch),
+        "peak": peak,
         "step": counts["step"],
         # Backward-side layers choose their bases in the backward pass.
         "first_step": counts["step"] if setting.is_backward_side else max(counts["step"], counts["refresh"]),

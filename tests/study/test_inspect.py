@@ -11,6 +11,7 @@ from subspan.checkpoints.directory import load_part
 from subspan.cli import main
 from subspan.study.inspect import _bases, inspect
 
+pytestmark = pytest.mark.xdist_group("inspected runs")  # they share a run
 FLAGS = ["--steps=16", "--batch_size=4", "--sequence_length=32", "--rank=4", "--update_proj_gap=4", "--threads=1",
          "--device=cpu", "--evaluation.tokens=64", "--checkpoint.every=4", "--checkpoint.keep=9"]  # fmt: skip
 

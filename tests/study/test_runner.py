@@ -9,23 +9,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.processes import environment
+from study.faulty_worker import fail
 from support.studies import SMALL, make, record, write
 from support.waiting import Gate, started
 
 from subspan.cli import main
 from subspan.study.missing_runs import cells_of
 from subspan.study.records import append_records, read_records
-from subspan.study.runner import Runner, _Running
+from subspan.study.runner import _MODULES, Runner, _Running
 from subspan.study.study_file import Study
 from subspan.training.monitor.metrics import read_metrics
+from subspan.utils.errors import SettingError
 
-ENVIRONMENT = environment()
+pytestmark = pytest.mark.xdist_group("runs of studies")  # which are forked from one server
 
 
 def command(path: Path) -> list[str]:
@@ -178,38 +179,30 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     assert "Traceback" not in lost.read_text()
 
 
-FAULTY = """
-import sys
-from subspan.study import runner
-from subspan.training import runs
-
-def prepare(config):
-    raise {error}
-
-runs.prepare = prepare
-runner._run(None, {log!r})
-"""
-
-
 @pytest.mark.parametrize(
     ("error", "status", "told"),
     [
-        ("ValueError('zip() argument 2 is shorter')", 70, "failed by a fault of the program; its traceback is in"),
-        ("runner.SettingError('rank=0: expected more')", 78, "failed; its last words are in"),
-        ("KeyboardInterrupt", 128 + signal.SIGINT, None),
+        (ValueError("zip() argument 2 is shorter"), 70, "failed by a fault of the program; its traceback is in"),
+        (SettingError("rank=0: expected more"), 78, "failed; its last words are in"),
+        (KeyboardInterrupt(), 128 + signal.SIGINT, None),
     ],
 )
-def test_a_fault_of_the_program_is_not_the_users(error: str, status: int, told: str | None, tmp_path: Path) -> None:
+def test_a_fault_of_the_program_is_not_the_users(
+    error: BaseException, status: int, told: str | None, tmp_path: Path
+) -> None:
     """It is reported as a fault, and its traceback is kept in the log; an error of the user has none."""
     log = tmp_path / "log.txt"
-    code = FAULTY.format(error=error, log=str(log))
-    ended = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=False)
-    assert ended.returncode == status
+    context = get_context("forkserver")
+    context.set_forkserver_preload(_MODULES)
+    ended = context.Process(target=fail, args=(error, str(log)))
+    ended.start()
+    ended.join()
+    assert ended.exitcode == status
     assert ("Traceback" in log.read_text()) == (status == 70)
     study = make(tmp_path, seeds=[0])
     runner = Runner(study, tmp_path / "runs", jobs=1)
     cell = study.rows[0].cell(study.rows[0].lr, 0)
-    runner._collect(_Running(cell, SimpleNamespace(exitcode=ended.returncode), tmp_path))
+    runner._collect(_Running(cell, ended, tmp_path))
     assert runner.failed == ({cell.key: f"{told} {log}"} if told else {})
 
 

@@ -77,7 +77,7 @@ def torchrun_command(ranks: int, *arguments: str) -> list[str]:
 
 def _by_torchrun(main: Callable[..., Any], ranks: int, arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     command = torchrun_command(ranks, __file__, main.__module__, main.__name__, *arguments)
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=TIMEOUT)
+    return subprocess.run(command, capture_output=True, text=True, env=environment())
 
 
 def _by_fork(main: Callable[..., Any], ranks: int, arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.processes import environment
 from support.waiting import Gate, started
 
 from subspan.cli import main
@@ -50,7 +49,9 @@ def test_without_json_a_person_reads_the_perplexity(
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_killed_and_resumed_is_the_unbroken_run(how: signal.Signals, corpus: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_is_the_unbroken_run(
+    how: signal.Signals, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The process is really killed in the middle, after two steps that are not saved. The run that goes on ends in the
     same weights, bit for bit.
     """
@@ -69,17 +70,14 @@ def test_killed_and_resumed_is_the_unbroken_run(how: signal.Signals, corpus: Pat
         assert "Traceback" not in err
     assert not (broken / "summary.json").exists()
 
-    resumed = subprocess.run([*command, "--resume=auto", "--json"], capture_output=True, text=True, env=environment())
-    assert resumed.returncode == 0, resumed.stderr
-    assert f"continues at step {4 if how == signal.SIGKILL else 7}" in resumed.stderr
+    assert main([*flags(corpus, broken), "--resume=auto", "--json"]) == 0
+    resumed, err = capsys.readouterr()
+    assert f"continues at step {4 if how == signal.SIGKILL else 7}" in err
     assert main([*flags(corpus, whole), "--json"]) == 0
     first, second = weights(broken, 12), weights(whole, 12)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert (
-        json.loads(resumed.stdout.splitlines()[-1])["val_loss"]
-        == json.loads((whole / "summary.json").read_text())["val_loss"]
-    )
+    assert json.loads(resumed)["val_loss"] == json.loads((whole / "summary.json").read_text())["val_loss"]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +205,7 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert "llama-60m" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["list", "--json"], ["list", "models"]])
+@pytest.mark.parametrize("arguments", [["list", "--json"], pytest.param(["list", "models"], marks=pytest.mark.slow)])
 def test_a_reader_that_goes_away(arguments: list[str]) -> None:
     """There is no traceback, as with ``| head``, and the status is that of a process ended by the closed pipe."""
     read, write = os.pipe()

@@ -9,17 +9,13 @@ from pathlib import Path
 
 import pytest
 from support.launching import same, settings, weights
-from support.processes import environment, torchrun_command
+from support.processes import torchrun_command
+from support.waiting import started, wait_until
 
 from subspan.training.monitor.metrics import read_metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # not "distributed", whose tests together take minutes
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]  # not "distributed", whose tests together take minutes
 KILLS, STEPS = 10, 350
-
-
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    command = torchrun_command(2, "-m", "subspan", *arguments)
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
 
 
 def children(pid: int) -> list[int]:
@@ -52,21 +48,17 @@ def test_killed_again_and_again(corpus: Path, tmp_path: Path) -> None:
     arguments = [*settings(corpus, broken, **more), "--parallel=ddp", "--resume=auto"]
     reached = []
     for number in range(KILLS):
-        process = start(arguments)
         begin = last_step(broken)
-        # Every fourth run is killed while it starts, before it has got any further.
+        # Every fourth is killed while it starts, before it has got any further.
         goal = begin + (draw.randint(1, 40) if number % 4 else 0)
-        deadline = time.monotonic() + 200
-        while len(children(process.pid)) < 2 or last_step(broken) < goal:
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.1))
-        ranks = children(process.pid)
-        doomed = draw.choice([ranks[:1], ranks[1:], [process.pid, *ranks]])
-        for pid in doomed:
-            os.kill(pid, signal.SIGKILL)
-        _, err = process.communicate(timeout=120)
+        with started(torchrun_command(2, "-m", "subspan", *arguments), stdout=subprocess.DEVNULL) as process:
+            wait_until(lambda goal=goal: len(children(process.pid)) == 2 and last_step(broken) >= goal, process)
+            time.sleep(draw.uniform(0, 0.1))
+            ranks = children(process.pid)
+            doomed = draw.choice([ranks[:1], ranks[1:], [process.pid, *ranks]])
+            for pid in doomed:
+                os.kill(pid, signal.SIGKILL)
+            _, err = process.communicate()
         assert process.returncode != 0
         assert not (broken / "summary.json").exists(), "the run was over before it was killed"
         assert "Traceback" not in err.partition("torch/distributed/elastic")[0], err
@@ -74,8 +66,8 @@ def test_killed_again_and_again(corpus: Path, tmp_path: Path) -> None:
     assert len({*reached}) > KILLS / 2, "it was killed at few different steps"
 
     for command in (arguments, [*settings(corpus, whole, **more), "--parallel=ddp"]):
-        process = start(command)
-        _, err = process.communicate(timeout=300)
+        with started(torchrun_command(2, "-m", "subspan", *command), stdout=subprocess.DEVNULL) as process:
+            _, err = process.communicate()
         assert process.returncode == 0, err
     assert same(weights(broken, STEPS), weights(whole, STEPS))
     rows = [

@@ -42,9 +42,8 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 def test_every_method_learns(name: str, small: Make, tmp_path: Path) -> None:
     """The loss falls well below that of an untrained model, and the summary agrees with what was written."""
     period = 20 if name.startswith("flora") else 5  # each rotation into a Gaussian basis amplifies the momentum
-    run = Pretraining(
-        small(optimizer=name, steps=40, update_proj_gap=period, evaluation=replace(small().evaluation, every=20))
-    )
+    often = {"evaluation": replace(small().evaluation, every=20), "checkpoint": CheckpointConfig(every=20)}
+    run = Pretraining(small(optimizer=name, steps=40, update_proj_gap=period, **often))
     summary = run.run()
     rows = read_metrics(tmp_path / "run")
     losses = [row["loss"] for row in rows if "loss" in row]
