@@ -48,7 +48,7 @@ class Restorable(torch.optim.Optimizer):
 
     @property
     def method(self) -> Method:
-        """The parts, the transfer, the seed and the staggering. Assign another to change them together with the groups."""
+        """The parts, the transfer, the seed and the staggering; assign another to change the groups with it."""
         return self._method
 
     @method.setter
