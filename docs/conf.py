@@ -22,6 +22,7 @@ extensions = [
     "sphinx.ext.doctest",
     "ext.mathml",
     "ext.docstrings",
+    "ext.signatures",
     "ext.links",
 ]
 html_math_renderer = "mathml"
@@ -39,19 +40,17 @@ highlight_language = "none"  # what stands apart in a docstring is an equation, 
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_typehints = "signature"
-autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
 # Nothing can be looked up of other projects without a network.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(abc|torch|nn|transformers|collections|concurrent|dataclasses|pathlib)(\..*)?"),  # other people's
-    # The same, where an annotation gives the short name.
-    ("py:.*", r"(Any|Tensor|Callable|Path|Future|Field|LinAlgError)"),
-    ("py:.*", r"subspan\.checkpoints\.shard_files\.Written"),  # the harness's
-    ("py:.*", r"(.*\.)?_\w+(\..*)?"),  # private bases
+    ("py:.*", r"(abc|torch|collections|concurrent|pathlib)(\..*)?"),  # other people's
+    ("py:exc", r"LinAlgError"),  # torch's, under its short name
+    ("py:class", r"(.*\.)?_\w+(\..*)?"),  # private bases
     # What public classes are made of, and show of their inside.
-    ("py:class", r"subspan\.(state_dict\.Restorable|step\.\w+\.\w+)"),
+    ("py:class", r"subspan\.(state_dict\.Restorable|step\.(in_backward\.Stepper|layout\.Layout|work\.Slot))"),
     ("py:class", r"subspan\.backward\.(projection\.Projection|layer\.BackwardLinear)"),
+    ("py:class", r"subspan\.checkpoints\.shard_files\.Written"),
 ]

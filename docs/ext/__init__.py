@@ -1,1 +1,1 @@
-"""What the site needs besides Sphinx: a check of docstrings, a check of links, and equations without a script."""
+"""What the site needs besides Sphinx: checks of docstrings and links, signatures, and equations without a script."""

@@ -24,6 +24,8 @@ PUBLIC = (
     "subspan.residuals",
     "subspan.residuals.base",
     "subspan.parts",
+    "subspan.step.plain",
+    "subspan.step.method",
     "subspan.backward",
     "subspan.ddp",
     "subspan.distributed",
@@ -31,6 +33,7 @@ PUBLIC = (
     "subspan.inspection",
     "subspan.integrations.transformers",
     "subspan.checkpoints.sharded",
+    "subspan.checkpoints.writer",
 )
 
 

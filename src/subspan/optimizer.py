@@ -115,8 +115,6 @@ class SubspaceOptimizer(Restorable):
         check_ranks(self.slots(), rank, self.defaults["proj_type"])
         if stagger is None and any(layer_of(p) is not None for p in self._parameters()):
             self.method = replace(self.method, stagger=True)
-            for group in self.param_groups:
-                group["stagger"] = self.defaults["stagger"] = True
         self.carriers.bind()
         if rank is not None and all(p.ndim < 2 for p in self._parameters()):
             raise SettingError(_no_matrix(rank))

@@ -37,15 +37,25 @@ class Restorable(torch.optim.Optimizer):
     """What ``SubspaceOptimizer`` does with copies of itself.
 
     Attributes:
-        method: its parts.
         carriers: its backward-side half.
         inside: the rule's step, compiled after ``compile()``; a copy is not compiled.
     """
 
-    method: Method
     carriers: Carriers
     inside: Inside = staticmethod(step_inside)
+    _method: Method
     _in_backward: StepInBackward | None = None
+
+    @property
+    def method(self) -> Method:
+        """The parts, the transfer, the seed and the staggering; assign another to change the groups with it."""
+        return self._method
+
+    @method.setter
+    def method(self, method: Method) -> None:
+        self._method = method
+        for group in (vars(self).get("defaults", {}), *vars(self).get("param_groups", ())):
+            group.update(group_keys(method))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy a checkpoint into the tensors allocated at construction, exact in value, dtype and device (contract R2).
@@ -109,22 +119,21 @@ class Restorable(torch.optim.Optimizer):
         if not self.param_groups:
             return
         before, group = self.method, self.param_groups[0]
+        parts = group["parts"]
         self.method = replace(before, seed=group["seed"], stagger=group["stagger"])
         for name in ("seed", "stagger"):
             if (saved := getattr(self.method, name)) != (built := getattr(before, name)):
                 logger.warning("load_state_dict: %s=%r of the checkpoint replaces %s=%r", name, saved, name, built)
-        if group["parts"] != before.parts:
+        if parts != before.parts:
             logger.warning(
                 "load_state_dict: the checkpoint was made with %s, and this optimizer goes on with %s; to go on as before, "
                 "build it with the settings of the checkpoint",
-                group["parts"],
+                parts,
                 before.parts,
             )
-        for group in self.param_groups:
-            group.update(group_keys(self.method))
 
     def __getstate__(self) -> dict[str, Any]:
-        own: dict[str, Any] = {**super().__getstate__(), "method": self.method}
+        own: dict[str, Any] = {**super().__getstate__(), "_method": self._method}
         if self._in_backward is not None and self._in_backward.enabled:
             if self._in_backward.seen:
                 raise SettingError(
@@ -135,9 +144,9 @@ class Restorable(torch.optim.Optimizer):
         return own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        in_backward = state.pop("in_backward", None) if "method" in state else None
+        in_backward = state.pop("in_backward", None) if "_method" in state else None
         super().__setstate__(state)
-        if "method" in state:  # a copy, not torch's load_state_dict
+        if "_method" in state:  # a copy, not torch's load_state_dict
             self.carriers = Carriers(self)
             self.carriers.bind()
             if in_backward is not None:

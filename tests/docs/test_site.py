@@ -47,6 +47,8 @@ def test_it_builds(tmp_path: Path) -> None:
     assert 'id="subspan.selectors.importance.Importance"' in api
     assert "the result depends on" in api, "a method without a docstring of its own shows that of its protocol"
     assert "w_i = (1 - floor) * sigma_i^power / sum_j sigma_j^power + floor / k" in api, "an equation keeps its line"
+    signatures = re.sub("<[^>]+>", "", (tmp_path / "html/api/subspan.html").read_text())
+    assert "exclude: tuple[str, ...] = EXCLUDED, update_proj_gap: int = 200" in signatures, "as written, and as a value"
     build("doctest", tmp_path / "doctest")
     ran = (tmp_path / "doctest/output.txt").read_text()
     assert "1 items passed all tests" in ran

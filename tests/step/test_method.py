@@ -124,6 +124,19 @@ def test_seed_and_staggering_are_restored(caplog):
     assert second.state_dict()["param_groups"][0]["seed"] == 3
 
 
+def test_a_method_that_is_replaced_is_saved():
+    """The groups say what the optimizer does, whenever it was told."""
+    optimizer = subspan.SubspaceAdamW(net(), rank=4)
+    optimizer.method = dataclasses.replace(optimizer.method, stagger=True, seed=8)
+    assert {(group["stagger"], group["seed"]) for group in optimizer.state_dict()["param_groups"]} == {(True, 8)}
+    other = subspan.SubspaceAdamW(net(), rank=4)
+    other.load_state_dict(optimizer.state_dict())
+    assert (other.stagger, other.seed) == (True, 8)
+    added = nn.Parameter(torch.zeros(9, 8))
+    other.add_param_group({"params": [("added", added)], "rank": 2})
+    assert other.param_groups[-1]["seed"] == 8
+
+
 def test_other_settings_of_a_part_are_said(caplog):
     first = subspan.SubspaceAdamW(net(), rank=4, selector=Importance(floor=0.5))
     second = subspan.SubspaceAdamW(net(), rank=4)

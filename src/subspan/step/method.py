@@ -11,18 +11,18 @@ from subspan.utils.errors import SettingError
 
 @dataclass(frozen=True)
 class Method:
-    """Settings only, never state.
+    """The parts and settings of a method. It holds no state.
 
     Args:
         selector: chooses the subspace.
         rule: takes the step inside it.
         residual: uses the rest of the gradient.
         transfer: what becomes of the moments at a refresh.
-        seed: of every random choice. A choice depends only on the seed, the parameter's name and the step.
+        seed: seed of every random choice. A choice depends only on the seed, the parameter's name and the step.
         stagger: whether the refreshes of different matrices are spread over the period.
 
     Raises:
-        SettingError: a part that is none or is not complete, a transfer that is unknown, parts that do not go together.
+        SettingError: a part is no part or is not complete, the transfer is unknown, or the parts do not go together.
     """
 
     selector: Selector

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from support import processes
-from support.process_worker import add_up, fail, hang, status
 from support.processes import launch
+from support.tests.process_worker import add_up, fail, hang, status
 
 pytestmark = pytest.mark.distributed
 
