@@ -9,7 +9,7 @@ from subspan.parts import Residual, Selector, Transfer
 from subspan.residuals import RESIDUALS
 from subspan.rules import AdamW
 from subspan.selectors import SELECTORS
-from subspan.step.settings import AllStepOptions, spelled_out
+from subspan.step.settings import AllStepOptions, check_names, spelled_out
 from subspan.utils.suggestions import look_up
 
 
@@ -54,6 +54,7 @@ class SubspaceAdamW(SubspaceOptimizer):
         exclude: tuple[str, ...] = EXCLUDED,
         **settings: Unpack[AllStepOptions],
     ) -> None:
+        check_names(settings, SubspaceAdamW.__init__, "SubspaceAdamW")
         super().__init__(
             params,
             lr,

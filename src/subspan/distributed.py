@@ -9,7 +9,7 @@ moments and with a basis that all ranks hold. Only the basis and a few sums over
 
 import functools
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -144,15 +144,25 @@ def several_processes() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def wrapping_process_group() -> Any:
-    """Return the process group of the DistributedDataParallel whose forward pass is running, or ``None``."""
+def world_size() -> int:
+    """Return how many processes there are."""
+    return dist.get_world_size() if several_processes() else 1
+
+
+def running_wrapper() -> Any:
+    """Return the DistributedDataParallel whose forward pass is running, or ``None``."""
     if not several_processes():
         return None
     from torch.nn.parallel import DistributedDataParallel
 
     # The wrapper leaves no other mark on the model that it wraps. torch's compiler asks in the same way.
-    wrapper: Any = DistributedDataParallel._get_active_ddp_module()
-    return None if wrapper is None else wrapper.process_group
+    return DistributedDataParallel._get_active_ddp_module()
+
+
+def averages(wrapper: Any, parameters: Iterable[Tensor]) -> bool:
+    """Tell whether a DistributedDataParallel averages any of ``parameters``; another model's may be running."""
+    averaged = {id(p) for p in wrapper.parameters()}
+    return any(id(p) in averaged for p in parameters)
 
 
 def rows_of(p: Any, dimensions: int) -> Rows:

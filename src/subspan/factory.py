@@ -74,8 +74,8 @@ def create(
         total_steps: length of the run; the hybrid needs it.
         lr_full: learning rate of what is not projected; ``None`` is ``lr``.
         targets, exclude, overrides, decayed: see ``subspan.param_groups``.
-        settings: the settings of ``step.settings.StepSettings`` by name. ``weight_decay`` is decoupled, and does not
-            decay parameters of one dimension (biases, norms).
+
+    ``weight_decay`` does not decay parameters of one dimension (biases, norms).
 
     The other arguments are those of ``SubspaceOptimizer``. Backward-side layers keep the rank and the side they were
     made with.
@@ -84,7 +84,8 @@ def create(
         ValueError: an unknown name (near ones are listed), a setting out of range, or a ``rank`` or ``proj_type`` that
             is not that of the backward-side layers, where nothing else is projected.
     """
-    check_names(settings, StepOptions, "create")
+    check_names(settings, create, "create")
+    own = StepSettings(**settings)
     recipe = find(name)
     if not isinstance(model, nn.Module):
         raise SettingError(f"model: got a {type(model).__name__}; expected a torch.nn.Module, not its parameters")
@@ -96,7 +97,7 @@ def create(
         )
     if rank is None and not full_rank:
         raise SettingError(f"rank=None: {name} needs a whole number >= 1; the full-rank baseline is 'adamw'")
-    weight_decay = settings.get("weight_decay", 0.0)
+    weight_decay = own.weight_decay
     groups = param_groups(
         model,
         rank=None if full_rank else rank,
@@ -112,7 +113,7 @@ def create(
     short = {key: value for key, value in (("betas", betas), ("eps", eps)) if value is not None}
     chosen_rule = _with(_with(recipe.rule, rule, RULES, "rule"), short or None, RULES, "rule")
     lr = recipe.lr if lr is None else lr
-    is_plain = (state_dtype or "float32") == "float32" and not settings.get("bf16_stochastic_round")
+    is_plain = (state_dtype or "float32") == "float32" and not own.bf16_stochastic_round
     if name == "adamw" and isinstance(chosen_rule, AdamW) and is_plain:
         for group in groups:
             del group["rank"]  # ours; torch's groups do without
@@ -122,7 +123,7 @@ def create(
         return _with_known_overrides(adamw, overrides)
     chosen = _with(recipe.selector or Dominant(), selector, SELECTORS, "selector")
     chosen = _timed(chosen, total_steps)
-    gap, switch = StepSettings(**settings).update_proj_gap, _switch_in(chosen)
+    gap, switch = own.update_proj_gap, _switch_in(chosen)
     if switch is not None and not switch.switches_within(gap):
         logger.warning("%s never switches: no refresh falls after %s of %s steps", name, switch.at, switch.total_steps)
     optimizer = SubspaceOptimizer(
@@ -178,7 +179,7 @@ def _with_known_overrides(
     """``optimizer``, if its groups know every setting of ``overrides``."""
     for pattern, settings in (overrides or {}).items():
         for key in settings:
-            if key not in optimizer.defaults:
+            if key not in optimizer.defaults or key in ("method", "clock"):
                 raise SettingError(
                     f"overrides[{pattern!r}]: {key!r} is no setting; {near_names(key, optimizer.defaults)}"
                 )
@@ -201,8 +202,7 @@ def _with(
         if key not in allowed:
             raise SettingError(
                 f"{what} setting {key!r}={value!r}: {type(part).__name__} has {', '.join(allowed) or 'no settings'}; "
-                "leave it "
-                f"out, or give another {what}"
+                f"leave it out, or give another {what}"
             )
         if is_dataclass(getattr(part, key)) and not is_dataclass(value):
             raise SettingError(

@@ -75,6 +75,7 @@ def param_groups(
     named = list(model.named_parameters() if isinstance(model, nn.Module) else model)
     named = [(name, p) for name, p in named if p.requires_grad]
     canonical = canonical_names(name for name, _ in named)
+    given_names = {short: name for name, short in canonical.items()}
     named = [(canonical[name], p) for name, p in named]
     if flat := next((name for name, _ in named if "_flat_param" in name), None):
         raise SettingError(f"model: {flat!r} is many weights in one. {FLATTENED}")
@@ -86,7 +87,9 @@ def param_groups(
     others = [(name, p) for name, p in named if name not in carriers]
     # A target may name backward-side layers; these are projected already.
     made = {layer.weight_name for _, p in named if (layer := layer_of(p)) is not None}
-    projected = _projected_names(model, others, targets, exclude, made) if rank is not None else set()
+    projected = set()
+    if rank is not None:
+        projected = _projected_names(model, others, targets, exclude, given_names, made)
     filters = _convolutions(model)
     decayed = None if decayed is None else {canonical_name(name) for name in decayed}
 
@@ -99,7 +102,7 @@ def param_groups(
     for name, p in named:
         kind = 0 if name in projected or name in carriers else 1 if p.ndim > 1 else 2
         own_rank = carriers.get(name, rank) if kind == 0 else None
-        pattern, settings = next(((row.pattern, s) for row, s in rows if row.search(name)), ("", {}))
+        pattern, settings = next(((row.pattern, s) for row, s in rows if _finds(row, name, given_names)), ("", {}))
         # Three dimensions look like a stack of matrices, but those of a convolution are none.
         has_rank = kind == 0 or settings.get("rank") is not None
         flatten = has_rank and p.ndim == 3 and id(p) in filters
@@ -126,8 +129,8 @@ def param_groups(
         groups[place]["params"].append((name, p))
     for row, _ in rows:
         if row.pattern not in used:
-            if hidden := next((name for name, _ in named if row.search(name)), None):
-                first = next(other.pattern for other, _ in rows if other.search(hidden))
+            if hidden := next((name for name, _ in named if _finds(row, name, given_names)), None):
+                first = next(other.pattern for other, _ in rows if _finds(other, hidden, given_names))
                 raise SettingError(
                     f"overrides: {row.pattern!r} comes after {first!r}, which matches {hidden!r} first; put it before"
                 )
@@ -145,7 +148,7 @@ def select_linear(model: nn.Module, targets: str | Sequence[str], exclude: Seque
     canonical = canonical_names(name for name, _ in raw)
     named: list[tuple[str, Tensor]] = [(canonical[name], p) for name, p in raw]
     found: dict[str, nn.Linear] = {}
-    chosen = _projected_names(model, named, targets, exclude)
+    chosen = _projected_names(model, named, targets, exclude, {short: name for name, short in canonical.items()})
     for (name, _), (raw_name, _) in zip(named, raw, strict=True):
         if name not in chosen:
             continue
@@ -174,8 +177,10 @@ def _projected_names(
     named: list[tuple[str, Tensor]],
     targets: str | Sequence[str],
     exclude: Sequence[str],
+    given: Mapping[str, str],
     made: Collection[str] = (),
 ) -> set[str]:
+    """The canonical names of what is to be projected. A pattern may also mean a name as a wrapper has ``given`` it."""
     matrices = [name for name, p in named if p.ndim > 1]
     if targets == "all-linear":
         if isinstance(parameters, nn.Module):
@@ -187,7 +192,7 @@ def _projected_names(
             linear |= {id(p) for p in parameters.parameters() if p.ndim == 3} - _convolutions(parameters)
             matrices = [name for name, p in named if id(p) in linear]
         kept = [_compiled(pattern, "exclude") for pattern in exclude]
-        found = {name for name in matrices if not any(pattern.search(name) for pattern in kept)}
+        found = {name for name in matrices if not any(_finds(pattern, name, given) for pattern in kept)}
         if not found and not made:
             why = "no weight of an nn.Linear is left" if any(p.ndim > 1 for _, p in named) else "there is no matrix"
             raise SettingError(
@@ -202,14 +207,26 @@ def _projected_names(
     for pattern in patterns:
         if isinstance(targets, str):
             whole = _compiled(pattern, "targets")
-            hits = {n for n in (*matrices, *made) if whole.fullmatch(n) or whole.fullmatch(n.removesuffix(".weight"))}
+            hits = {
+                name
+                for name in (*matrices, *made)
+                if any(
+                    whole.fullmatch(spelled) or whole.fullmatch(spelled.removesuffix(".weight"))
+                    for spelled in (name, given.get(name, name))
+                )
+            }
         else:
-            hits = {n for n in (*matrices, *made) if pattern in n}
+            hits = {name for name in (*matrices, *made) if pattern in name or pattern in given.get(name, name)}
         if not hits:
             how = "; an expression must match a whole name" if isinstance(targets, str) else ""
             raise SettingError(f"targets: {pattern!r} matches no matrix; {_names_like(pattern, named)}{how}")
         found |= hits.difference(made)
     return found
+
+
+def _finds(pattern: re.Pattern[str], name: str, given: Mapping[str, str]) -> bool:
+    """Tell whether ``pattern`` is found in a canonical name, or in the name as it is given."""
+    return bool(pattern.search(name) or pattern.search(given.get(name, name)))
 
 
 def _compiled(pattern: str, argument: str) -> re.Pattern[str]:

@@ -25,7 +25,7 @@ from typing_extensions import Unpack
 from subspan import distributed, summary
 from subspan.groups import EXCLUDED, FLATTENED, param_groups
 from subspan.parts import Residual, Rule, Selector, Transfer
-from subspan.state_dict import Restorable, group_keys
+from subspan.state_dict import Restorable
 from subspan.step.backward_side import Carriers, check_carrier, check_ranks
 from subspan.step.carriers import layer_of
 from subspan.step.in_backward import Clip, StepInBackward, check
@@ -40,6 +40,9 @@ from subspan.storage import eight_bit
 from subspan.utils.errors import SettingError
 
 logger = logging.getLogger(__name__)
+
+_OF_GROUPS = ("params", "param_names", "initial_lr", "lagged_norm")
+"""Keys that torch, its schedulers and a step in the backward pass put into a parameter group."""
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -98,12 +101,12 @@ class SubspaceOptimizer(Restorable):
         exclude: tuple[str, ...] = EXCLUDED,
         **settings: Unpack[AllStepOptions],
     ) -> None:
-        check_names(settings, AllStepOptions, type(self).__name__)
+        check_names(settings, SubspaceOptimizer.__init__, "SubspaceOptimizer")
         self.method = Method(selector, rule, residual, transfer, seed, bool(stagger))
         own = {name: field.default for name, field in FIELDS.items()} | {"lr": lr, "rank": rank, **settings, "clock": 0}
-        own |= group_keys(self.method)
+        own["method"] = self.method.text
         defaults = own | {field.name: getattr(rule, field.name) for field in fields(rule)}
-        if taken := sorted({field.name for field in fields(rule)} & {*own, "params", "param_names"}):
+        if taken := sorted({field.name for field in fields(rule)} & {*own, *_OF_GROUPS}):
             raise SettingError(
                 f"rule={rule!r}: its setting {taken[0]!r} is one of every parameter group, which it would overwrite; "
                 "give the rule's another name"
@@ -112,7 +115,7 @@ class SubspaceOptimizer(Restorable):
         self._built = False
         super().__init__(_as_groups(params, rank, targets, exclude), defaults)
         self._built = True
-        check_ranks(self.slots(), rank, self.defaults["proj_type"])
+        check_ranks(self.slots(), rank)
         if stagger is None and any(layer_of(p) is not None for p in self._parameters()):
             self.method = replace(self.method, stagger=True)
         self.carriers.bind()
@@ -148,7 +151,9 @@ class SubspaceOptimizer(Restorable):
                 check_carrier(self.method, p)
                 check_sharded(self.method, p, group)
                 self.state[p] = state_of(self.method, p, group)
-            if self._built:  # else the constructor binds, when all groups are there
+            group["method"] = self.method.text  # whatever group it was made from
+            if self._built:  # else the constructor does this, when all groups are there
+                check_ranks(self.slots(), None)
                 self.carriers.bind()
         except ValueError:
             for p in self.param_groups.pop()["params"]:

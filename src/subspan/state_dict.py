@@ -19,18 +19,8 @@ from subspan.step.weights import Inside, step_inside
 from subspan.step.work import Slot, names_of, slots
 from subspan.storage.allocation import State, check_state, copy_state_
 from subspan.utils.errors import SettingError
-from subspan.utils.names import canonical_name
 
 logger = logging.getLogger(__name__)
-
-
-def group_keys(method: Method) -> dict[str, Any]:
-    """Return what every parameter group says of the method, so that a checkpoint carries it.
-
-    ``method`` must be the same on loading, for moments mean nothing in another method's basis. ``seed`` and ``stagger``
-    are restored. ``parts`` cannot be, since a part is an object; where it differs, that is said.
-    """
-    return {"method": method.kinds, "parts": method.parts, "seed": method.seed, "stagger": method.stagger}
 
 
 class Restorable(torch.optim.Optimizer):
@@ -55,7 +45,7 @@ class Restorable(torch.optim.Optimizer):
     def method(self, method: Method) -> None:
         self._method = method
         for group in (vars(self).get("defaults", {}), *vars(self).get("param_groups", ())):
-            group.update(group_keys(method))
+            group["method"] = method.text
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy a checkpoint into the tensors allocated at construction, exact in value, dtype and device (contract R2).
@@ -106,31 +96,33 @@ class Restorable(torch.optim.Optimizer):
                 hook.remove()
 
     def _check(self, state_dict: Mapping[str, Any], own: Mapping[Tensor, State]) -> None:
-        names = [name for number, group in enumerate(self.param_groups) for name in names_of(number, group)]
+        names = [name for own in names_of(self.param_groups) for name in own]
         check_checkpoint(state_dict, self.param_groups, own, names)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             merged = {**group, **saved}
             StepSettings.of(merged)
             self.method.rule_of(merged)
-            replace(self.method, seed=merged["seed"], stagger=merged["stagger"])
 
     def _restore_method(self) -> None:
-        """Take over what the checkpoint carries of the method, and say what it cannot carry."""
+        """Take over what the checkpoint carries of the method, and say what it cannot carry: a part is an object."""
         if not self.param_groups:
             return
-        before, group = self.method, self.param_groups[0]
-        parts = group["parts"]
-        self.method = replace(before, seed=group["seed"], stagger=group["stagger"])
-        for name in ("seed", "stagger"):
-            if (saved := getattr(self.method, name)) != (built := getattr(before, name)):
-                logger.warning("load_state_dict: %s=%r of the checkpoint replaces %s=%r", name, saved, name, built)
-        if parts != before.parts:
+        before = self.method
+        _, saved = Method.read(self.param_groups[0]["method"])
+        restored = {name: saved[name] for name in ("seed", "stagger") if name in saved}
+        for name, value in restored.items():
+            if value != getattr(before, name):
+                logger.warning(
+                    "load_state_dict: %s=%r of the checkpoint replaces %s=%r", name, value, name, getattr(before, name)
+                )
+        if saved.get("parts", before.parts) != before.parts:
             logger.warning(
                 "load_state_dict: the checkpoint was made with %s, and this optimizer goes on with %s; to go on as before, "
                 "build it with the settings of the checkpoint",
-                parts,
+                saved["parts"],
                 before.parts,
             )
+        self.method = replace(before, **restored)
 
     def __getstate__(self) -> dict[str, Any]:
         own: dict[str, Any] = {**super().__getstate__(), "_method": self._method}
@@ -188,15 +180,15 @@ def check_checkpoint(
             f"the checkpoint has parameter groups of {[len(g['params']) for g in state_dict['param_groups']]} parameters, "
             f"this optimizer of {sizes}; build it from the same model with the same targets"
         )
-    for group, saved in zip(groups, state_dict["param_groups"], strict=True):
-        ours, theirs = (list(map(canonical_name, one.get("param_names") or ())) for one in (group, saved))
-        if ours and theirs and ours != theirs:
+    both = zip(groups, state_dict["param_groups"], names_of(groups), names_of(state_dict["param_groups"]), strict=True)
+    for group, saved, ours, theirs in both:
+        if group.get("param_names") and saved.get("param_names") and ours != theirs:
             first = next(pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1])
             raise SettingError(f"the checkpoint has parameter {first[1]!r} where this optimizer has {first[0]!r}")
-        if saved.get("method", group["method"]) != group["method"]:
-            raise SettingError(
-                f"the checkpoint is of {saved['method']}, this optimizer is {group['method']}; build it alike"
-            )
+        kinds, _ = Method.read(group["method"])
+        saved_kinds, _ = Method.read(saved.get("method", group["method"]))
+        if saved_kinds != kinds:
+            raise SettingError(f"the checkpoint is of {saved_kinds}, this optimizer is {kinds}; build it alike")
     for number, name, state in zip(saved_ids(state_dict), names, own.values(), strict=True):
         check_state(state, state_dict["state"].get(number, {}), name)
 

@@ -15,7 +15,7 @@ from subspan.parts import Residual, Rule, Selector
 from subspan.residuals import Discard
 from subspan.residuals.base import Plain
 from subspan.rules import SGD, AdamW
-from subspan.selectors import Importance, Random
+from subspan.selectors import Importance, Lazy, Random, Switch
 from subspan.selectors.base import MatrixSelector
 from subspan.step.settings import FIELDS, AllStepOptions, StepOptions, StepSettings
 from subspan.utils.errors import SettingError
@@ -69,17 +69,39 @@ def test_a_rules_setting_must_not_overwrite_one_of_the_group():
         subspan.create("sara_sgd", net(), rank=4, rule=Scaled())
 
 
-@pytest.mark.parametrize("entry", ["exp_avg", "step", "refresh_step"])
+TAKEN = ["exp_avg", "step", "refresh_step", "displacement", "exp_avg.codes", "exp_avg_sq.absmax"]
+
+
+@pytest.mark.parametrize("entry", TAKEN)
 def test_a_state_entry_has_one_owner(entry):
+    """Also names that another part takes only under some settings: the proximal term, moments in 8 bits."""
+
     @dataclasses.dataclass(frozen=True)
     class Greedy(Random):
         def init(self, G, rank):
             return {**super().init(G, rank), entry: torch.zeros(2)}
 
-    with pytest.raises(
-        SettingError, match=rf"its state entry '{entry}' is one of the .* too; give it a name of its own"
-    ):
+    with pytest.raises(SettingError, match=rf"its state entry '{entry}' belongs to the .*; give it a name of its own"):
         subspan.SubspaceAdamW(net(), rank=4, selector=Greedy())
+
+
+@pytest.mark.parametrize(("holder", "entry"), [(lambda s: Switch(s, Random(), at=3), "switched"), (Lazy, "stretch")])
+def test_a_selector_of_selectors_keeps_its_entry_to_itself(holder, entry):
+    @dataclasses.dataclass(frozen=True)
+    class Greedy(Random):
+        def init(self, G, rank):
+            return {**super().init(G, rank), entry: 7}
+
+    with pytest.raises(SettingError, match=rf"its state entry '{entry}' belongs to what holds it"):
+        subspan.SubspaceAdamW(net(), rank=4, selector=holder(Greedy()))
+
+
+@pytest.mark.parametrize("name", ["params", "initial_lr", "lagged_norm", "clock", "method"])
+def test_a_rules_setting_must_not_have_a_name_that_a_group_gets_later(name):
+    fields = [(name, float, dataclasses.field(default=1.0))]
+    named = dataclasses.make_dataclass("Named", fields, bases=(SGD,), frozen=True)
+    with pytest.raises(SettingError, match=f"its setting '{name}' is one of every parameter group"):
+        subspan.create("sara_sgd", net(), rank=4, rule=named())
 
 
 def test_a_setting_is_spelled_once_and_its_type_beside_it():
@@ -121,20 +143,32 @@ def test_seed_and_staggering_are_restored(caplog):
     walk(first_model, first, range(3, 9))
     walk(model, second, range(3, 9))
     assert_same(weights(model), weights(first_model))
-    assert second.state_dict()["param_groups"][0]["seed"] == 3
+    third = subspan.SubspaceAdamW(net(), rank=4, update_proj_gap=2)
+    third.load_state_dict(second.state_dict())
+    assert (third.seed, third.stagger) == (3, True)
 
 
 def test_a_method_that_is_replaced_is_saved():
     """The groups say what the optimizer does, whenever it was told."""
     optimizer = subspan.SubspaceAdamW(net(), rank=4)
     optimizer.method = dataclasses.replace(optimizer.method, stagger=True, seed=8)
-    assert {(group["stagger"], group["seed"]) for group in optimizer.state_dict()["param_groups"]} == {(True, 8)}
     other = subspan.SubspaceAdamW(net(), rank=4)
     other.load_state_dict(optimizer.state_dict())
     assert (other.stagger, other.seed) == (True, 8)
     added = nn.Parameter(torch.zeros(9, 8))
     other.add_param_group({"params": [("added", added)], "rank": 2})
-    assert other.param_groups[-1]["seed"] == 8
+    assert len({group["method"] for group in other.param_groups}) == 1
+
+
+def test_a_group_made_from_another_optimizers_is_this_ones():
+    """Nothing of the other's method is taken over, at once or when a checkpoint is loaded."""
+    first = subspan.SubspaceAdamW(net(), rank=4, seed=3)
+    second = subspan.SubspaceAdamW(first.param_groups, rank=4, seed=5)
+    second.load_state_dict(second.state_dict())
+    assert second.seed == 5
+    for key in ("seed", "method", "clock"):
+        with pytest.raises(SettingError, match=rf"overrides\['up'\]: '{key}' is no setting"):
+            subspan.create("sara_adamw", net(), rank=4, overrides={"up": {key: 5}})
 
 
 def test_other_settings_of_a_part_are_said(caplog):
@@ -151,8 +185,7 @@ def test_a_checkpoint_of_before_these_keys_loads_in_silence(caplog):
     first = subspan.SubspaceAdamW(net(), rank=4, seed=3)
     saved = first.state_dict()
     for group in saved["param_groups"]:
-        for key in ("seed", "stagger", "parts"):
-            del group[key]
+        group["method"], _, _ = group["method"].partition("; {")
     second = subspan.SubspaceAdamW(net(), rank=4, seed=5)
     with caplog.at_level(logging.WARNING, "subspan"):
         second.load_state_dict(saved)
@@ -180,6 +213,43 @@ def test_a_wrapper_changes_no_draw_and_no_checkpoint(wrap):
     assert_same(weights(inner), weights(plain_model))
     wrapped.load_state_dict(plain.state_dict())
     plain.load_state_dict(wrapped.state_dict())
+
+
+def test_two_parameters_never_share_a_draw():
+    """Names that differ only by a wrapper's component are kept apart, in draws and in checkpoints."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module, self.fc = nn.ModuleDict({"fc": nn.Linear(12, 10)}), nn.Linear(12, 10)
+
+    model = Both()
+    optimizer = subspan.SubspaceAdamW(model, rank=3, selector="random")
+    names = [slot.name for slot in optimizer.slots()]
+    assert len(set(names)) == len(names) == 4
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    first, second = (optimizer.state[p]["basis"] for p in (model.fc.weight, model.module["fc"].weight))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("settings", "projected"),
+    [
+        ({"exclude": (r"^module\.0",)}, ["2.weight"]),
+        ({"exclude": (r"^0",)}, ["2.weight"]),
+        ({"targets": r"module\.0"}, ["0.weight"]),
+        ({"targets": ["module.0"]}, ["0.weight"]),
+        ({"targets": r"0"}, ["0.weight"]),
+        ({"overrides": {r"module\.0": {"rank": 2}}}, ["0.weight", "2.weight"]),
+    ],
+    ids=str,
+)
+def test_a_pattern_may_mean_a_name_with_or_without_the_wrapper(settings, projected):
+    model = nn.DataParallel(nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 9)))
+    optimizer = subspan.create("sara_adamw", model, rank=3, **settings)
+    assert sorted(slot.name for slot in optimizer.slots() if slot.layout.side) == projected
 
 
 # --- copies -----------------------------------------------------------------------------------------------------------

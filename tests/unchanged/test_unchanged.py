@@ -6,11 +6,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from support.pages import module_of
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from subspan.checkpoints.checksums import seal
 from subspan.cli import main
@@ -26,16 +30,18 @@ fsdp``.
 """
 
 
+def cases_module() -> ModuleType:
+    """The script beside this file."""
+    return module_of("unchanged/cases.py")
+
+
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """What ``cases.py`` computes in a process whose kernels are the plainest."""
-    sys.path.insert(0, str(HERE))
-    try:
-        from cases import ENVIRONMENT
-    finally:
-        sys.path.remove(str(HERE))
     command = [sys.executable, str(HERE / "cases.py")]
-    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, env=os.environ | cases_module().ENVIRONMENT, capture_output=True, text=True, check=True
+    )
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
 
@@ -59,6 +65,21 @@ def test_checkpoints(found: dict[str, Any], recorded: dict[str, Any]) -> None:
     assert found["resumed"].keys() == recorded["resumed"].keys()
     if found["kernels"] == recorded["kernels"]:
         assert found["resumed"] == recorded["resumed"]
+
+
+def test_a_checkpoint_of_torchs_own_format() -> None:
+    """``torch.distributed.checkpoint`` asks the checkpoint for every key that the optimizer has now."""
+    saved = torch.load(HERE / "checkpoints.pt", weights_only=True)["sara_adamw"]
+    build = cases_module().cases()["sara_adamw"]
+    model, optimizer = build(torch.float32)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    loaded = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(loaded, checkpoint_id=HERE / "saved" / "distributed")
+    set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    assert optimizer.param_groups[0]["clock"] == saved["optimizer"]["param_groups"][0]["clock"] == 8
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, saved["model"][name], rtol=1e-4, atol=1e-5)
+    assert all(int(state["step"]) == 8 for state in optimizer.state.values())
 
 
 @pytest.mark.parametrize("kind", ["plain", "sharded"])

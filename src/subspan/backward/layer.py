@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from subspan.backward.autograd import linear
 from subspan.backward.projection import Projection
+from subspan.distributed import several_processes
 from subspan.step.carriers import mark
 
 
@@ -46,6 +47,8 @@ class BackwardLinear(nn.Linear):
         self.weight.requires_grad_(True)
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear has, for calls by keyword
+        if several_processes():
+            self.projection.note_wrapper()
         if torch.is_grad_enabled() and self.carrier.requires_grad:
             return self._train(input)
         y = super().forward(input)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from subspan.backward.autograd import Box, LayerPass, gather
-from subspan.distributed import is_sharded, local, wrapping_process_group
+from subspan.distributed import averages, is_sharded, local, running_wrapper
 from subspan.parts import Selector
 from subspan.step.carriers import CarriedLayer, Driver, Plan
 from subspan.storage.allocation import State
@@ -34,7 +34,8 @@ class Projection:
 
     def __init__(self, rank: int, merge: str, select_from: str, process_group: Any = None) -> None:
         self.rank, self.merge, self.select_from = rank, merge, select_from
-        self.process_group, self.given = process_group, process_group is not None
+        self.process_group, self._given = process_group, process_group is not None
+        self._wrapper: weakref.ref[Any] | None = None
         self.layers: list[Any] = []  # each a CarriedLayer
         self.plan: Plan = "keep"
         self.formed = self.displaced = False
@@ -56,6 +57,20 @@ class Projection:
         self.plan, self.formed = plan, False
         self._pass = None  # layers that have not run must not keep the input alive
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it asks Python, not tensors
+    def note_wrapper(self) -> None:
+        """Take the process group of the wrapper whose forward pass is running, unless one has been given.
+
+        A forward pass that is repeated in the backward pass (activation checkpointing) runs outside of the wrapper, so
+        what was noted stays.
+        """
+        wrapper = None if self._given else running_wrapper()
+        if wrapper is None or (self._wrapper is not None and self._wrapper() is wrapper):
+            return
+        self._wrapper = weakref.ref(wrapper)
+        if averages(wrapper, (layer.carrier for layer in self.layers)):
+            self.process_group = wrapper.process_group
+
     @property
     def driver(self) -> Driver:
         """The optimizer that this basis belongs to, or rather its ``Carriers``."""
@@ -74,14 +89,8 @@ class Projection:
         if self.displaced and self.selector is not None:
             selector, weight = self.selector, self.layers[0].weight
             state = {key: self.state[key] for key in selector.init(weight, self.rank)}
-        return self.__dict__ | {
-            "selector": selector,
-            "state": state,
-            "_driver": None,
-            "_pass": None,
-            "_rounding": {},
-            "process_group": None,
-        }
+        none = dict.fromkeys(("_driver", "_pass", "_wrapper", "process_group"))
+        return self.__dict__ | none | {"selector": selector, "state": state, "_rounding": {}, "_given": False}
 
     # --- the forward pass ---------------------------------------------------------------------------------------------
 
@@ -101,8 +110,6 @@ class Projection:
                 f"{self.layers[0].weight_name}: shares a basis with layers that fully_shard has put into other "
                 "groups; shard the module that holds them all, or call project_backward with share='none'"
             )
-        if (group := wrapping_process_group()) is not None and not self.given:
-            self.process_group = group
         if self.plan != "keep":
             self.fold()
         if self.plan == "draw":

@@ -157,6 +157,19 @@ class DrawnSelector(SpectralSelector):
         return linalg.fix_signs(columns(V, self.draw(sigma, old.shape[-1], key)), old)
 
 
+def with_entry(state: State, name: str, value: int) -> State:
+    """Return the state of the selectors that a selector is made of, with an entry of its own.
+
+    Raises:
+        SettingError: one of them has an entry of this name.
+    """
+    if name in state:
+        raise SettingError(
+            f"selector: its state entry {name!r} belongs to what holds it; give it another name in init()"
+        )
+    return {**state, name: value}
+
+
 def leading(G: Tensor | Gram, old: Tensor, method: str = "gram") -> Tensor:
     """Return as many leading right singular vectors of ``G`` as ``old`` has columns, with the signs of those."""
     _, V = linalg.right_singular(G, method)

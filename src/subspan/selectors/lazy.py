@@ -23,6 +23,7 @@ from torch import Tensor
 
 from subspan.linalg import Gram
 from subspan.parts import Key, Momentum, Selector, check_selector
+from subspan.selectors.base import with_entry
 from subspan.storage.allocation import State
 from subspan.utils.checks import is_number
 from subspan.utils.errors import SettingError
@@ -75,7 +76,7 @@ class Lazy(Selector):
         return self.selector.tracks
 
     def init(self, G: Tensor, rank: int) -> State:
-        return {**self.selector.init(G, rank), "stretch": 1}
+        return with_entry(self.selector.init(G, rank), "stretch", 1)
 
     def period(self, gap: int, state: State) -> int | None:
         inner = self.selector.period(gap, state)

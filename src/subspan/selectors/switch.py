@@ -14,6 +14,7 @@ from torch import Tensor
 
 from subspan.linalg import Gram
 from subspan.parts import Key, Momentum, Selector, check_selector, holds
+from subspan.selectors.base import with_entry
 from subspan.storage.allocation import State
 from subspan.utils.checks import is_number
 from subspan.utils.errors import SettingError
@@ -70,7 +71,7 @@ class Switch(Selector):
 
     def init(self, G: Tensor, rank: int) -> State:
         self._step()
-        return {**self.first.init(G, rank), **self.second.init(G, rank), "switched": 0}
+        return with_entry({**self.first.init(G, rank), **self.second.init(G, rank)}, "switched", 0)
 
     def period(self, gap: int, state: State) -> int | None:
         if state["switched"]:

@@ -8,6 +8,7 @@ The basis is chosen before: in the forward pass if the selector needs no gradien
 layers that share it.
 """
 
+import logging
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -25,6 +26,8 @@ from subspan.step.weights import Inside, rounding_generator
 from subspan.step.work import Held, Slot, Work, open_
 from subspan.storage.allocation import State
 from subspan.utils.errors import SettingError
+
+logger = logging.getLogger(__name__)
 
 
 def step_(work: Work, layer: CarriedLayer, held: Held, inside: Inside) -> None:
@@ -63,6 +66,7 @@ class Carriers:
     """
 
     def __init__(self, owner: Owner) -> None:
+        self._said = False
         self._owner = weakref.ref(owner)  # an optimizer without users is freed at once, and its layers say so
 
     @property
@@ -100,6 +104,15 @@ class Carriers:
             if layer.number == 0:
                 layer.projection.expect(self._plan(self.owner.state[p], group, order))
 
+    def _say_that_it_is_alone(self) -> None:
+        """Warn once where a gradient chooses a basis for this process only, while there are other processes."""
+        if not self._said and distributed.world_size() > 1:
+            self._said = True
+            logger.warning(
+                "backward-side layers: no DistributedDataParallel wraps them, so their bases are chosen on this process "
+                "only; if other processes train the same model, pass project_backward(..., process_group=...)"
+            )
+
     def fold(self) -> None:
         """Put the displacements of all carriers into the weights."""
         for one in self:
@@ -132,6 +145,8 @@ class Carriers:
         elif G.shape[0] < rank:  # fewer singular vectors than the rank: rows of zero add the others
             G = torch.cat([G, G.new_zeros(rank - G.shape[0], width)])
         ranks = distributed.ranks_of(first, projection.process_group)
+        if ranks.count == 1 and projection.plan == "form":
+            self._say_that_it_is_alone()
         if ranks.count == 1 or projection.plan != "form":
             change = refresh.choose(method, G, state, key)
         else:  # what depends on a gradient is chosen by one rank and sent to all
@@ -172,7 +187,7 @@ def check_carrier(method: Method, p: Tensor) -> None:
         )
 
 
-def check_ranks(slots: Iterable[Slot], rank: int | None, proj_type: str) -> None:
+def check_ranks(slots: Iterable[Slot], rank: int | None) -> None:
     """Refuse what would be ignored: where only backward-side layers are projected, their rank and side are given."""
     projected = [
         slot
@@ -189,6 +204,7 @@ def check_ranks(slots: Iterable[Slot], rank: int | None, proj_type: str) -> None
                 f"rank={asked.pop()}: the backward-side layer of {layer.weight_name} was made with rank={own}; give that, "
                 f"or another rank to project_backward"
             )
+        proj_type = slot.group["proj_type"]
         compresses_rows = layout_of(layer.weight.shape, own, proj_type, False).side == "left"
         if PROJ_TYPES[proj_type] != "short" and compresses_rows:
             raise SettingError(

@@ -167,9 +167,16 @@ _AVERAGING = (
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it asks Python, not tensors
 def _refuse_averaging(model: nn.Module, inputs: Any) -> None:
-    """Raise in the forward pass of a model that DistributedDataParallel wraps from outside."""
-    if distributed.wrapping_process_group() is not None:
+    """Raise in the forward pass of a model that steps in the backward pass and that DistributedDataParallel wraps."""
+    wrapper = distributed.running_wrapper()
+    if wrapper is not None and distributed.averages(wrapper, filter(_steps_in_backward, model.parameters())):
         raise SettingError(_AVERAGING)
+
+
+def _steps_in_backward(p: Tensor) -> bool:
+    """Tell it by the hooks: the model may be a copy, whose optimizer has others."""
+    hooks: Any = getattr(p, "_post_accumulate_grad_hooks", None) or {}
+    return any(isinstance(getattr(hook, "__self__", None), StepInBackward) for hook in hooks.values())
 
 
 def check(optimizer: Stepper, model: nn.Module, accumulate: object, clip: object, max_norm: object) -> None:

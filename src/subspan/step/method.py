@@ -1,5 +1,7 @@
 """A method: the parts of a step that are chosen once, and hold for every parameter of an optimizer."""
 
+import json
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -57,7 +59,19 @@ class Method:
     @property
     def parts(self) -> str:
         """The parts with their settings, in words; a rule's own settings are keys of the parameter groups."""
-        return f"{self.selector!r}, {self.residual!r}"
+        return re.sub(r" at 0x[0-9a-f]+", "", f"{self.selector!r}, {self.residual!r}")
+
+    @property
+    def text(self) -> str:
+        """What a checkpoint says of the method: its kinds, and what may be restored or compared on loading."""
+        rest = {"seed": self.seed, "stagger": self.stagger, "parts": self.parts}
+        return f"{self.kinds}; {json.dumps(rest)}"
+
+    @staticmethod
+    def read(text: str) -> tuple[str, dict[str, Any]]:
+        """Split ``text`` into the kinds and the rest, which is empty in a checkpoint of an older version."""
+        kinds, _, rest = text.partition("; {")
+        return kinds, json.loads("{" + rest) if rest else {}
 
     def rule_of(self, group: Mapping[str, Any]) -> Rule:
         """Return the rule with the settings of ``group``, where schedulers change them; one out of range raises."""

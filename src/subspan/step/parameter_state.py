@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from subspan import distributed
+from subspan.parts import Rule
 from subspan.step.carriers import layer_of
 from subspan.step.method import Method
 from subspan.step.proximal import Proximal
@@ -45,9 +46,9 @@ def _whole(method: Method, p: Tensor, local: Tensor, group: Mapping[str, Any]) -
         parts = {"rule": rule.init(local, shape, -2), "proximal term": proximal.init(local, shape)}
         if layer.number == 0:  # it keeps the basis that its projection shares
             parts |= {"selector": method.selector.init(layer.weight, p.shape[1]), "schedule": dict(SCHEDULE)}
-        return _joined(parts)
+        return _joined(parts, rule)
     if layout.side is None:
-        return rule.init(local, layout.shape, layout.row_dim)
+        return _joined({"rule": rule.init(local, layout.shape, layout.row_dim)}, rule)
     G = layout.enter(local)
     shape = (*G.shape[:-1], rank)
     return _joined({
@@ -56,19 +57,23 @@ def _whole(method: Method, p: Tensor, local: Tensor, group: Mapping[str, Any]) -
         "residual": method.residual.init(G),
         "proximal term": proximal.init(local, shape),
         "schedule": dict(SCHEDULE),
-    })  # fmt: skip
+    }, rule)  # fmt: skip
 
 
-def _joined(parts: Mapping[str, State]) -> State:
-    """One state of all parts; raises if two of them use one name, for one would overwrite the other."""
+def _joined(parts: Mapping[str, State], rule: Rule) -> State:
+    """Join the states of all parts; raises if two of them use one name, for one would overwrite the other.
+
+    Some names are taken even where nothing has them yet: by the schedule, by the proximal term, and by moments that are
+    kept in 8 bits.
+    """
     state: State = {}
-    owner: dict[str, str] = {}
+    owner = dict.fromkeys(SCHEDULE, "schedule") | {"displacement": "proximal term"}
+    owner |= {f"{moment}.{kind}": "8-bit moments" for moment in rule.moments for kind in ("codes", "absmax")}
     for what, own in parts.items():
         for key in own:
-            if key in owner:
+            if owner.setdefault(key, what) != what:
                 raise SettingError(
-                    f"{what}: its state entry {key!r} is one of the {owner[key]} too; give it a name of its own in init()"
+                    f"{what}: its state entry {key!r} belongs to the {owner[key]}; give it a name of its own in init()"
                 )
-            owner[key] = what
         state |= own
     return state

@@ -7,6 +7,7 @@ The constructors take the same names as keywords. To add a setting is to add a f
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, TypedDict, TypeVar
@@ -135,30 +136,42 @@ def check_settings(group: Mapping[str, Any], called: Mapping[str, str] | None = 
             raise SettingError(f"{said}={group[name]!r}: expected {own.metadata['expected']}")
 
 
-def check_names(given: Mapping[str, Any], options: type, where: str) -> None:
-    """Raise the ``TypeError`` of an unexpected keyword unless each of the ``given`` names stands in ``options``."""
-    known = sorted(options.__optional_keys__)  # type: ignore[attr-defined]
+def check_names(given: Mapping[str, Any], function: Callable[..., Any], where: str) -> None:
+    """Raise the ``TypeError`` of an unexpected keyword unless ``function``, which is ``spelled_out``, has each name."""
+    known = [name for name in inspect.signature(function).parameters if name != "self"]
     for name in given:
         if name not in known:
             raise TypeError(f"{where}() got an unexpected keyword argument {name!r}; {near_names(name, known)}")
 
 
 def spelled_out(options: type) -> Callable[[Function], Function]:
-    """Let a function that takes ``**settings: Unpack[options]`` show each of them in its signature.
+    """Let a function that takes ``**settings: Unpack[options]`` show each of them in its signature and its docstring.
 
     Documentation, editors and command lines that read signatures (Lightning's, jsonargparse) then see typed keywords
-    with their defaults, and no ``**settings`` (contract R14).
+    with their defaults and a description, and no ``**settings`` (contract R14).
     """
 
     def decorate(function: Function) -> Function:
         own = inspect.signature(function)
         named = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        for name in FIELDS:
-            if name in options.__optional_keys__:  # type: ignore[attr-defined]
-                default, kind = FIELDS[name].default, FIELDS[name].type
-                assert default is not MISSING
-                named.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
+        chosen = [name for name in FIELDS if name in options.__optional_keys__]  # type: ignore[attr-defined]
+        for name in chosen:
+            default, kind = FIELDS[name].default, FIELDS[name].type
+            assert default is not MISSING
+            named.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
         function.__signature__ = own.replace(parameters=named)  # type: ignore[attr-defined]
+        before, title, after = inspect.cleandoc(function.__doc__ or "Build the optimizer.\n\nArgs:").partition("Args:")
+        listed, blank, rest = after.partition("\n\n")
+        words = _descriptions()
+        added = "".join(f"\n    {name}: {words[name]}" for name in chosen)
+        function.__doc__ = before + title + listed + added + blank + rest
         return function
 
     return decorate
+
+
+def _descriptions() -> dict[str, str]:
+    """The words on each setting in the docstring of ``StepSettings``."""
+    listed = inspect.cleandoc(StepSettings.__doc__ or "").partition("Attributes:\n")[2]
+    entries = re.split(r"\n(?=    \w)", "\n" + listed)[1:]
+    return {name.strip(): " ".join(text.split()) for name, _, text in (entry.partition(":") for entry in entries)}

@@ -12,7 +12,7 @@ from subspan.step.layout import Layout, layout_of
 from subspan.step.method import Method
 from subspan.storage import eight_bit
 from subspan.storage.allocation import State
-from subspan.utils.names import canonical_name
+from subspan.utils.names import canonical_names
 
 
 class Slot(NamedTuple):
@@ -81,23 +81,24 @@ def local_layout(p: Tensor, group: Mapping[str, Any], local: Tensor | None = Non
 def slots(groups: Sequence[dict[str, Any]]) -> Iterator[Slot]:
     """Every parameter of the groups, in order."""
     order = 0
-    for number, group in enumerate(groups):
-        for name, p in zip(names_of(number, group), group["params"], strict=True):
+    for number, (group, names) in enumerate(zip(groups, names_of(groups), strict=True)):
+        for name, p in zip(names, group["params"], strict=True):
             layout = local_layout(p, group)
             yield Slot(p, name, number, group, layout, order)
             order += layout.side is not None
 
 
-def names_of(number: int, group: Mapping[str, Any]) -> list[str]:
-    """Return names for messages and keyed draws; positions where the parameters came without names.
+def names_of(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return names for messages and keyed draws, by group; positions where the parameters came without names.
 
-    A wrapper around the model or a part of it (DistributedDataParallel, torch.compile, activation checkpointing)
-    changes no name.
+    A wrapper around the model or a part of it, such as torch.compile's, changes no name.
     """
-    given = group.get("param_names")
-    if not given:
-        return [f"{number}.{index}" for index in range(len(group["params"]))]
-    return [canonical_name(name) for name in given]
+    canonical = canonical_names(name for group in groups for name in group.get("param_names") or ())
+    return [
+        [canonical[name] for name in group.get("param_names") or ()]
+        or [f"{number}.{index}" for index in range(len(group["params"]))]
+        for number, group in enumerate(groups)
+    ]
 
 
 def work_of(method: Method, slot: Slot, grad: Tensor, rule: Rule) -> Work:

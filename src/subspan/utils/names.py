@@ -1,5 +1,6 @@
 """Names of parameters that do not depend on what wraps the model."""
 
+import functools
 from collections import Counter
 from collections.abc import Iterable
 
@@ -7,6 +8,7 @@ WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoin
 """What wrappers put into a name: data parallelism, ``torch.compile``, FSDP1 and activation checkpointing."""
 
 
+@functools.cache
 def canonical_name(name: str) -> str:
     """Return ``name`` without the components that a wrapper adds, at any depth.
 
