@@ -201,14 +201,10 @@ def _with(
         if key not in allowed:
             raise SettingError(
                 f"{what} setting {key!r}={value!r}: {type(part).__name__} has {', '.join(allowed) or 'no settings'}; "
-                "leave it "
-                f"out, or give another {what}"
+                f"leave it out, or give another {what}"
             )
         if is_dataclass(getattr(part, key)) and not is_dataclass(value):
             raise SettingError(
                 f"{what} setting {key!r}={value!r}: expected a part, as an object; build the {what} itself instead"
             )
-    try:
-        return replace(part, **change)  # type: ignore[type-var]
-    except TypeError as error:  # a setting that does not compare with a number
-        raise SettingError(f"{what}={dict(change)}: {error}; {type(part).__name__} is by default {part}") from error
+    return replace(part, **change)  # type: ignore[type-var]

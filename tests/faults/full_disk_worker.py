@@ -15,16 +15,16 @@ def main(disk: str, leave: str, said: str, *arguments: str) -> int:
 
     def step(run: Pretraining) -> Any:
         if run.step == 3:
-            if run.ranks.first:
+            if run.processes.first:
                 Path(disk, "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - int(leave)))
-            run.ranks.barrier()
+            run.processes.barrier()
         return train_step(run)
 
     def all_steps(run: Pretraining) -> Any:
         try:
             return run_all(run)
         except InputError as error:
-            Path(f"{said}.{run.ranks.rank}").write_text(str(error))
+            Path(f"{said}.{run.processes.rank}").write_text(str(error))
             raise
 
     if leave != "none":

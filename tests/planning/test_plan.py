@@ -134,7 +134,7 @@ def test_accumulation_and_steps_in_the_backward_pass(model: str) -> None:
         ({"optimizer": "adamw", "step_in_backward": True}, "step_in_backward=True: adamw is torch's own"),
         (
             {"optimizer": "ldadam_adamw", "world": 2, "parallel": "fsdp"},
-            "does not work where the rows of a weight are spread",
+            "does not work where the rows of a weight are sharded",
         ),
     ],
 )
