@@ -208,7 +208,4 @@ def _with(
             raise SettingError(
                 f"{what} setting {key!r}={value!r}: expected a part, as an object; build the {what} itself instead"
             )
-    try:
-        return replace(part, **change)  # type: ignore[type-var]
-    except TypeError as error:  # a setting that does not compare with a number
-        raise SettingError(f"{what}={dict(change)}: {error}; {type(part).__name__} is by default {part}") from error
+    return replace(part, **change)  # type: ignore[type-var]

@@ -15,6 +15,7 @@ import subspan
 from subspan.backward import project_backward
 from subspan.residuals import ErrorFeedback
 from subspan.selectors import OnlinePCA
+from subspan.utils.errors import SettingError
 
 
 def test_what_becomes_a_backward_side_layer(llama: Any) -> None:
@@ -276,6 +277,20 @@ def test_refusals(llama: Any, call: Any, words: str) -> None:
         call(model)
     assert words in str(raised.value)
     assert [type(module) for module in model.modules()] == kinds
+
+
+def test_a_model_that_fails_on_the_inputs_keeps_its_error(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, bug = llama(), KeyError("layer")
+
+    def forward(**_: object) -> None:
+        raise bug
+
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(
+        SettingError, match=r"does not run on the inputs .*: KeyError: 'layer'; mend the model"
+    ) as raised:
+        project_backward(model, rank=4, share={"input_ids": torch.ones(1, 2, dtype=torch.long)})
+    assert raised.value.__cause__ is bug
 
 
 def test_twice_is_refused(llama: Any) -> None:

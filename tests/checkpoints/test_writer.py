@@ -87,7 +87,7 @@ def test_a_full_disk(kind: str, tmp_path: Path) -> None:
     message = str(caught.value)
     place = tmp_path / "step-000002"
     assert message.startswith(f"checkpoint {place} cannot be written: no space is left; it needs about 1,152,921,504.6")
-    assert f" are free under {tmp_path}; make room or mend it, then save again, or continue" in message
+    assert f" are free under {tmp_path}; make room, then save again, or continue" in message
     assert "\n" not in message
     intact(tmp_path, 1)
     save(tmp_path, 2)
@@ -101,6 +101,8 @@ def test_another_trouble_of_the_disk_is_named(tmp_path: Path) -> None:
     ):
         meet(OSError(errno.EIO, os.strerror(errno.EIO)), tmp_path)
     intact(tmp_path, 1)
+    with pytest.raises(InputError, match=r"cannot be written: Permission denied; .*; mend it, then save again"):
+        meet(PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "unfinished")), tmp_path, needed=2**60)
 
 
 NOT_OF_THE_DISK = [
@@ -108,6 +110,7 @@ NOT_OF_THE_DISK = [
     RuntimeError("CUDA error: out of memory"), RuntimeError("Expected all tensors to be on the same device"),
     OSError("Can't load the configuration"), ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
     Exception("expected str"), SafetensorError("Error while deserializing header: invalid"),
+    FileNotFoundError(errno.ENOENT, "No such file or directory", "/elsewhere/text"),
     InputError("data 'moon': is made of cheese"), SettingError("rank=0: expected 1 or more"), KeyboardInterrupt(),
     SystemExit(3),
 ]  # fmt: skip

@@ -65,6 +65,41 @@ def test_a_fault_of_the_program(
     assert "in raises" in Path(found[1]).read_text()
 
 
+INSIDE = {
+    "subspan.planning.model.positions_of": "plan --model=config.json",
+    "subspan.planning.passes.Passes._batch": "plan --model=llama-nano",
+    "subspan.costs.live_bytes.LiveBytes._add": "plan --model=llama-nano",
+    "subspan.study.study_file.resolve_run": f"study table {STUDY}",
+    "subspan.study.study_file.check_given": f"study table {STUDY}",
+    "subspan.training.pretraining.resolve": "pretrain --steps=1",
+    "subspan.training.pretraining.build_model": "pretrain --steps=1",
+    "subspan.training.data.token_cache._chunks": "pretrain --steps=1",
+    "subspan.training.finetuning.load_tokenizer": "finetune --model=llama-nano --steps=1",
+    "subspan.training.monitor.metrics.write_text": "pretrain --steps=1",
+}
+"""Functions deep inside, where errors of the user are told from others, by the command that calls them."""
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError, OSError])
+@pytest.mark.parametrize(("place", "command"), INSIDE.items())
+def test_a_fault_deep_inside(
+    place: str,
+    command: str,
+    kind: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is neither shown as a wrong setting, nor as a disk that is full."""
+    Path("config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 64}')
+    monkeypatch.setenv("SUBSPAN_CACHE", "cache")
+    monkeypatch.setattr(place, breaks(kind))
+    assert main(command.split()) == 1
+    said = capsys.readouterr().err
+    assert f"subspan: error: {kind.__name__}: " in said
+    assert "make room" not in said
+    assert "in raises" in next(Path("temporary").glob("subspan-error-*.txt")).read_text()
+
+
 @pytest.mark.parametrize("command", WORK, ids=lambda command: command.replace(STUDY, "STUDY"))
 def test_an_error_of_the_user(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

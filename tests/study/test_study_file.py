@@ -69,9 +69,9 @@ def test_the_key_is_of_what_is_computed(tmp_path: Path) -> None:
         ({"rows": {"a": {"versus": "bb"}, "b": {}}}, "rows.a.versus='bb': no row of this name; did you mean b?"),
         (
             {"rows": {"a": {"optimizer": None}}},
-            "rows.a: optimizer=null: expected a value; leave it out for the default",
+            "rows.a: optimizer=null: expected str; leave it out for the default",
         ),
-        ({"rows": {"a": {"evaluation": {"tokens": None}}}}, "rows.a: evaluation.tokens=null: expected a value"),
+        ({"rows": {"a": {"evaluation": {"tokens": None}}}}, "rows.a: evaluation.tokens=null: expected int"),
         ({"rows": {"a": {"optim": [1]}}}, "rows.a: optim=[1]: expected a mapping of settings"),
         ({"rows": {"a": {"grid": {3: [4]}}}}, "rows.a.grid={3: [4]}: expected a list of values for each setting"),
         ({"rows": {"a": {"versus": [1]}}}, "rows.a.versus='[1]': no row of this name; known are a"),

@@ -95,7 +95,7 @@ def test_killed_and_resumed_is_the_unbroken_run(
         (["--data=nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
         (["--data=empty"], ["empty", "no such file, and nothing to read"]),
         (["--sequence_length=1000000"], ["sequence_length=1000000", "shorter sequence"]),
-        (["--config=list.yaml"], ["optim=3", "expected a group of settings"]),
+        (["--config=list.yaml"], ["optim=3", "expected a mapping of settings"]),
         (["--config=latin.yaml"], ["cannot be read"]),
         (["--optim.transfer=rotat"], ["optim.transfer=rotat", "rotate"]),
         (["--device=gpu"], ["device=gpu", "'cuda'"]),

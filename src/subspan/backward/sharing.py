@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspan.utils.errors import SettingError
+from subspan.utils.errors import SettingError, named
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +64,8 @@ def _seen(model: nn.Module, layers: Mapping[str, nn.Linear], inputs: Mapping[str
             model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()})
     except Exception as error:
         raise SettingError(
-            f"share: the model does not run on the inputs {sorted(inputs)}: {error}; give share=dict(inputs that it "
-            "takes), lists of names, or 'none'"
+            f"share: the model does not run on the inputs {sorted(inputs)}: {named(error)}; mend the model, or give "
+            "share=dict(inputs that it takes), lists of names, or 'none'"
         ) from error
     finally:
         for hook in hooks:

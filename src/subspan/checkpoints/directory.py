@@ -8,6 +8,7 @@ A sharded checkpoint has the files of shard_files.py in place of model.safetenso
 complete or absent, see writer.py.
 """
 
+import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -33,6 +34,16 @@ MODEL = "model"
 or adapters.
 """
 _NAME = re.compile(r"step-(\d{6,})")
+_DAMAGED = (
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AssertionError,
+    EOFError,
+    pickle.UnpicklingError,
+)
+"""The errors that torch's reader raises on a damaged file, depending on which of its bytes have changed."""
 _OTHER = "remove it, or continue an older one with --resume PATH"
 
 
@@ -112,9 +123,17 @@ def load_part(checkpoint: Path, name: str) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read.
     """
+    path = checkpoint / f"{name}.pt"
     try:
-        part = torch.load(checkpoint / f"{name}.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's reader raises errors of a dozen kinds on a damaged file
+        part = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(
+            f"checkpoint {checkpoint}: {name}.pt cannot be read ({error.strerror or error}); let it be read, or "
+            "continue an older one with --resume PATH"
+        ) from error
+    except _DAMAGED as error:
+        if "can't allocate memory" in str(error):  # a RuntimeError, and the file may be sound
+            raise
         raise InputError(
             f"checkpoint {checkpoint}: {name}.pt cannot be read ({type(error).__name__}); {_OTHER}"
         ) from error
@@ -131,19 +150,25 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
     """
     tensors = model_tensors(model)
     names = {canonical: name for name, canonical in canonical_names(n for _, all_of in tensors for n in all_of).items()}
+
+    def unusable(reason: str) -> InputError:
+        return InputError(f"checkpoint {checkpoint}: model.safetensors cannot be used: {reason}; {_OTHER}")
+
     try:
         saved = load_file(checkpoint / "model.safetensors")
-        found = {names.get(canonical, name): saved[name] for name, canonical in canonical_names(saved).items()}
-        lacking = [all_of[0] for _, all_of in tensors if not any(name in found for name in all_of)]
-        strange = sorted(found.keys() - names.values())
-        if lacking or strange:
-            word, name = ("lacks", lacking[0]) if lacking else ("has", strange[0])
-            raise ValueError(f"it {word} {name!r}, which this model {'has' if lacking else 'does not have'}")
-        model.load_state_dict(found, strict=False)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise InputError(
-            f"checkpoint {checkpoint}: model.safetensors cannot be used: {first_line(error)}; {_OTHER}"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise unusable(first_line(error)) from error
+    found = {names.get(canonical, name): saved[name] for name, canonical in canonical_names(saved).items()}
+    lacking = [all_of[0] for _, all_of in tensors if not any(name in found for name in all_of)]
+    if lacking:
+        raise unusable(f"it lacks {lacking[0]!r}, which this model has")
+    if strange := sorted(found.keys() - names.values()):
+        raise unusable(f"it has {strange[0]!r}, which this model does not have")
+    for own, all_of in tensors:
+        for name in all_of:
+            if name in found and found[name].shape != own.shape:
+                raise unusable(f"it has {name!r} as {tuple(found[name].shape)}, this model as {tuple(own.shape)}")
+    model.load_state_dict(found, strict=False)
 
 
 def model_tensors(model: nn.Module) -> list[tuple[torch.Tensor, list[str]]]:

@@ -270,7 +270,7 @@ class Shards:
                     offsets = json.loads(source.metadata()["offsets"])
                     for name in offsets.keys() & wanted.keys():
                         missing[name] -= _copy_overlap(source, name, offsets[name], wanted[name])
-            except (OSError, ValueError, SafetensorError) as error:
+            except (OSError, SafetensorError) as error:
                 raise self.refuse(file, f"cannot be read: {first_line(error)}") from error
         lacking = [name for name, number in missing.items() if number]
         if lacking:

@@ -80,7 +80,7 @@ def new_checkpoint(folder: Path, *, step: int, keep: int, best: int | None = Non
 def _give_up(error: Exception, scratch: Path, place: Path, needed: int) -> NoReturn:
     """Leave nothing of a checkpoint that cannot be written, and raise what all ranks are to raise."""
     if not is_agreed(error):
-        cause = disk_error(error)
+        cause = disk_error(error, place.parent)
         try:
             agree(no_space(f"checkpoint {place}", place.parent, cause, needed) if cause else error)
         except Exception as agreed:

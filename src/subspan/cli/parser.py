@@ -21,6 +21,7 @@ except ImportError as error:  # the library was installed without the harness
     ) from error
 
 from subspan.cli.help_text import Formatter, framed, plain
+from subspan.training.config.parsing import plain_refusal
 from subspan.utils.errors import debugging, user_error
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -28,11 +29,24 @@ _read_yaml = jsonargparse.get_loader("yaml")
 
 
 def _load_yaml(text: str) -> Any:
-    """Read YAML. What its tags announce, PyYAML converts without a check, and a failure has a class of its own."""
+    """Read YAML. What its tags announce, PyYAML converts without a check, and a failure has a class of its own.
+
+    Settings that hold themselves, through an anchor (``&``) and an alias (``*``) within it, are refused.
+    """
     try:
-        return _read_yaml(text)
+        found = _read_yaml(text)
     except (ValueError, AttributeError, RecursionError) as error:
         raise yaml.YAMLError(str(error)) from error
+    if _holds_itself(found):
+        raise yaml.YAMLError("settings hold themselves, by an alias (*) within its own anchor (&)")
+    return found
+
+
+def _holds_itself(value: Any, around: tuple[int, ...] = ()) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return id(value) in around or any(_holds_itself(item, (*around, id(value))) for item in inner)
 
 
 jsonargparse.set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
@@ -100,14 +114,8 @@ class Parser(ArgumentParser):
         if cause:
             fail(str(cause))
         command = plain(self.prog)
-        wrong = re.search(
-            r'Parser key "([^"]+)":(.*?)(?:Given value type: \S+ \S+ )?(?:Given|Got) value: (.*)',
-            " ".join(message.split()),
-        )
-        if wrong:
-            kinds = re.findall(r"<class '(\w+)'>|Literal\[(.*?)\]", wrong[2])
-            allowed = dict.fromkeys("null" if kind == "NoneType" else kind or choices for kind, choices in kinds)
-            fail(f"{wrong[1]}={wrong[3]}: expected {' or '.join(allowed)}; see {command} --help")
+        if refusal := plain_refusal(message, self._actions):
+            fail(f"{refusal}; see {command} --help")
         names = self._names()
         # The last part of a name counts too: --warmup_steps for --schedule.warmup_steps.
         known = {name: name for name in names} | {name.rpartition(".")[2]: name for name in names}

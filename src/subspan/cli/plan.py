@@ -50,6 +50,8 @@ def run(settings: Namespace) -> int:
         try:
             figure.draw(found, Path(out))
         except OSError as error:
+            if error.errno is None:  # not from the system
+                raise
             fail(f"out={out!r}: cannot be written: {error.strerror}; give another --out")
         say(f"wrote {out}")
     print(json.dumps(found) if as_json else report.comparison(found))

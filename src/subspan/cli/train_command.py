@@ -3,10 +3,10 @@
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from subspan.cli.parser import Namespace, Parser, fail, say, trace
+from subspan.training.config.parsing import check_given
 from subspan.training.config.settings import FinetuneConfig, PretrainConfig
 from subspan.training.signals import RunInterruptedError, interrupt_ends_process
 from subspan.utils.errors import UserError
@@ -47,9 +47,10 @@ def run_training(
     """
     as_json = settings.pop("json")
     settings.pop("config", None)
-    for field in fields(kind):
-        if is_dataclass(field.default) and not isinstance(settings[field.name], Namespace):
-            fail(f"{field.name}={settings[field.name]!r}: expected a group of settings; see subspan {command} --help")
+    try:
+        check_given(kind, settings.as_dict())
+    except UserError as error:
+        fail(f"{error}; see subspan {command} --help")
     config = kind(**vars(run_parser(kind, about).instantiate(settings)))
     logging.getLogger("subspan").setLevel(logging.WARNING)  # the run shows the table itself
     with interrupt_ends_process():

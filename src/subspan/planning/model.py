@@ -18,9 +18,9 @@ from subspan.planning.shapes import ShapesOnly
 from subspan.recipes import find
 from subspan.step.layout import layout_of
 from subspan.training.data.tokenizer import load_tokenizer
-from subspan.training.models.build import positions_of, preset_of
+from subspan.training.models.build import UNUSABLE, positions_of, preset_of
 from subspan.training.models.presets import PRESETS, Preset, llama_of
-from subspan.utils.errors import InputError, first_line
+from subspan.utils.errors import InputError, first_line, named
 
 LARGER = {"llama-70b": MODELS["70B"]}
 """Models that are no presets of a run: their shapes, and a rank."""
@@ -54,7 +54,7 @@ def choose(setting: PlanSetting) -> Chosen:
     path = Path(setting.model)
     try:
         config = AutoConfig.from_pretrained(path if path.exists() else setting.model)
-    except Exception as error:  # a config can be wrong in many ways, each with an error class of its own
+    except UNUSABLE as error:
         raise InputError(
             f"model {setting.model!r} cannot be read: {first_line(error)}; give a config.json, a directory with one, "
             f"or one of {', '.join(PRESETS)}"
@@ -90,9 +90,9 @@ def shapes_of(setting: PlanSetting, config: Any) -> nn.Module:
     try:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except Exception as error:
+    except UNUSABLE as error:
         raise InputError(
-            f"model {setting.model!r} cannot be built: {first_line(error)}; give the config of a causal LM"
+            f"model {setting.model!r} cannot be built: {named(error)}; give the config of a causal LM"
         ) from error
     if setting.dtype == "bf16":
         for p in model.parameters():  # buffers stay as they are, as in a run

@@ -15,7 +15,7 @@ from subspan.planning.shapes import ShapesOnly
 from subspan.training.data.batches import Batch
 from subspan.training.evaluation import token_losses
 from subspan.training.models.blocks import blocks_of
-from subspan.utils.errors import InputError, first_line
+from subspan.utils.errors import InputError, named
 
 
 class Passes:
@@ -45,7 +45,7 @@ class Passes:
 
         With checkpointing it keeps the inputs of the blocks, and everything of the one block that is run again.
         """
-        with self._fake, self._as_in_a_run():
+        with self._fake, _taken_for_real():
             self._checkpoint(False)
             if self._chooser is not None:
                 self._chooser.keep()
@@ -63,7 +63,7 @@ class Passes:
             block before are there, and so on. Backward-side there are several steps, each of which chooses one basis;
             the highest peak is that of one of them.
         """
-        with self._fake, self._as_in_a_run():
+        with self._fake, _taken_for_real():
             self._checkpoint(self.setting.checkpointing)
             if self._chooser is None:
                 return [self._segments(batch)]
@@ -83,8 +83,7 @@ class Passes:
                 live.peak = live.now
 
             hooks = [hook for block in self.blocks[1:] for hook in _when_done(block, passed)]
-            with self._autocast():
-                loss = token_losses(model, given)
+            loss = self._loss(given)
             loss.backward()
             del loss
             segments.append(live.peak - before)
@@ -122,8 +121,8 @@ class Passes:
 
         hooks = [part.register_forward_pre_hook(enter, with_kwargs=True) for part in block]
         # This mode answers where code asks for a value.
-        with ShapesOnly([]), SavedBytes(model, block, self._bases) as saved, self._autocast():
-            token_losses(model, given)
+        with ShapesOnly([]), SavedBytes(model, block, self._bases) as saved:
+            self._loss(given)
         for hook in hooks:
             hook.remove()
         return saved.total, saved.by_layers - entered[0]
@@ -146,19 +145,21 @@ class Passes:
         change()
         self._checkpointing = wanted
 
-    @contextlib.contextmanager
-    def _as_in_a_run(self) -> Iterator[None]:
-        try:
-            with _taken_for_real():
-                yield
-        except (RuntimeError, TypeError) as error:  # NotImplementedError is one of the first
-            raise InputError(
-                f"model {self.setting.model!r} cannot run on tensors without memory: {first_line(error)}; measure a "
-                "step of it instead"
-            ) from error
+    def _loss(self, batch: Batch) -> Tensor:
+        """Run the model forward.
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.setting.dtype == "bf16-mixed")
+        Raises:
+            InputError: the model asks for a value that a tensor without memory does not have, or its sizes contradict
+                each other.
+        """
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.setting.dtype == "bf16-mixed"):
+            try:
+                return token_losses(self.planned.model, batch)
+            except RuntimeError as error:  # torch's errors of fake tensors are among them
+                raise InputError(
+                    f"model {self.setting.model!r} cannot run on tensors without memory: {named(error)}; measure a "
+                    "step of it instead"
+                ) from error
 
 
 class _Chooser:

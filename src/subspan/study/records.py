@@ -69,8 +69,11 @@ def read_all(folder: Path, first: Path) -> dict[str, Record]:
 
 def _is_study(path: Path) -> bool:
     """Whether the file holds records, by its first whole line. Other results are kept beside them."""
-    with open(path, errors="replace") as file:
-        return next(("key" in found for line in file if isinstance(found := parse_line(line), dict)), False)
+    try:
+        with open(path, errors="replace") as file:
+            return next(("key" in found for line in file if isinstance(found := parse_line(line), dict)), False)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; let it be read, or move it away") from error
 
 
 def append_records(path: Path, records: Iterable[Record]) -> None:

@@ -25,7 +25,7 @@ from subspan.training.monitor.metrics import read_metrics
 from subspan.training.monitor.provenance import stamp
 from subspan.training.scores import SCORES
 from subspan.training.signals import RunInterruptedError, collect_signals
-from subspan.utils.errors import SettingError, UserError
+from subspan.utils.errors import InputError, SettingError, UserError
 from subspan.utils.messages import say
 
 _DIVERGED, _REFUSED, _FAULT = 3, 78, 70
@@ -133,7 +133,10 @@ class Runner:
         row = re.sub(r"[^\w.=,-]+", "_", cell.row)
         # The key is part of the name: after a change of the study's settings the old directory is that of another run.
         folder = (self.runs / row / f"lr-{cell.config.lr:.4g}-seed-{cell.config.seed}-{cell.key[:8]}").absolute()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be made ({error.strerror}); give another folder with --runs") from error
         checkpoint = cell.config.checkpoint
         config = replace(
             cell.config,

@@ -23,15 +23,15 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import NoneType
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn
 
 import jsonargparse
 
 from subspan.study.yaml_lines import Document
 from subspan.training.config.kinds import CONFIGS, resolve_run
+from subspan.training.config.parsing import check_given, plain_refusal
 from subspan.training.config.settings import FinetuneConfig, PretrainConfig, names_without_effect, without_defaults
 from subspan.utils.errors import InputError, UserError
 from subspan.utils.suggestions import near_names
@@ -244,27 +244,14 @@ class _Parser(jsonargparse.ArgumentParser):
     """A parser that checks the types of settings as the command line does."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise InputError(" ".join(message.split()))
+        raise InputError(plain_refusal(message, self._actions) or " ".join(message.split())) from ex
 
 
 def _config(where: str, command: str, settings: Mapping[str, Any]) -> PretrainConfig | FinetuneConfig:
     parser, kind = _Parser(), CONFIGS[command]
     parser.add_class_arguments(kind)
     try:
-        _check_values(kind, settings)
+        check_given(kind, settings)
         return kind(**vars(parser.instantiate(parser.parse_object(dict(settings)))))
     except UserError as error:
         raise InputError(f"{where}: {error}; see subspan {command} --help") from error
-
-
-def _check_values(kind: type, settings: Mapping[str, Any], within: str = "") -> None:
-    """Refuse what the parser takes and the settings cannot be made of: a null without a meaning, a list of sections."""
-    hints = get_type_hints(kind)
-    for name, value in settings.items():
-        hint = hints.get(name)
-        if value is None and hint is not None and NoneType not in get_args(hint):
-            raise InputError(f"{within}{name}=null: expected a value; leave it out for the default")
-        if isinstance(hint, type) and is_dataclass(hint):
-            if not isinstance(value, dict):
-                raise InputError(f"{within}{name}={value!r}: expected a mapping of settings")
-            _check_values(hint, value, f"{within}{name}.")

@@ -25,7 +25,7 @@ from subspan.training.data.task_specs import TaskSpec, find_task
 from subspan.training.data.tokenizer import load_tokenizer
 from subspan.training.evaluation import evaluate, token_losses
 from subspan.training.loop import Training
-from subspan.training.models.build import brings_weights, build_model, cannot_load
+from subspan.training.models.build import UNUSABLE, brings_weights, build_model, cannot_load
 from subspan.training.models.lora import add_lora
 from subspan.training.processes import ALONE, Processes
 from subspan.training.run_state import Best
@@ -107,7 +107,7 @@ class _FinetuneTask:
             # Read before the tokenizer, because a missing tokenizer would say less.
             try:
                 AutoConfig.from_pretrained(config.model)
-            except Exception as error:  # only transformers' reader runs here, and it raises errors of a dozen kinds
+            except UNUSABLE as error:
                 raise cannot_load(config.model, error) from error
         self.tokenizer = load_tokenizer(config.tokenizer, needs_end=self.spec.kind == "lm")
         self.data = Examples(

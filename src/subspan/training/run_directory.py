@@ -46,6 +46,8 @@ def locate(config: RunSettings, settings: dict[str, Any]) -> tuple[Path, Path | 
     try:
         return _locate(config, settings)
     except OSError as error:
+        if error.errno is None:  # not from the system
+            raise
         raise InputError(
             f"out={config.out!r}, resume={config.resume!r}: cannot be read: {first_line(error)}; "
             "mend its permissions, or give another path"
@@ -193,7 +195,9 @@ def _config_of(run: Path) -> Any:
     try:
         return yaml.safe_load((run / "config.yaml").read_text())
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"{run / 'config.yaml'} cannot be read; start a new run with another --out") from error
+        raise InputError(
+            f"{run / 'config.yaml'} cannot be read: {first_line(error)}; mend it, or start a new run with another --out"
+        ) from error
 
 
 def _newest_sound(out: Path, settings: dict[str, Any]) -> Path | None:

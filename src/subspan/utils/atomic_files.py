@@ -13,6 +13,8 @@ from subspan.utils.errors import InputError, first_line
 UNFINISHED = "unfinished"
 """Name of the directory in which the files of another one are written, beside it."""
 _SAID = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)|Os \{ code: (\d+)")
+_NO_DISK = (ConnectionError, ChildProcessError, ProcessLookupError)
+"""Errors of the system that a disk never causes."""
 _TORCH = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+ vs \d+|iostream error|File .* cannot be opened")
 
 
@@ -28,16 +30,18 @@ class NotWrittenError(InputError):
     needed: int
 
 
-def disk_error(error: BaseException) -> OSError | None:
-    """Return what the disk said where ``error`` comes from a write that failed, or ``None`` for any other error.
+def disk_error(error: BaseException, folder: Path) -> OSError | None:
+    """Return what the disk said where ``error`` comes from a write into ``folder``, or ``None`` for any other error.
 
     The Rust of safetensors and tokenizers hides the number of the error in a text. ``torch.save`` tells no number: it
-    speaks of positions in its file. An ``OSError`` without a number is not from the system but from a library.
+    speaks of positions in its file. An ``OSError`` without a number is not from the system but from a library, and one
+    that names a file elsewhere has nothing to do with the writing.
     """
     if isinstance(error, NotWrittenError):
         return error.cause
     if isinstance(error, OSError) and not isinstance(error, shutil.Error):
-        return error if error.errno is not None and not isinstance(error, ConnectionError) else None
+        is_system = error.errno is not None and not isinstance(error, _NO_DISK)
+        return error if is_system and _is_about(error, folder) else None
     kind = type(error)
     if kind in (Exception, shutil.Error) or kind.__module__.startswith("safetensors"):
         if found := _SAID.search(str(error)):
@@ -46,6 +50,14 @@ def disk_error(error: BaseException) -> OSError | None:
     elif kind is RuntimeError and _TORCH.search(str(error)):
         return OSError(first_line(error))
     return None
+
+
+def _is_about(error: OSError, folder: Path) -> bool:
+    """Whether the file that ``error`` names, if it names one, is in ``folder``, or a directory above it."""
+    if not isinstance(error.filename, str | os.PathLike):
+        return True
+    named, place = Path(error.filename).absolute(), folder.absolute()
+    return named.is_relative_to(place) or place.is_relative_to(named)
 
 
 def is_full(error: BaseException) -> bool:
@@ -68,13 +80,15 @@ def no_space(what: str, folder: Path, error: BaseException, needed: int) -> NotW
         have = f"{readable(free)} are free under {existing}"
     except OSError as trouble:
         free, have = needed, f"{existing} says nothing of its space ({trouble.strerror})"
-    full = free < needed or is_full(error)
+    number = getattr(error, "errno", None)
+    full = is_full(error) or (number is None and free < needed)
     said = "no space is left" if full else (getattr(error, "strerror", None) or first_line(error))
+    remedy = "make room" if full else "make room or mend it" if number is None else "mend it"
     made = NotWrittenError(
         f"{what} cannot be written: {said}; it needs about {readable(needed)}, {have}; "
-        "make room or mend it, then save again, or continue the run with --resume auto"
+        f"{remedy}, then save again, or continue the run with --resume auto"
     )
-    made.cause, made.needed = disk_error(error) or OSError(first_line(error)), needed
+    made.cause, made.needed = disk_error(error, folder) or OSError(first_line(error)), needed
     return made
 
 
@@ -84,7 +98,7 @@ def disk_errors_explained(what: str, folder: Path, needed: int) -> Iterator[None
     try:
         yield
     except Exception as error:
-        if (cause := disk_error(error)) is None:
+        if (cause := disk_error(error, folder)) is None:
             raise
         raise no_space(what, folder, cause, needed) from error
 

@@ -20,6 +20,13 @@ class InputError(UserError):
     """A file, a directory, a model or a disk that cannot be used as it is."""
 
 
+FAULTS = (TypeError, AttributeError, NameError, AssertionError, MemoryError)
+"""Errors that no file and no server causes.
+
+They are for calls of a library that raises errors of a dozen kinds for whatever a file or a server may cause.
+"""
+
+
 def user_error(error: BaseException) -> UserError | None:
     """Return ``error`` if it is a ``UserError``, or the one that it was raised from; ``None`` if there is none."""
     cause: BaseException | None = error
@@ -33,6 +40,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def named(error: BaseException) -> str:
+    """The class of an error and the first line of its message, if it has one: ``KeyError: 'layer'``."""
+    kind, words = type(error).__name__, first_line(error)
+    return kind if words == kind else f"{kind}: {words}"
+
+
 def debugging() -> bool:
     """Whether tracebacks are shown, by ``--debug`` or by SUBSPAN_DEBUG in the environment."""
     return os.environ.get("SUBSPAN_DEBUG", "0") not in ("", "0")
@@ -43,8 +56,7 @@ def unexpected(error: BaseException) -> str:
 
     The line names that file.
     """
-    kind, words = type(error).__name__, first_line(error)
-    line = kind if words == kind else f"{kind}: {words}"
+    line = named(error)
     if not debugging():
         try:
             with tempfile.NamedTemporaryFile("w", prefix="subspan-error-", suffix=".txt", delete=False) as file:

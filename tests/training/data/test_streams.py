@@ -3,6 +3,7 @@
 import gzip
 import json
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -97,10 +98,21 @@ def test_no_files_there(tmp_path: Path) -> None:
         stream(f"c4:{tmp_path}")
 
 
-@pytest.mark.parametrize(("line", "words"), [('{"body": "x"}', "KeyError"), ("{broken", "JSON parse error")])
+@pytest.mark.parametrize(("line", "words"), [('{"body": "x"}', "a row has only body"), ("{broken", "JSON parse error")])
 def test_rows_that_cannot_be_read(line: str, words: str, tmp_path: Path) -> None:
     for half in ("train", "validation"):
         with gzip.open(tmp_path / f"c4-{half}.00000-of-00001.json.gz", "wt") as file:
             file.write(line + "\n")
     with pytest.raises(InputError, match=rf'{words}.*expected readable rows with a "text"'):
         stream(f"c4:{tmp_path}")
+
+
+@pytest.mark.parametrize("error", [TypeError("an unexpected keyword"), MemoryError()])
+def test_a_fault_is_not_the_users(error: Exception, c4: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(type(error)) as caught:
+        stream(c4)
+    assert caught.value is error

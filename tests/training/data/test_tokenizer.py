@@ -43,6 +43,15 @@ def test_fingerprints_tell_tokenizers_apart() -> None:
     assert fingerprint(BYTES) == fingerprint(load_tokenizer("bytes")) != fingerprint(EMBEDDED)
 
 
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"version": "1.0", "model": 5}', '{"truncation": 5}'])
+def test_a_damaged_file_is_named(content: str, tmp_path: Path) -> None:
+    """Each is refused with an error of another class, some with a bare ``Exception``."""
+    EMBEDDED.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(InputError, match=r"tokenizer .* cannot be loaded: .*; give 'bytes'"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"tokenizer .*nothing-here.* cannot be loaded.*'bytes'"):
         load_tokenizer(str(tmp_path / "nothing-here"))

@@ -12,7 +12,7 @@ from typing import Any
 
 from subspan.training.data.documents import encodable, opened, text_hash
 from subspan.training.data.task_specs import TaskSpec
-from subspan.utils.errors import InputError, first_line
+from subspan.utils.errors import FAULTS, InputError, first_line
 from subspan.utils.suggestions import near_names
 
 VALIDATION_SHARE = 0.1
@@ -78,6 +78,8 @@ def read_glue(spec: TaskSpec, columns: Columns) -> tuple[list[Row], list[Row]]:
     for half in ("train", spec.validation):
         try:
             found = datasets.load_dataset("nyu-mll/glue", spec.glue, split=half)
+        except FAULTS:
+            raise
         except Exception as error:  # the hub's client raises errors of a dozen kinds
             raise InputError(
                 f"task: GLUE's {spec.glue} cannot be loaded: {first_line(error)}; without a network give --data and "

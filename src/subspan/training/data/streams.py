@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from subspan.training.data.batches import IGNORED, Batch
-from subspan.utils.errors import InputError, first_line
+from subspan.utils.errors import FAULTS, InputError, named
 
 
 @dataclass(frozen=True)
@@ -151,16 +151,26 @@ class TokenStream:
 
 
 def _texts(dataset: Any, data: str) -> Iterator[str]:
-    try:
-        for row in dataset:
-            text = row["text"]
-            if not isinstance(text, str):
-                raise TypeError(f'"text" is {type(text).__name__}, expected a string')
-            yield text
-    except Exception as error:  # readers of files and of the hub raise errors of a dozen kinds
-        known = STREAMS[data.partition(":")[0]].hub[0]
-        cause = f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(f'data {data!r}: {cause}; expected readable rows with a "text", as in {known}') from error
+    known = STREAMS[data.partition(":")[0]].hub[0]
+
+    def unreadable(reason: str) -> InputError:
+        return InputError(f'data {data!r}: {reason}; expected readable rows with a "text", as in {known}')
+
+    rows = iter(dataset)
+    while True:
+        try:
+            row = next(rows, None)
+        except MemoryError:
+            raise
+        except Exception as error:  # only the readers of datasets run here, and they raise errors of a dozen kinds
+            raise unreadable(named(error)) from error
+        if row is None:
+            return
+        if not isinstance(row.get("text"), str):
+            raise unreadable(
+                f'a row has {row["text"]!r:.40} as its "text"' if "text" in row else f"a row has only {', '.join(row)}"
+            )
+        yield row["text"]
 
 
 def _load(data: str, half: str) -> Any:
@@ -168,21 +178,22 @@ def _load(data: str, half: str) -> Any:
 
     name, _, path = data.partition(":")
     known = STREAMS[name]
-    try:
-        if not path:
-            return datasets.load_dataset(*known.hub, split=half, streaming=True)
+    place: tuple[str, ...] = known.hub
+    files = None
+    if path:
         files = [str(file) for file in _files(path, known.files[half])]
         if not files:
             raise InputError(
                 f"data {data!r}: no {known.files[half]} under {path}; expected a copy of {known.hub[0]}'s files"
             )
-        return datasets.load_dataset("json", data_files={half: files}, split=half, streaming=True)
-    except InputError:
+        place = ("json",)
+    try:
+        return datasets.load_dataset(*place, data_files=files and {half: files}, split=half, streaming=True)
+    except FAULTS:
         raise
     except Exception as error:  # the hub's client raises errors of a dozen kinds
-        raise InputError(
-            f"data {data!r} cannot be opened: {first_line(error)}; without a network give a local copy as {name}:PATH"
-        ) from error
+        remedy = "mend or remove that file" if path else f"without a network give a local copy as {name}:PATH"
+        raise InputError(f"data {data!r} cannot be opened: {named(error)}; {remedy}") from error
 
 
 def _finished(state: Any) -> int:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from subspan.training.data.batches import Batch, Order
 from subspan.training.data.documents import Documents, Split
 from subspan.training.data.tokenizer import fingerprint
-from subspan.utils.atomic_files import no_space, remove_directory
+from subspan.utils.atomic_files import disk_error, no_space, remove_directory
 from subspan.utils.errors import InputError
 from subspan.utils.messages import say
 
@@ -115,6 +115,8 @@ def tokenise(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Path:
             scratch.rename(folder)
     except OSError as error:
         if _meta(folder) is None:
+            if disk_error(error, cache) is None:
+                raise
             # A token takes two bytes, and stands for more than a letter.
             needed = sum(size for _, size, _ in documents.identity()) * 2
             raise no_space(f"the cache of tokens {folder} (SUBSPAN_CACHE)", cache, error, needed) from error

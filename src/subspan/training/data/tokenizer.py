@@ -10,6 +10,10 @@ from subspan.training.data.embedded import BPE
 from subspan.utils.errors import InputError, first_line
 
 _EOS = "<eos>"
+_UNUSABLE = (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError)
+"""The errors that transformers raises for a tokenizer that is missing or damaged. Among them are those of a wrong call,
+because an entry of its files that is of another type than expected leads to one too.
+"""
 
 
 def load_tokenizer(name: str, *, needs_end: bool = True) -> PreTrainedTokenizerBase:
@@ -32,7 +36,11 @@ def load_tokenizer(name: str, *, needs_end: bool = True) -> PreTrainedTokenizerB
         raise InputError(f"tokenizer {name!r} is unknown; did you mean {near[0]}?")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+    except Exception as error:
+        if (
+            not isinstance(error, _UNUSABLE) and type(error) is not Exception
+        ):  # the Rust of tokenizers raises a bare one
+            raise
         raise InputError(
             f"tokenizer {name!r} cannot be loaded: {first_line(error)}; "
             "give 'bytes', 'embedded', or the directory of a saved tokenizer"

@@ -35,6 +35,7 @@ UNUSABLE = (
     ArithmeticError,
     RuntimeError,
     ImportError,
+    AssertionError,
     EOFError,
     pickle.UnpicklingError,
     SafetensorError,
@@ -42,7 +43,8 @@ UNUSABLE = (
 )
 """The errors that transformers raises for a config or for weights that are missing, damaged or contradictory.
 
-``TypeError`` and ``AttributeError`` are left out: they mean that transformers is called wrongly.
+``AssertionError`` is torch's, for example where the token of the padding lies outside of the vocabulary. ``TypeError``
+and ``AttributeError`` are left out: they mean that transformers is called wrongly.
 """
 
 transformers_logging.disable_progress_bar()  # a run shows one bar, its own

@@ -40,7 +40,7 @@ from subspan.optimizer import SubspaceOptimizer
 from subspan.training.config.settings import ProbeConfig
 from subspan.training.data.batches import Batch
 from subspan.training.monitor.metrics import Metrics
-from subspan.utils.atomic_files import no_space
+from subspan.utils.atomic_files import disk_errors_explained
 from subspan.utils.errors import InputError, first_line
 
 ANCHORS = "anchors.safetensors"
@@ -147,13 +147,14 @@ class Probes:
         }
         anchors = {name: Q.contiguous() for name, Q in self._anchors.items()}
         path, scratch = self.folder / ANCHORS, self.folder / f".{ANCHORS}.unfinished"
-        try:
-            save_file(anchors, scratch, {"step": str(self.config.anchor)})
-            scratch.replace(path)
-        except (OSError, SafetensorError) as error:  # safetensors says in its own way that the disk is full
-            scratch.unlink(missing_ok=True)
-            size = sum(Q.numel() * Q.element_size() for Q in anchors.values())
-            raise no_space(str(path), self.folder, error, size) from error
+        needed = sum(Q.numel() * Q.element_size() for Q in anchors.values())
+        with disk_errors_explained(str(path), self.folder, needed):
+            try:
+                save_file(anchors, scratch, {"step": str(self.config.anchor)})
+                scratch.replace(path)
+            except BaseException:
+                scratch.unlink(missing_ok=True)
+                raise
 
     def _load_anchors(self, step: int) -> Mapping[str, Tensor]:
         path = self.folder / ANCHORS
