@@ -21,10 +21,16 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("any machine")  # a busy one takes its time
 
 
+INHERITED = ("SUBSPAN_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "COLUMNS", "NO_COLOR", "FORCE_COLOR")
+"""How variables begin that change what the command does or prints."""
+
+
 @pytest.fixture(autouse=True, scope="session")
-def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Gives each worker a cache of tokens of its own, which is not the user's."""
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Takes away what the tests might inherit, and gives each worker a cache of tokens of its own."""
     with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(INHERITED)]:
+            patch.delenv(name)
         patch.setenv("SUBSPAN_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
