@@ -107,7 +107,7 @@ def test_killed_and_resumed_is_the_unbroken_run(
         (["--checkpoint.evry=3"], ["checkpoint.evry", "checkpoint.every"]),
         (["--data", ""], ["data=''", "is blank; expected a name or a path"]),
         (["--data", " \t"], ["data=' \\t'", "is blank"]),
-        (["--data=c4:"], ["data='c4:'", "expected a path after c4:, or c4 alone"]),
+        (["--data=c4:"], ["data='c4:'", "expected a path after c4:, or only c4"]),
         (["--model", ""], ["model=''", "is blank"]),
         (["--tokenizer", ""], ["tokenizer=''", "is blank"]),
         (["--validation_data", ""], ["validation_data=''", "is blank"]),
@@ -248,7 +248,7 @@ def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_flags_with_hyphens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hyphens stand for underscores, and --backward-side alone is true."""
+    """Hyphens stand for underscores, and --backward-side without a value is true."""
     seen = []
     monkeypatch.setattr(
         "subspan.training.pretraining.Pretraining.__init__", lambda self, config, ranks: seen.append(config)

@@ -38,7 +38,7 @@ class CommSetting:
     rank: int = 128
     """Rank of the subspaces."""
     select_from: Literal["owner", "mean"] = "owner"
-    """Whose gradient chooses the basis of backward-side layers: that of one rank (owner), or the mean over all ranks,
+    """Gradient that chooses the basis of backward-side layers: that of one rank (owner), or the mean over all ranks,
     which must then be sent."""
     threads: int = 1
     """Number of CPU threads. It does not change what is counted."""

@@ -35,7 +35,7 @@ class RefreshSetting:
     rank: int | None = None
     """Rank of the subspaces; null takes a quarter of the shorter side."""
     condition: float = 1e4
-    """Largest singular value over the smallest."""
+    """Largest singular value divided by the smallest."""
     pairs: int = 9
     """Number of rounds. A round chooses a basis once in each way."""
     budget: float = 150.0

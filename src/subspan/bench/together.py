@@ -27,7 +27,7 @@ QUICK_PAIRS = 5
 
 @dataclass(frozen=True)
 class AllSetting:
-    """All measurements of time. Each has a command of its own, with more settings."""
+    """Settings of all measurements of time, each of which has a command of its own with more settings."""
 
     seed: int = 0
     """Random seed for weights, gradients and tokens."""

@@ -41,7 +41,7 @@ def add_to(commands: Any, name: str, about: str) -> None:
             description=f"{measures[0].upper()}{measures[1:]}.", examples=[f"subspan bench {what} --json"]
         )
         measured.add_argument("--json", action="store_true", help="Print JSON.")
-        measured.add_argument("--out", type=str, default=None, help="File to write the JSON to, in addition.")
+        measured.add_argument("--out", type=str, default=None, help="File to which the JSON is written too.")
         measured.add_class_arguments(setting)
         if setting in QUICK or what == "all":
             measured.add_argument(
@@ -51,7 +51,7 @@ def add_to(commands: Any, name: str, about: str) -> None:
             measured.add_argument("--pairs", type=int, default=PAIRS, help="Number of pairs of steps.")
         if what in ("grow", "all"):
             measured.add_argument(
-                "--plot", type=str, default=None, help="File to draw the growth of costs into, as an .svg."
+                "--plot", type=str, default=None, help="File (.svg) to draw the growth of the costs into."
             )
         benches.add_subcommand(what, measured, help=measures)
 

@@ -13,10 +13,13 @@ def add_to(commands: Any, name: str, about: str) -> None:
     )
     parser.add_argument("run", type=str, help="Directory of a run.")
     parser.add_argument(
-        "--begin", type=int, default=None, help="Step of the checkpoint where the update begins. By default the first."
+        "--begin",
+        type=int,
+        default=None,
+        help="Step of the checkpoint where the update begins. The default is the first.",
     )
     parser.add_argument(
-        "--end", type=int, default=None, help="Step of the checkpoint where it ends. By default the last."
+        "--end", type=int, default=None, help="Step of the checkpoint where it ends. The default is the last."
     )
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     commands.add_subcommand(name, parser, help=about)

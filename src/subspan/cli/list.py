@@ -18,7 +18,7 @@ def add_to(commands: Any, name: str, about: str) -> None:
     listing.add_argument(
         "--json",
         action="store_true",
-        help="Print JSON. It holds more: for optimizers their parts, paper and size of the state.",
+        help="Print JSON, which says more: the parts, the paper and the size of the state of each optimizer.",
     )
     listing.add_argument(
         "what", nargs="?", choices=["optimizers", "models"], default="optimizers", help="What to list."

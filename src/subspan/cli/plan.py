@@ -23,7 +23,7 @@ def add_to(commands: Any, name: str, about: str) -> None:
         "--out",
         type=str,
         default=None,
-        help="With --compare: file to draw the memory of each method into, such as memory.svg.",
+        help="File to draw the memory of each method into, such as memory.svg. It needs --compare.",
     )
     parser.add_class_arguments(PlanSetting)
     commands.add_subcommand(name, parser, help=about)

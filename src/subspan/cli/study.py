@@ -21,7 +21,9 @@ def add_to(commands: Any, name: str, about: str) -> None:
         parser = Parser(description=does, examples=[_EXAMPLES[what]])
         parser.add_argument("file", type=str, help="Study file, such as studies/table1_nano.yaml.")
         parser.add_argument(
-            "--results", type=str, help="File of results. By default results/NAME.jsonl beside the folder of the study."
+            "--results",
+            type=str,
+            help="File of results. The default is results/NAME.jsonl beside the folder of the study.",
         )
         if what == "run":
             parser.add_argument("--jobs", type=int, default=2, help="Number of runs at a time, with one thread each.")

@@ -60,7 +60,7 @@ class Traffic:
     gathered_width: int = 4
     """Bytes of one number of a weight when ``fully_shard`` gathers it."""
     select_from: Literal["owner", "mean"] = "owner"
-    """Whose gradient chooses the basis of backward-side layers."""
+    """Gradient that chooses the basis of backward-side layers: that of one rank, or the mean over all."""
     device: torch.device = torch.device("cpu")
     """Where a Gram matrix is made, which decides its precision."""
 

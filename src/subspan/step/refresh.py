@@ -156,7 +156,7 @@ def choose_sharded(
 def _wanted(work: Work, number: int, count: int, ranks: Ranks, states: Mapping[Tensor, State]) -> Wanted:
     """Sum the Gram matrices of the local rows, and name the rank that is to factorise the sum."""
     slot = work.slot
-    # Where one comes alone, as in the backward pass, another rank has its turn.
+    # Where they come one at a time, as in the backward pass, another rank has its turn.
     owner = (number + slot.order * (count == 1)) % ranks.count
     G = slot.layout.enter(work.grad)
     row = G.new_zeros(1, G.shape[-1])

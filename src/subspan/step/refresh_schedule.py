@@ -1,4 +1,4 @@
-"""When a basis is chosen anew. On integers of the host, so that no device is waited for."""
+"""When a new basis is chosen, decided on integers of the host, so that no device is waited for."""
 
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo one, fill the unit interval evenly however many there are
 

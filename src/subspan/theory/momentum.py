@@ -38,16 +38,16 @@ TRANSFERS: tuple[Transfer, ...] = ("keep", "rotate", "moments", "reset")
 
 @dataclass(frozen=True)
 class Momentum:
-    """Re-projected momentum stays nearer to a slowly turning gradient than if kept or reset (SARA, Lemma A.4)."""
+    """Re-projected momentum stays nearer to a slowly turning gradient than momentum kept or reset (SARA, Lemma A.4)."""
 
     n: int = 16
-    """Columns of the gradient; this side is compressed."""
+    """Number of columns of the gradient. This side is compressed."""
     r: int = 4
     """Rank of the subspaces, below n."""
     m: int = 24
-    """Rows of the gradient."""
+    """Number of rows of the gradient."""
     sigma: float = 0.5
-    """Size of the noise over that of the signal."""
+    """Size of the noise divided by that of the signal."""
     turn: int = 2000
     """Number of steps in which the gradient turns once."""
     periods: tuple[int, int] = (20, 200)

@@ -88,7 +88,7 @@ class Nonconvergence:
     period: int = 100
     """Steps between refreshes."""
     floor: float = 0.1
-    """For SARA with a floor: the share of the probability that is spread over all directions."""
+    """Share of the probability that is spread over all directions, for SARA with a floor."""
 
     def __post_init__(self) -> None:
         check_rank(self.n, self.r)

@@ -37,14 +37,14 @@ SELECTORS: dict[str, Selector] = {"haar": Random(scaled=True), "gaussian": Gauss
 
 @dataclass(frozen=True)
 class RsoUnbiased:
-    """E[QQᵀ] = I, and steps with eta <= 1 / (2 L n/r) converge where larger ones may diverge (RSO)."""
+    """The mean of QQᵀ is I, and steps with eta <= 1 / (2 L n/r) converge where larger ones may diverge (RSO)."""
 
     n: int = 12
-    """Columns; this side is compressed."""
+    """Number of columns. This side is compressed."""
     r: int = 3
     """Rank of the subspaces, below n."""
     m: int = 12
-    """Rows."""
+    """Number of rows."""
     smoothness: float = 4.0
     """Smoothness L of the quadratic."""
     draws: int = 20_000

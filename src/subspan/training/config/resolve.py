@@ -197,7 +197,7 @@ def check_names(config: PretrainConfig | FinetuneConfig) -> None:
         stream, colon, path = (value or "").partition(":")
         if value is not None and not (path if colon and stream in STREAMS else value).strip():
             expected = (
-                f"a path after {stream}:, or {stream} alone" if colon and stream in STREAMS else "a name or a path"
+                f"a path after {stream}:, or only {stream}" if colon and stream in STREAMS else "a name or a path"
             )
             raise InputError(f"{name}={value!r}: is blank; expected {expected}, or leave it out")
 

@@ -16,10 +16,10 @@ class OptimConfig:
     """Finer settings of the optimizer."""
 
     betas: tuple[float, float] | None = None
-    """Decay rates of the two moments. By default those of the optimizer's rule."""
+    """Decay rates of the two moments. The default is those of the optimizer's rule."""
     eps: float | None = None
-    """Number added to the root of the second moment, so that nothing is divided by zero. By default that of the rule.
-    """
+    """Number added to the root of the second moment, so that nothing is divided by zero. The default is that of the
+    rule."""
     rule: dict[str, Any] | None = None
     """Settings of the optimizer's rule, such as {momentum: 0.95}."""
     proj_type: str = "std"
@@ -27,7 +27,7 @@ class OptimConfig:
     longer side), left, or right."""
     transfer: Literal["keep", "rotate", "moments", "reset"] | None = None
     """What happens to the moments when the subspace changes. keep leaves them as they are, rotate moves the first one
-    into the new subspace, moments moves both, and reset sets them to zero. By default as the optimizer defines it."""
+    into the new subspace, moments moves both, and reset sets them to zero. The optimizer defines the default."""
     selector: dict[str, Any] | None = None
     """Settings of the optimizer's selector, which chooses the subspaces, such as {power: 2.0, floor: 0.1}. With a name,
     such as {name: gaussian}, another selector."""
@@ -35,8 +35,8 @@ class OptimConfig:
     """Settings of the optimizer's residual, which is what it does with the gradient outside the subspace, such as
     {mode: official}."""
     stagger: bool | None = None
-    """Spread the refreshes of the matrices over the period, instead of refreshing all at one step. By default only with
-    backward_side."""
+    """Spread the refreshes of the matrices over the period, instead of refreshing all at one step. The default is to do
+    so only with backward_side."""
     share: Literal["auto", "none"] = "auto"
     """With backward_side: whether layers with the same input share a basis and what is saved for the backward pass
     (auto), or not (none)."""
@@ -54,16 +54,16 @@ class OptimConfig:
     """Whether the proximal term is added to the gradient (coupled), or to the update, as decoupled weight decay is
     (decoupled)."""
     state_dtype: Literal["float32", "int8"] | None = None
-    """Precision of the moments: int8 keeps the moments in 8 bits, float32 in fp32. By default as the optimizer defines
-    it."""
+    """Precision of the moments: int8 keeps the moments in 8 bits, float32 in fp32. The optimizer defines the default.
+    """
     min_8bit_size: int = 4096
     """Smallest moment, in entries, that int8 applies to. Smaller moments stay in fp32."""
     bf16_stochastic_round: bool = False
     """With precision bf16: round the updates of the weights at random, so that they are right on average."""
     lr_full: float | None = None
-    """Learning rate of the parameters that are not projected. By default the same as that of the others."""
+    """Learning rate of the parameters that are not projected. The default is that of the others."""
     targets: str | list[str] = "all-linear"
-    """Which matrices are projected: all-linear, a list of parts of their names, or a regular expression."""
+    """Matrices that are projected: all-linear, a list of parts of their names, or a regular expression."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class ScheduleConfig:
     """How the learning rate falls after the warmup."""
 
     warmup_steps: int | None = None
-    """Steps of linear warmup. By default that of the preset, or a tenth of the run."""
+    """Steps of linear warmup. The default is that of the preset, or a tenth of the run."""
     min_lr_ratio: float = 0.1
     """Learning rate at the end of the decay, as a share of the peak."""
 
@@ -134,31 +134,31 @@ class RunConfig:
     optimizer: str = "sara_adamw"
     """Optimizer: a name from `subspan list`."""
     tokenizer: str | None = None
-    """Tokenizer: bytes, embedded (a BPE vocabulary of 4,096), a path, or a name on the Hugging Face hub. By default
+    """Tokenizer: bytes, embedded (a BPE vocabulary of 4,096), a path, or a name on the Hugging Face hub. The default is
     that of the model."""
     backward_side: bool | None = None
-    """Let the backward pass compute the low-rank gradient directly, so that no projected layer saves its input. By
-    default as the optimizer defines it."""
+    """Let the backward pass compute the low-rank gradient directly, so that no projected layer saves its input. The
+    optimizer defines the default."""
     steps: int | None = None
-    """Number of optimizer steps. By default that of the preset in pretraining; in fine-tuning it follows from the
+    """Number of optimizer steps. The default is that of the preset in pretraining; in fine-tuning it follows from the
     epochs."""
     batch_size: int | None = None
-    """Sequences in a step, over all processes together. By default that of the preset in pretraining, and 16 in
+    """Sequences in a step, over all processes together. The default is that of the preset in pretraining, and 16 in
     fine-tuning."""
     micro_batch_size: int | None = field(default=None, metadata=_INCIDENTAL)
-    """Sequences in one forward pass of a process. If fewer than its part of the batch, gradients are accumulated. By
-    default the whole part."""
+    """Sequences in one forward pass of a process. If fewer than its part of the batch, gradients are accumulated. The
+    default is the whole part."""
     lr: float | None = None
-    """Peak learning rate. By default as the optimizer defines it; when a pretrained model is fine-tuned, in most cases
+    """Peak learning rate. The optimizer defines the default; when a pretrained model is fine-tuned, it is in most cases
     3e-5."""
     rank: int | None = None
-    """Dimension of the subspaces. By default that of the preset, or 4 when a pretrained model is fine-tuned."""
+    """Dimension of the subspaces. The default is that of the preset, or 4 when a pretrained model is fine-tuned."""
     update_proj_gap: int | None = None
-    """Steps between refreshes of the subspaces. By default that of the preset; when a pretrained model is fine-tuned, a
-    tenth of the run, but at most 500."""
+    """Steps between refreshes of the subspaces. The default is that of the preset; when a pretrained model is
+    fine-tuned, it is a tenth of the run, but at most 500."""
     scale: float | None = None
-    """Factor on the updates of projected matrices. By default as the optimizer defines it; when a pretrained model is
-    fine-tuned, in most cases 4."""
+    """Factor on the updates of projected matrices. The optimizer defines the default; when a pretrained model is
+    fine-tuned, it is in most cases 4."""
     weight_decay: float = 0.0
     """Decoupled weight decay. It does not apply to biases and norms."""
     clip: float | None = 1.0
@@ -170,16 +170,17 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default=CheckpointConfig(), metadata=_INCIDENTAL)
     probes: ProbeConfig = field(default=ProbeConfig(), metadata=_INCIDENTAL)
     out: str | None = field(default=None, metadata=_INCIDENTAL)
-    """Directory of the run. By default one in runs/, named after the settings, with a number if the name is taken."""
+    """Directory of the run. The default is one in runs/, named after the settings, with a number if the name is taken.
+    """
     resume: str | None = field(default=None, metadata=_INCIDENTAL)
     """Where to continue from: auto continues from the newest checkpoint in `out`, if there is one. A path continues
     from that checkpoint or run. The settings must be those of the run: give its config.yaml as --config."""
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=_INCIDENTAL)
-    """Where to train. auto is cuda if there is a GPU."""
+    """Device to train on. auto is cuda if there is a GPU."""
     parallel: Literal["none", "ddp", "fsdp"] | None = field(default=None, metadata=_INCIDENTAL)
     """How the processes of torchrun share the work: with ddp each holds the whole model, with fsdp each holds a part of
-    it. Both compute what one process computes, and a run may continue on another number of processes. Without
-    torchrun there is one process."""
+    it. Both compute what one process computes, and a run may continue on another number of processes. Without torchrun
+    there is one process."""
     precision: Literal["auto", "fp32", "bf16-mixed", "bf16"] = "auto"
     """Precision of the training: bf16-mixed computes in bf16 and keeps the weights in fp32. bf16 keeps the weights in
     bf16 too. auto is bf16-mixed on a GPU, and fp32 on a CPU."""
@@ -207,10 +208,10 @@ class PretrainConfig(RunConfig):
     validation_data: str | None = None
     """Files of validation documents. By default 5 % of the documents of `data` are set aside."""
     sequence_length: int | None = None
-    """Number of tokens predicted in a sequence. By default that of the preset."""
+    """Number of tokens predicted in a sequence. The default is that of the preset."""
     packing: bool = True
-    """For streamed data: join documents end to end. If false, each document is a sequence of its own, cut or padded,
-    as in GaLore's code."""
+    """For streamed data: join documents end to end. If false, each document is a sequence of its own, cut or padded, as
+    in GaLore's code."""
     evaluation: EvaluationConfig = field(default=EvaluationConfig(), metadata=_MEASUREMENT)
 
     def run_name(self) -> str:
@@ -247,17 +248,17 @@ class FinetuneConfig(RunConfig):
     validation_data: str | None = None
     """File of validation examples. By default a tenth of `data` is set aside."""
     text_column: str | None = None
-    """Column of the text, or of the prompt for lm. By default that of the task, or text."""
+    """Column of the text, or of the prompt for lm. The default is that of the task, or text."""
     pair_column: str | None = None
-    """Column of a second text, if there is one. By default that of the task."""
+    """Column of a second text, if there is one. The default is that of the task."""
     label_column: str | None = None
-    """Column of the label, or of the answer for lm; without an answer, lm learns the whole text. By default that of
+    """Column of the label, or of the answer for lm; without an answer, lm learns the whole text. The default is that of
     the task, or label."""
     max_length: int = 128
     """Largest number of tokens in an example. Longer examples are cut."""
     epochs: int | None = None
-    """Number of times that each example is seen, unless `steps` says how long the run is. By default that of the task,
-    which is 30 for GLUE."""
+    """Number of times that each example is seen, unless `steps` says how long the run is. The default is that of the
+    task, which is 30 for GLUE."""
     schedule: ScheduleConfig = ScheduleConfig(shape="linear", min_lr_ratio=0.0)
     evaluation: SelectionConfig = field(default=SelectionConfig(), metadata=_MEASUREMENT)
     lora: LoraConfig = LoraConfig()
