@@ -65,6 +65,12 @@ def one_parser(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Seeds what a test draws without a generator of its own: it must not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _log_level() -> Iterator[None]:
     """Restores the level of the library's log, which the command changes: the next test must not find it quiet."""
     own = logging.getLogger("subspan")
