@@ -121,6 +121,6 @@ def test_the_page_of_the_command_line() -> None:
 def test_what_a_setting_is(name: str) -> None:
     """Its text begins with what it is or does, and ends as a sentence does."""
     for action in PARSERS[name]._actions:
-        if isinstance(action.help, str) and action.option_strings:
-            assert re.match(r"(?!Of|As|Whose|By|In|Likewise|The same)[A-Z]", action.help), action.dest
-            assert action.help.endswith("."), action.dest
+        if isinstance(action.help, str) and action.option_strings and action.dest != "help":
+            assert re.match(r"(?!(Of|As|Whose|By|In|Likewise|The same)\b)[A-Z]", action.help), action.dest
+            assert action.help.strip().endswith("."), action.dest

@@ -86,6 +86,19 @@ def test_whole_copies(name: str, proj_type: str) -> None:
         assert costs.bytes_held(groups) == held
 
 
+@pytest.mark.parametrize("backward_side", [False, True])
+def test_a_proximal_term(backward_side: bool) -> None:
+    """Its displacement counts."""
+    model = build()
+    if backward_side:
+        subspan.project_backward(model, rank=RANK, share="none")
+    optimizer = subspan.create("rso_adamw", model, rank=RANK, eta=2.0)
+    held = StateCosts.of_recipe("rso_adamw").bytes_held(optimizer.param_groups)
+    assert held["states"] + held["bases"] == state_bytes(optimizer)
+    plain = [{**group, "eta": None} for group in optimizer.param_groups]
+    assert StateCosts.of_recipe("rso_adamw").bytes_held(plain)["states"] < held["states"]
+
+
 class Experts(nn.Module):
     """Stacks of matrices, tall and wide, and a convolution."""
 

@@ -17,9 +17,11 @@ from subspan.parts import Residual, Rule, Selector
 from subspan.recipes import find
 from subspan.selectors import Switch
 from subspan.step.carriers import layer_of
-from subspan.step.layout import PROJ_TYPES, Layout, layout_of
+from subspan.step.layout import PROJ_TYPES, Layout, Side, layout_of
+from subspan.step.parameter_state import Parts, states_of_carrier, states_of_parts
+from subspan.step.proximal import Proximal
+from subspan.storage import eight_bit
 from subspan.storage.allocation import State, StateDtype
-from subspan.storage.eight_bit import SMALLEST
 from subspan.utils.errors import SettingError
 
 Parallel = Literal["ddp", "fsdp"]
@@ -149,67 +151,65 @@ class StateCosts:
         size = local.numel() * local.element_size()
         if p.weight is None:
             weights, carriers = size, 0
-            states, bases = self._state(p, local, sharded, group)
+            rank = None if self.selector is None else group.get("rank")
+            layout = layout_of(p.shape, rank, group.get("proj_type", "std"), group.get("flatten", False))
+            layout = layout.of_rows(rows) if sharded else layout
+            stored = self._stored(states_of_parts(self._parts(group), local, layout, rank))
         else:
             frozen = p.weight.local(rows)
             weights, carriers = frozen.numel() * frozen.element_size(), size
-            states = self._inside(local, tuple(local.shape), -2)
-            bases = self._basis_of(p.weight.local(p.weight.shape[0]), p.shape[1]) if p.keeps_basis else []
-        smallest, length = group.get("min_8bit_size", SMALLEST), p.shape[0] if sharded else None
-        counted = [sum(tensor.bytes(smallest, length) for tensor in tensors) for tensors in (states, bases)]
-        return {"weights": weights, "carriers": carriers, "gradients": size, "states": counted[0], "bases": counted[1]}
+            if p.keeps_basis and self.selector is None:
+                raise SettingError(
+                    "selector=None: a full-rank method has no basis, and these parameters are those of backward-side "
+                    "layers, which have one; count them with the costs of the method that trains them"
+                )
+            whole = p.weight.local(p.weight.shape[0]) if p.keeps_basis else None
+            stored = self._stored(states_of_carrier(self._parts(group), local, whole))
+        smallest, length = group.get("min_8bit_size", eight_bit.SMALLEST), p.shape[0] if sharded else None
+        counted = {part: sum(tensor.bytes(smallest, length) for tensor in own) for part, own in stored.items()}
+        bases = counted.pop("selector", 0)
+        states = sum(counted.values())
+        return {"weights": weights, "carriers": carriers, "gradients": size, "states": states, "bases": bases}
 
-    def _state(
-        self, p: ParameterShape, local: Tensor, sharded: bool, group: Mapping[str, Any]
-    ) -> tuple[list[Stored], list[Stored]]:
-        """The state of an ordinary parameter except its basis, and the basis."""
-        rank = None if self.selector is None else group.get("rank")
-        layout = layout_of(p.shape, rank, group.get("proj_type", "std"), group.get("flatten", False))
-        if sharded:  # the columns are compressed, for no rank has all rows
-            layout = Layout((len(local), *layout.shape[1:]), layout.side and "right")
-        if layout.side is None or rank is None:
-            return self._inside(local, layout.shape, layout.row_dim), []
-        G = layout.enter(local)
-        states = self._inside(local, (*G.shape[:-1], rank), layout.row_dim) + _stored(self.residual.init(G))
-        return states, self._basis_of(G, rank)
+    def _parts(self, group: Mapping[str, Any]) -> Parts:
+        return Parts(self.rule, self.selector, self.residual, Proximal(group.get("eta"), coupled=True))
 
-    # --- tensors of the parts -----------------------------------------------------------------------------------------
+    def _stored(self, states: Mapping[str, State]) -> dict[str, list[Stored]]:
+        """The tensors that each part holds, without the integers of the host."""
+        return {
+            part: [self._as_stored(name, tensor, part) for name, tensor in state.items() if isinstance(tensor, Tensor)]
+            for part, state in states.items()
+        }
 
-    def _inside(self, like: Tensor, shape: tuple[int, ...], row_dim: int) -> list[Stored]:
-        """What the rule holds for low-rank gradients of ``shape``."""
-        moments, found = self.rule.moments, []
-        for name, tensor in _tensors(self.rule.init(like, shape, row_dim)).items():
-            width = self.width if self.width is not None and name in moments else tensor.element_size()
-            eight_bit = self.state_dtype == "int8" and name in moments and tensor.ndim > 1
-            found.append(Stored(tuple(tensor.shape), width, eight_bit))
-        return found
-
-    def _basis_of(self, G: Tensor, rank: int) -> list[Stored]:
-        if self.selector is None:
-            raise SettingError(
-                "selector=None: a full-rank method has no basis, and these parameters are those of backward-side "
-                "layers, which have one; count them with the costs of the method that trains them"
-            )
-        return _stored(self.selector.init(G, rank))
+    def _as_stored(self, name: str, tensor: Tensor, part: str) -> Stored:
+        is_moment = part == "rule" and name in self.rule.moments
+        width = self.width if self.width is not None and is_moment else tensor.element_size()
+        is_packed = self.state_dtype == "int8" and is_moment and eight_bit.is_packed(tensor.shape, smallest=0)
+        return Stored(tuple(tensor.shape), width, is_packed)
 
     # --- parameters whose sizes stand for symbols ---------------------------------------------------------------------
 
+    def _projected(self, local: Tensor, side: Side | None, rank: int | None) -> dict[str, list[Stored]]:
+        return self._stored(states_of_parts(self._parts({}), local, Layout(tuple(local.shape), side), rank))
+
     def _vector(self, k: int) -> list[Stored]:
-        return self._inside(_empty(k), (k,), -2)
+        return _all(self._projected(_empty(k), None, None))
 
     def _matrix(self, a: int, b: int) -> list[Stored]:
-        return self._inside(_empty(a, b), (a, b), -2)
+        return _all(self._projected(_empty(a, b), None, None))
 
     def _tall(self, m: int, n: int, r: int) -> list[Stored]:
-        G = _empty(m, n)
-        return self._inside(G, (m, r), -2) + self._basis_of(G, r) + _stored(self.residual.init(G))
+        return _all(self._projected(_empty(m, n), "right", r))
 
     def _wide(self, m: int, n: int, r: int) -> list[Stored]:
-        G = _empty(m, n)
-        return self._inside(G.mT, (m, r), -1) + self._basis_of(G, r) + _stored(self.residual.init(G))
+        return _all(self._projected(_empty(n, m), "left", r))
 
     def _basis(self, rows: int, columns: int, r: int) -> list[Stored]:
-        return self._basis_of(_empty(rows, columns), r)
+        return self._projected(_empty(rows, columns), "right", r)["selector"]
+
+
+def _all(stored: Mapping[str, list[Stored]]) -> list[Stored]:
+    return [tensor for own in stored.values() for tensor in own]
 
 
 def _chunk(rows: int, world: int, index: int) -> int:
@@ -220,12 +220,3 @@ def _chunk(rows: int, world: int, index: int) -> int:
 
 def _empty(*shape: int) -> Tensor:
     return torch.empty(shape, device="meta")
-
-
-def _tensors(state: State) -> dict[str, Tensor]:
-    """The tensors of a state, without the integers of the host."""
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-
-
-def _stored(state: State) -> list[Stored]:
-    return [Stored(tuple(tensor.shape), tensor.element_size()) for tensor in _tensors(state).values()]

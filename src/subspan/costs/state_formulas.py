@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from subspan.storage.eight_bit import BLOCK
+from subspan.storage import eight_bit
 from subspan.utils.errors import SettingError
 
 VARIABLES = {
@@ -43,10 +43,9 @@ class Stored(NamedTuple):
             smallest: entries of the smallest moment that is packed.
             length: length of the first dimension on all ranks together, if this rank holds only a part of it.
         """
-        entries = math.prod(self.shape)
-        if not self.eight_bit or math.prod((length or self.shape[0], *self.shape[1:])) < smallest:
-            return self.width * entries
-        return entries + 4 * math.prod(self.shape[:-1]) * -(-self.shape[-1] // BLOCK)
+        if self.eight_bit and eight_bit.is_packed(self.shape, smallest, length):
+            return eight_bit.packed_bytes(self.shape)
+        return self.width * math.prod(self.shape)
 
 
 def expression(names: Sequence[str], allocate: Callable[..., Iterable[Stored]]) -> str:

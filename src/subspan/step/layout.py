@@ -24,6 +24,10 @@ class Layout(NamedTuple):
         """The dimension of the oriented matrix along which the rows of the weight lie."""
         return -1 if self.side == "left" else -2
 
+    def of_rows(self, rows: int) -> "Layout":
+        """The layout of some of the rows. The columns are compressed, because no rank has all rows."""
+        return Layout((rows, *self.shape[1:]), self.side and "right")
+
     def enter(self, A: Tensor) -> Tensor:
         """``A``, of the parameter's shape, as oriented matrices: the side to compress is last."""
         A = A.reshape(self.shape)

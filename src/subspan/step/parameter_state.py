@@ -1,14 +1,15 @@
 """The state of one parameter: what each part allocates, put together when the optimizer is built (contract R3)."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from subspan import distributed
-from subspan.parts import Rule
+from subspan.parts import Residual, Rule, Selector
 from subspan.step.carriers import layer_of
+from subspan.step.layout import Layout
 from subspan.step.method import Method
 from subspan.step.proximal import Proximal
 from subspan.step.work import local_layout
@@ -19,6 +20,16 @@ from subspan.utils.errors import SettingError
 SCHEDULE: dict[str, int] = {"refresh_step": -1, "skipped_refreshes": 0}
 """The clock at the last refresh, -1 before the first; and how many a bad gradient has cost. They are integers of the
 host, for the schedule must not wait for a device."""
+
+
+class Parts(NamedTuple):
+    """What holds state for a parameter."""
+
+    rule: Rule
+    selector: Selector | None
+    """``None`` for a full-rank method."""
+    residual: Residual
+    proximal: Proximal
 
 
 def state_of(method: Method, p: Tensor, group: Mapping[str, Any]) -> State:
@@ -37,27 +48,52 @@ def state_of(method: Method, p: Tensor, group: Mapping[str, Any]) -> State:
     return distributed.shard_state(p, state, grown) if distributed.is_sharded(p) else state
 
 
-def _whole(method: Method, p: Tensor, local: Tensor, group: Mapping[str, Any]) -> State:
-    """The state of ``p`` for those of its rows that are ``local``, in full precision."""
-    layout, rule, rank = local_layout(p, group, local), method.rule_of(group), group["rank"]
-    proximal = Proximal.of(group)
-    if (layer := layer_of(p)) is not None:
-        shape = tuple(local.shape)
-        parts = {"rule": rule.init(local, shape, -2), "proximal term": proximal.init(local, shape)}
-        if layer.number == 0:  # it keeps the basis that its projection shares
-            parts |= {"selector": method.selector.init(layer.weight, p.shape[1]), "schedule": dict(SCHEDULE)}
-        return _joined(parts, rule)
-    if layout.side is None:
-        return _joined({"rule": rule.init(local, layout.shape, layout.row_dim)}, rule)
+def states_of_parts(parts: Parts, local: Tensor, layout: Layout, rank: int | None) -> dict[str, State]:
+    """Allocate what each part holds for an ordinary parameter, on the device of ``local``, which may be ``meta``.
+
+    Args:
+        parts: the parts, whose names are the keys of what is returned.
+        local: the rows of the parameter that are on this rank.
+        layout: how they are seen.
+        rank: the dimension of the subspace, if the parameter is projected.
+    """
+    if layout.side is None or rank is None or parts.selector is None:
+        return {"rule": parts.rule.init(local, layout.shape, layout.row_dim)}
     G = layout.enter(local)
     shape = (*G.shape[:-1], rank)
-    return _joined({
-        "rule": rule.init(local, shape, layout.row_dim),
-        "selector": method.selector.init(G, rank),
-        "residual": method.residual.init(G),
-        "proximal term": proximal.init(local, shape),
-        "schedule": dict(SCHEDULE),
-    }, rule)  # fmt: skip
+    return {
+        "rule": parts.rule.init(local, shape, layout.row_dim),
+        "selector": parts.selector.init(G, rank),
+        "residual": parts.residual.init(G),
+        "proximal term": parts.proximal.init(local, shape),
+    }
+
+
+def states_of_carrier(parts: Parts, local: Tensor, weight: Tensor | None) -> dict[str, State]:
+    """Allocate what each part holds for the carrier of a backward-side layer.
+
+    Args:
+        parts: the parts, whose names are the keys of what is returned.
+        local: the rows of the carrier that are on this rank.
+        weight: the weight of the layer, if this carrier keeps the basis that its projection shares.
+    """
+    shape = tuple(local.shape)
+    states = {"rule": parts.rule.init(local, shape, -2), "proximal term": parts.proximal.init(local, shape)}
+    if weight is not None and parts.selector is not None:
+        states["selector"] = parts.selector.init(weight, shape[1])
+    return states
+
+
+def _whole(method: Method, p: Tensor, local: Tensor, group: Mapping[str, Any]) -> State:
+    """The state of ``p`` for those of its rows that are ``local``, in full precision."""
+    parts = Parts(method.rule_of(group), method.selector, method.residual, Proximal.of(group))
+    if (layer := layer_of(p)) is not None:
+        states = states_of_carrier(parts, local, layer.weight if layer.number == 0 else None)
+    else:
+        states = states_of_parts(parts, local, local_layout(p, group, local), group["rank"])
+    if "selector" in states:
+        states["schedule"] = dict(SCHEDULE)
+    return _joined(states, parts.rule)
 
 
 def _joined(parts: Mapping[str, State], rule: Rule) -> State:

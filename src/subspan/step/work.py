@@ -74,8 +74,7 @@ def local_layout(p: Tensor, group: Mapping[str, Any], local: Tensor | None = Non
     layout = layout_of(p.shape, group["rank"], group["proj_type"], group["flatten"])
     if not distributed.is_sharded(p) or p.ndim == 0:
         return layout
-    local = distributed.local(p) if local is None else local
-    return Layout((len(local), *layout.shape[1:]), layout.side and "right")
+    return layout.of_rows(len(distributed.local(p) if local is None else local))
 
 
 def slots(groups: Sequence[dict[str, Any]]) -> Iterator[Slot]:

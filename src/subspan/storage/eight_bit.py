@@ -15,7 +15,7 @@ import functools
 import importlib.util
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,11 +47,25 @@ def pack(state: State, moments: Mapping[str, bool], smallest: int, length: int |
     """
     packed: State = {}
     for name, value in state.items():
-        if name in moments and value.ndim > 1 and math.prod(((length or value.shape[0]), *value.shape[1:])) >= smallest:
+        if name in moments and is_packed(value.shape, smallest, length):
             packed[f"{name}.codes"], packed[f"{name}.absmax"] = _encode(value, moments[name])
         else:
             packed[name] = value
     return packed
+
+
+def is_packed(shape: Sequence[int], smallest: int, length: int | None = None) -> bool:
+    """Whether ``pack`` packs a moment of this shape, which needs two dimensions and ``smallest`` entries.
+
+    ``length`` is that of the first dimension, if only some of it is on this rank.
+    """
+    return len(shape) > 1 and math.prod((length or shape[0], *shape[1:])) >= smallest
+
+
+def packed_bytes(shape: Sequence[int]) -> int:
+    """The bytes of a packed moment of this shape: its codes, and the largest magnitudes of its blocks."""
+    rows = math.prod(shape[:-1])
+    return rows * shape[-1] + 4 * rows * -(-shape[-1] // BLOCK)
 
 
 def unpack(state: State, moments: Mapping[str, bool], dtype: torch.dtype) -> State:
