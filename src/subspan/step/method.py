@@ -1,4 +1,4 @@
-"""A method: the parts of a step that are chosen once, and hold for every parameter of an optimizer."""
+"""``Method``: the parts of a step, which are chosen once for all parameters of an optimizer."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from subspan.utils.errors import SettingError
 
 @dataclass(frozen=True)
 class Method:
-    """The parts and settings of a method. It holds no state.
+    """The parts of a method and the settings that all parameters share. It holds no state.
 
     Args:
         selector: chooses the subspace.
@@ -74,7 +74,7 @@ class Method:
         return kinds, json.loads("{" + rest) if rest else {}
 
     def rule_of(self, group: Mapping[str, Any]) -> Rule:
-        """Return the rule with the settings of ``group``, where schedulers change them; one out of range raises."""
+        """Return the rule with the settings of ``group``, which schedulers may change. Raises if one is bad."""
         rule: Any = self.rule
         return replace(rule, **{own.name: group[own.name] for own in fields(rule)})
 
