@@ -1,4 +1,4 @@
-"""``SubspaceAdamW``: the optimizer most people want, in one typed constructor."""
+"""``SubspaceAdamW``: the optimizer that most people want, in one typed constructor."""
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -16,15 +16,15 @@ from subspan.utils.suggestions import look_up
 class SubspaceAdamW(SubspaceOptimizer):
     """AdamW inside a subspace of every weight matrix. The defaults are SARA-Adam.
 
-    Memory for a matrix of ``m x n``, ``m >= n``: two moments of ``m x rank`` and a basis of ``n x rank`` instead of two
-    moments of ``m x n``.
+    For a matrix of ``m x n``, ``m >= n``, it holds two moments of ``m x rank`` and a basis of ``n x rank`` instead of
+    two moments of ``m x n``.
 
     Args:
         selector: ``"importance"`` (SARA), ``"dominant"`` (GaLore), ``"random"`` (GoLore), or a selector with its
             settings, such as ``subspan.selectors.Importance(floor=0.1)``.
         residual: ``"discard"``, ``"fira"``, or a residual with its settings.
-        betas: decay of the moments.
-        eps: added to the root of the second moment, as in ``torch.optim.AdamW``.
+        betas: decay rates of the two moments.
+        eps: number added to the root of the second moment, as in ``torch.optim.AdamW``.
 
     The other arguments are those of ``SubspaceOptimizer``.
 

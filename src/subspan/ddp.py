@@ -73,7 +73,7 @@ def register(model: Any, optimizer: SubspaceOptimizer) -> LowRankAllReduce:
         The state of the hook, which counts bytes.
 
     Raises:
-        ValueError: the model is no DistributedDataParallel, or the method needs more of the gradient than ``R``.
+        SettingError: the model is no DistributedDataParallel, or the method needs more of the gradient than ``R``.
     """
     if not hasattr(model, "register_comm_hook"):
         raise SettingError(

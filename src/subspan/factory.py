@@ -1,4 +1,4 @@
-"""``create``: an optimizer by its paper's name."""
+"""``create`` builds an optimizer by its paper's name."""
 
 import logging
 from collections.abc import Callable, Collection, Mapping
@@ -63,16 +63,16 @@ def create(
     Args:
         name: one of ``list_optimizers()``. Full-rank ones ignore what concerns subspaces; ``adamw`` is torch's.
         model: its ``nn.Linear`` weights are projected, except those that ``exclude`` names.
-        lr: learning rate; ``None`` is the recipe's own, as is ``None`` for scale, transfer, betas, eps and state_dtype.
-        rank: dimension of the subspace, >= 1; by default 128, or that of the model's backward-side layers where nothing
-            else is projected.
-        selector: another selector, its name, or settings for the recipe's own such as ``{"power": 2.0, "floor": 0.1}``;
-            with a ``"name"`` among them, for the selector of that name.
+        lr: learning rate; ``None`` stands for the recipe's own, also for scale, transfer, betas, eps and state_dtype.
+        rank: dimension of the subspace, >= 1. The default is 128, or that of the model's backward-side layers where
+            nothing else is projected.
+        selector: another selector, its name, or settings for the recipe's own, such as ``{"power": 2.0}``. With a
+            ``"name"`` among them, they are for the selector of that name.
         rule: another rule, its name, or settings such as ``{"momentum": 0.95}``.
         residual: another residual, its name, or settings such as ``{"mode": "official"}``.
-        betas, eps: the rule's, short for ``rule={"betas": ..., "eps": ...}``.
-        total_steps: length of the run; the hybrid needs it.
-        lr_full: learning rate of what is not projected; ``None`` is ``lr``.
+        betas, eps: those of the rule, short for ``rule={"betas": ..., "eps": ...}``.
+        total_steps: length of the run in steps; the hybrid methods need it.
+        lr_full: learning rate of what is not projected; ``None`` stands for ``lr``.
         targets, exclude, overrides, decayed: see ``subspan.param_groups``.
         settings: the settings of ``step.settings.StepSettings`` by name. ``weight_decay`` is decoupled, and does not
             decay parameters of one dimension (biases, norms).
@@ -81,8 +81,8 @@ def create(
     made with.
 
     Raises:
-        ValueError: an unknown name (near ones are listed), a setting out of range, or a ``rank`` or ``proj_type`` that
-            is not that of the backward-side layers, where nothing else is projected.
+        SettingError: the name is unknown (near ones are listed), or a setting is out of range. Or the ``rank`` or the
+            ``proj_type`` is not that of the backward-side layers, and nothing else is projected.
     """
     check_names(settings, StepOptions, "create")
     recipe = find(name)
@@ -143,7 +143,7 @@ def create(
 
 
 def _rank_of_carriers(groups: list[dict[str, Any]]) -> int | None:
-    """The rank of the backward-side layers, where nothing else is projected."""
+    """Return the rank of the backward-side layers, where nothing else is projected."""
     projected = [p for group in groups if group["rank"] is not None for _, p in group["params"]]
     if not projected or any(layer_of(p) is None for p in projected):
         return None
@@ -151,7 +151,7 @@ def _rank_of_carriers(groups: list[dict[str, Any]]) -> int | None:
 
 
 def _timed(selector: Selector, total_steps: int | None) -> Selector:
-    """``selector`` with the length of the run where a switch in it wants to know."""
+    """Return ``selector`` with the length of the run, where a switch in it needs to know it."""
     if isinstance(selector, Switch):
         return selector if selector.total_steps is not None else replace(selector, total_steps=total_steps)
     inner = {name: _timed(part, total_steps) for name, part in _inner(selector).items()}
@@ -159,7 +159,7 @@ def _timed(selector: Selector, total_steps: int | None) -> Selector:
 
 
 def _switch_in(selector: Selector) -> Switch | None:
-    """There is one at most: a switch holds no other."""
+    """Return the switch in ``selector``, if there is one. There is at most one, because a switch holds no other."""
     if isinstance(selector, Switch):
         return selector
     inner = (_switch_in(part) for part in _inner(selector).values())
@@ -167,7 +167,7 @@ def _switch_in(selector: Selector) -> Switch | None:
 
 
 def _inner(selector: Selector) -> dict[str, Selector]:
-    """The selectors that a selector is made of."""
+    """Return the selectors that a selector is made of, by name."""
     parts: dict[str, Any] = vars(selector)
     return {name: part for name, part in parts.items() if hasattr(part, "refresh_")}
 
@@ -175,7 +175,7 @@ def _inner(selector: Selector) -> dict[str, Selector]:
 def _with_known_overrides(
     optimizer: torch.optim.Optimizer, overrides: Mapping[str, Mapping[str, Any]] | None
 ) -> torch.optim.Optimizer:
-    """``optimizer``, if its groups know every setting of ``overrides``."""
+    """Return ``optimizer``. Raises unless its groups know every setting of ``overrides``."""
     for pattern, settings in (overrides or {}).items():
         for key in settings:
             if key not in optimizer.defaults:
@@ -188,7 +188,7 @@ def _with_known_overrides(
 def _with(
     part: Part, change: str | Part | Mapping[str, Any] | None, table: Mapping[str, Callable[[], Part]], what: str
 ) -> Part:
-    """``part`` itself, with settings changed, or replaced."""
+    """Return ``part``, or ``part`` with other settings, or the part that stands in its place."""
     if change is None:
         return part
     if not isinstance(change, Mapping):

@@ -64,7 +64,7 @@ def param_groups(
         a table of them.
 
     Raises:
-        ValueError: a target or an override matches nothing, or a setting is out of range.
+        SettingError: a target or an override matches nothing, or a setting is out of range.
     """
     if isinstance(exclude, str):
         exclude = (exclude,)
@@ -139,7 +139,7 @@ def select_linear(model: nn.Module, targets: str | Sequence[str], exclude: Seque
     """Return the layers of ``model`` that ``targets`` names, by their canonical names; see ``param_groups``.
 
     Raises:
-        ValueError: a target matches nothing, or a parameter that is not the weight of an ``nn.Linear``.
+        SettingError: a target matches nothing, or a parameter that is not the weight of an ``nn.Linear``.
     """
     raw = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     canonical = canonical_names(name for name, _ in raw)

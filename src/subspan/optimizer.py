@@ -1,5 +1,6 @@
-"""The optimizer that every method of this library is: it knows the parts of a step, holds no formulas and names no
-method.
+"""``SubspaceOptimizer``: every method of this library is this optimizer with other parts.
+
+It calls the parts of a step in this order, and has no formula and no method of its own:
 
     oriented gradient   G (m, n)          the side to compress is last; orient once, on entry, undo once, on exit
     if a refresh is due Q (n, r)          Selector chooses or moves the basis; Transfer carries the moments over
@@ -59,14 +60,13 @@ class SubspaceOptimizer(Restorable):
             ``named_parameters()`` (every matrix is, except what ``exclude`` names), parameter groups (those with
             ``rank`` are, as with galore_torch), or bare tensors (every matrix is).
         lr: learning rate, a float or a tensor; it is read at every step.
-        rank: dimension of the subspace, >= 1; ``None`` for full rank.
+        rank: dimension of the subspace, >= 1; ``None`` stands for full rank.
         selector: chooses the subspace.
         rule: takes the step inside it.
         residual: uses the rest of the gradient.
         transfer: what becomes of the moments at a refresh: ``keep``, ``rotate``, ``moments`` or ``reset``.
         stagger: spread the refreshes of different matrices over the period, after the first, so that no step pays for
-            all. ``None`` does so for backward-side layers, whose first bases are then drawn at random, and not for
-            others.
+            all. ``None`` does so only for backward-side layers, whose first bases are then drawn at random.
         seed: seed of every random choice. A choice depends only on the seed, the parameter's name and the step.
         targets: with a module or named parameters: ``"all-linear"``, a list of substrings, or a regular expression.
         exclude: regular expressions of names that stay full rank.
@@ -76,7 +76,7 @@ class SubspaceOptimizer(Restorable):
         method: the parts, the transfer, the seed and the staggering: a frozen ``step.method.Method``.
 
     Raises:
-        ValueError: an argument out of range, a target that matches nothing, a ``rank`` for a group without a matrix.
+        SettingError: an argument is out of range, a target matches nothing, or a group with a ``rank`` has no matrix.
     """
 
     _built = True
@@ -152,7 +152,7 @@ class SubspaceOptimizer(Restorable):
                 self.state[p] = state_of(self.method, p, group)
             if self._built:  # else the constructor binds, when all groups are there
                 self.carriers.bind()
-        except ValueError:
+        except Exception:
             for p in self.param_groups.pop()["params"]:
                 self.state.pop(p, None)
             raise
@@ -209,27 +209,26 @@ class SubspaceOptimizer(Restorable):
     def enable_step_in_backward(
         self, model: nn.Module, accumulate: int = 1, clip: Clip = "none", max_norm: float = 1.0
     ) -> StepInBackward:
-        """Step on each parameter in the backward pass, as soon as its gradient is there, and free it: one is held at a
-        time.
+        """Step on each parameter in the backward pass, as soon as its gradient is there, and free the gradient.
 
-        Call it once the model is where and as it is to be trained (after ``fully_shard``). ``step()``, schedulers,
-        hooks and ``state_dict`` are used as before; save after a step. Until ``step()`` is called nobody else can read
-        a gradient: ``clip_grad_norm_`` is refused. Copies and pickles step in the backward pass too. See
-        ``step/in_backward.py``.
+        So only one gradient is held at a time. Call this when the model is on its device and sharded (after
+        ``fully_shard``). ``step()``, schedulers, hooks and ``state_dict`` are used as before; save after a step. Until
+        ``step()`` is called nobody else can read a gradient: ``clip_grad_norm_`` is refused. Copies and pickles step in
+        the backward pass too. See ``step/in_backward.py``.
 
         Args:
             model: holds this optimizer's parameters.
-            accumulate: micro-batches (backward passes) of a step; their gradients are added up.
-            clip: ``"none"``; ``"per_param"``, the norm of each parameter's gradient to ``max_norm``;
-                ``"lagged_global"``, all gradients by what the global norm of the last step would ask for. Between
-                refreshes the norm is that of ``R``.
-            max_norm: > 0.
+            accumulate: number of micro-batches (backward passes) of a step; their gradients are added up.
+            clip: ``"none"`` does not clip. ``"per_param"`` scales each parameter's gradient down to ``max_norm``.
+                ``"lagged_global"`` scales all gradients by the factor that the global norm of the last step asks for.
+                Between refreshes the norm is that of ``R``.
+            max_norm: largest norm, > 0.
 
         Returns:
-            The hooks; ``remove()`` ends it.
+            The hooks; their ``remove()`` ends it.
 
         Raises:
-            ValueError: an argument out of range, or the model's gradients are averaged by DistributedDataParallel.
+            SettingError: an argument is out of range, or DistributedDataParallel averages the model's gradients.
         """
         check(self, model, accumulate, clip, max_norm)
         if self._in_backward is not None:
@@ -238,13 +237,12 @@ class SubspaceOptimizer(Restorable):
         return self._in_backward
 
     def compile(self, **options: Any) -> None:
-        """Let ``torch.compile`` fuse what the rule does with ``R`` and its moments; in place, as
-        ``torch.nn.Module.compile``.
+        """Let ``torch.compile`` fuse what the rule does with ``R`` and its moments, in place as ``nn.Module.compile``.
 
-        What differs (rule, dtype, number of dimensions) is compiled at its first step, as often as torch's recompile
-        limit allows in one process (``torch._dynamo.config.recompile_limit``, 8 as it comes); what is beyond runs as it
-        is. The results equal those without it to rounding. Copies and pickles of the optimizer are not compiled. It is
-        not worth it for AdamW on a CPU, where torch's fused kernel is used as it is.
+        Each combination of rule, dtype and number of dimensions is compiled at its first step, as often as torch's
+        recompile limit allows in one process (``torch._dynamo.config.recompile_limit``, 8 by default). Beyond that
+        limit the step runs uncompiled. The results are equal up to rounding. Copies and pickles of the optimizer are
+        not compiled. Compiling is not worth it for AdamW on a CPU, where torch's fused kernel is used anyway.
 
         Args:
             options: those of ``torch.compile``.
@@ -260,7 +258,7 @@ class SubspaceOptimizer(Restorable):
 
     @property
     def rule(self) -> Rule:
-        """What steps inside it; its settings as they were when the optimizer was built."""
+        """What steps inside the subspace, with the settings that it had when the optimizer was built."""
         return self.method.rule
 
     @property
@@ -289,15 +287,16 @@ class SubspaceOptimizer(Restorable):
 
     @staticmethod
     def warn_of_full_rank() -> None:
-        """Zero projected matrices is never a silent outcome (contract R13)."""
+        """Warn that no matrix is projected, which is never a silent outcome (contract R13)."""
         logger.warning("no matrix is projected, so this is full-rank training: give a rank below the matrices' sides")
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
 
     def summary(self) -> str:
-        """Return the parts, and one table: what is projected, to which rank, the bytes of state held, and what AdamW
-        would hold.
+        """Return the parts and one table.
+
+        The table says what is projected, to which rank, the bytes of the state, and what AdamW would hold.
         """
         parts = f"{self.selector!r}, {self.rule!r}, {self.residual!r}, transfer={self.transfer!r}"
         return f"{parts}\n{summary.table(self.param_groups, self.state)}"

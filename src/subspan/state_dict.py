@@ -1,4 +1,4 @@
-"""Saving and restoring an optimizer: checkpoints, ``pickle`` and ``deepcopy``."""
+"""Saving, restoring and copying an optimizer, by checkpoints, ``pickle`` and ``deepcopy``."""
 
 import copy
 import logging
@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 def group_keys(method: Method) -> dict[str, Any]:
     """Return what every parameter group says of the method, so that a checkpoint carries it.
 
-    ``method`` must be the same on loading, for moments mean nothing in another method's basis. ``seed`` and ``stagger``
-    are restored. ``parts`` cannot be, since a part is an object; where it differs, that is said.
+    ``method`` must be the same on loading, because moments mean nothing in another method's basis. ``seed`` and
+    ``stagger`` are restored. ``parts`` cannot be restored, since a part is an object. A warning says where they differ.
     """
     return {"method": method.kinds, "parts": method.parts, "seed": method.seed, "stagger": method.stagger}
 
 
 class Restorable(torch.optim.Optimizer):
-    """What ``SubspaceOptimizer`` does with copies of itself.
+    """An optimizer that saves, restores and copies itself: the base of ``SubspaceOptimizer``.
 
     Attributes:
         method: its parts.
@@ -56,9 +56,9 @@ class Restorable(torch.optim.Optimizer):
         warning says what differs.
 
         Raises:
-            ValueError: the checkpoint is of another model, method, rank or side. Nothing has been changed then.
+            SettingError: the checkpoint is of another model, method, rank or side. Nothing has been changed then.
         """
-        # Frameworks may have swapped parameters in the groups (contract R6): those get fresh state to copy into.
+        # Frameworks may have swapped parameters in the groups (contract R6). Those get fresh state to copy into.
         own = {
             p: self.state[p] if p in self.state else state_of(self.method, p, group)
             for group in self.param_groups
@@ -169,7 +169,7 @@ def check_checkpoint(
     Args:
         groups: this optimizer's parameter groups.
         own: the state of each of its parameters, in order.
-        names: of the parameters, in order.
+        names: the names of the parameters, in order.
     """
     if not {"state", "param_groups"} <= state_dict.keys():
         raise SettingError(f"state_dict has {sorted(state_dict)}: expected what an optimizer's state_dict() returns")
@@ -193,7 +193,8 @@ def check_checkpoint(
 
 
 def saved_ids(state_dict: Mapping[str, Any]) -> list[Any]:
-    """Return the keys of the saved state in the order of the parameters: numbers, or names from
-    torch.distributed.checkpoint.
+    """Return the keys of the saved state in the order of the parameters.
+
+    They are numbers, or names where torch.distributed.checkpoint has written them.
     """
     return [key for group in state_dict["param_groups"] for key in group["params"]]

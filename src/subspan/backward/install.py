@@ -50,7 +50,7 @@ class Handle:
             The carriers.
 
         Raises:
-            ValueError: the selector needs a gradient.
+            SettingError: the selector needs a gradient.
         """
         if selector.needs_gradient:
             raise SettingError(
@@ -135,8 +135,8 @@ def project_backward(
         A handle, to merge the displacement or to undo everything.
 
     Raises:
-        ValueError: a target matches nothing or is no ``nn.Linear``, a weight is tied, the rank is out of range, or the
-            model is wrapped. The model is not changed then.
+        SettingError: a target matches nothing or is no ``nn.Linear``, a weight is tied, the rank is out of range, or
+            the model is wrapped. The model is not changed then.
     """
     for module in model.modules():
         if any(kind.__name__ in _WRAPPERS for kind in type(module).__mro__):

@@ -1,1 +1,1 @@
-"""One step of the optimizer, part by part; `plain.py` states it on bare tensors."""
+"""The parts of one optimizer step; `plain.py` states the step on bare tensors."""

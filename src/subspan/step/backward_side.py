@@ -4,8 +4,8 @@ The gradient of a carrier is ``R`` already, so a step is
 
     U = rule(R),    W <- (1 - lr wd) W - lr scale U Qᵀ
 
-The basis is chosen before: in the forward pass if the selector needs no gradient, else in the backward pass of the
-layers that share it.
+The basis is chosen before. That is in the forward pass if the selector needs no gradient, and in the backward pass of
+the layers that share it if it does.
 """
 
 import weakref
@@ -59,7 +59,7 @@ class Carrier(NamedTuple):
 class Carriers:
     """The backward-side half of an optimizer, which owns it: the driver that projections refer to.
 
-    It reads the optimizer's groups and state each time, for loading a checkpoint replaces them.
+    It reads the optimizer's groups and state each time, because loading a checkpoint replaces them.
     """
 
     def __init__(self, owner: Owner) -> None:
@@ -109,8 +109,8 @@ class Carriers:
         method = self.owner.method
         if not refresh.is_due(method, state, group, order):
             return "keep"
-        # All at once the first gradients would take the memory that is saved: until its turn a basis is drawn from
-        # noise.
+        # If the first gradients were formed all at once, they would take the memory that is saved. So a basis is drawn
+        # from noise until its turn comes.
         period = method.selector.period(group["update_proj_gap"], state) or 1
         early = state["refresh_step"] < 0 and refresh.offset(method, group, order) != group["clock"] % period
         return "form" if method.selector.needs_gradient and not early else "draw"
@@ -173,7 +173,7 @@ def check_carrier(method: Method, p: Tensor) -> None:
 
 
 def check_ranks(slots: Iterable[Slot], rank: int | None, proj_type: str) -> None:
-    """Refuse what would be ignored: where only backward-side layers are projected, their rank and side are given."""
+    """Refuse a rank or a side that would be ignored, because only layers that have their own are projected."""
     projected = [
         slot
         for slot in slots

@@ -1,5 +1,4 @@
-"""Carriers: the parameters of backward-side layers, and the protocols by which an optimizer and the layers know each
-other.
+"""Carriers, which are the parameters of backward-side layers, and the protocols between optimizer and layers.
 
 Neither imports the other. The optimizer finds a layer from its carrier (``layer_of``); a projection asks its
 ``Driver``, which is the optimizer's ``Carriers`` (``step/backward_side.py``), for a new basis.
@@ -12,8 +11,7 @@ from torch import Tensor
 from subspan.storage.allocation import State
 
 Plan = Literal["keep", "draw", "form"]
-"""What the next forward pass does with the basis: keep it, draw a new one first, or form the gradient that chooses one.
-"""
+"""What the next pass does with the basis: keep it, draw a new one first, or form the gradient that chooses one."""
 
 
 class CarriedProjection(Protocol):
@@ -27,10 +25,10 @@ class CarriedProjection(Protocol):
     """The data-parallel ranks that share the basis; ``None`` if there are no others."""
 
     def bind(self, selector: Any, state: State, driver: "Driver") -> None:
-        """Make ``driver`` the one that chooses the basis."""
+        """Take the basis in ``state``, and make ``driver`` the one that chooses it."""
 
     def expect(self, plan: Plan) -> None:
-        """Note that a step is over: this is what the next pass does."""
+        """Note that a step is over, and what the next pass is to do."""
 
     def fold(self) -> None:
         """Put the displacement of the carriers into the weights."""

@@ -1,12 +1,12 @@
-"""Step in the backward pass: each gradient is used as soon as it is there, and freed, so that one is held at a time.
+"""Step in the backward pass: each gradient is used as soon as it is there and then freed, so only one is held.
 
-The low-rank gradients of several micro-batches of a projected weight are summed, ``R <- R + G Q``. Where a basis is
-due, where a residual needs all of the gradient, and for what is not projected, the gradient itself is. With the last
-micro-batch the parameter takes its step. ``optimizer.step()`` is called as ever; it moves the schedule on.
+The low-rank gradients of several micro-batches of a projected weight are summed, ``R <- R + G Q``. The gradient itself
+is summed where a basis is due, where a residual needs all of it, and for parameters that are not projected. With the
+last micro-batch the parameter takes its step. ``optimizer.step()`` is called as usual; it moves the schedule on.
 
 Sources: LOMO (Lv et al. 2023, arXiv 2306.09782) and GaLore's layer-wise mode (Zhao et al. 2024, arXiv 2403.03507).
 Deviations from GaLore's code: there is one optimizer and not one for each parameter, so schedulers, state and clipping
-work on it; and micro-batches accumulate.
+work on it. Micro-batches accumulate.
 """
 
 import math
@@ -30,7 +30,7 @@ Clip = Literal["none", "per_param", "lagged_global"]
 
 
 class Stepper(Protocol):
-    """What is asked of the optimizer."""
+    """What ``StepInBackward`` asks of the optimizer."""
 
     method: Method
     inside: Inside
@@ -79,7 +79,7 @@ class StepInBackward:
         self._squares: list[tuple[Tensor, Tensor]] = []
         self._rules: dict[int, Rule] = {}
         self._slots = {slot.p: slot for slot in optimizer.slots() if slot.p.requires_grad}
-        if clip == "lagged_global":  # from the start, for a checkpoint is loaded into the keys that are there
+        if clip == "lagged_global":  # from the start, because a checkpoint is loaded into the keys that are there
             optimizer.param_groups[0].setdefault("lagged_norm", 0.0)
         self._handles: list[Any] = [p.register_post_accumulate_grad_hook(self._receive) for p in self._slots]
         if model is not None and distributed.several_processes():
@@ -143,7 +143,7 @@ class StepInBackward:
         return G * min(1.0, self.max_norm / (last + 1e-6)) if math.isfinite(last) else G
 
     def finish(self) -> None:
-        """Note that the step is over. Raises unless every gradient was the last of its step."""
+        """Note that the step is over. Raises unless every parameter has had all of its micro-batches."""
         late = [(self._slots[p].name, seen) for p, seen in self.seen.items() if seen != self.accumulate]
         if late:
             name, seen = late[0]

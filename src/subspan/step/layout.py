@@ -1,4 +1,4 @@
-"""A parameter of any shape as oriented matrices: which side is compressed, and the way there and back."""
+"""``Layout``: how a parameter of any shape is seen as oriented matrices, and which of their sides is compressed."""
 
 import math
 from collections.abc import Sequence
@@ -25,24 +25,25 @@ class Layout(NamedTuple):
         return -1 if self.side == "left" else -2
 
     def of_rows(self, rows: int) -> "Layout":
-        """The layout of some of the rows. The columns are compressed, because no rank has all rows."""
+        """Return the layout of some of the rows. The columns are compressed, because no rank has all rows."""
         return Layout((rows, *self.shape[1:]), self.side and "right")
 
     def enter(self, A: Tensor) -> Tensor:
-        """``A``, of the parameter's shape, as oriented matrices: the side to compress is last."""
+        """Return ``A``, which has the parameter's shape, as oriented matrices, whose last side is compressed."""
         A = A.reshape(self.shape)
         return A.mT if self.side == "left" else A
 
     def leave(self, D: Tensor, shape: Sequence[int]) -> Tensor:
-        """The inverse, back to the parameter's ``shape``."""
+        """Undo ``enter``: return ``D`` in the parameter's ``shape``."""
         return (D.mT if self.side == "left" else D).reshape(shape)
 
 
 def layout_of(shape: Sequence[int], rank: int | None, proj_type: str, flatten: bool = False) -> Layout:
-    """The layout of a parameter in a group of these settings.
+    """Return the layout of a parameter in a group with these settings.
 
-    Three dimensions are a stack of matrices, such as experts; more are a convolution, flattened to ``(out, -1)``, as
-    are three with ``flatten``. A matrix with a side no larger than the rank is not compressed.
+    A parameter of three dimensions is a stack of matrices, such as experts. One with more dimensions, or with three and
+    ``flatten``, is a convolution and is flattened to ``(out, -1)``. A matrix with a side no larger than the rank is not
+    compressed.
     """
     shape = tuple(shape)
     if len(shape) > 3 or (flatten and len(shape) == 3):

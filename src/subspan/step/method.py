@@ -1,4 +1,4 @@
-"""A method: the parts of a step that are chosen once, and hold for every parameter of an optimizer."""
+"""``Method``: the parts of a step, which are chosen once for all parameters of an optimizer."""
 
 import typing
 from collections.abc import Mapping
@@ -11,18 +11,18 @@ from subspan.utils.errors import SettingError
 
 @dataclass(frozen=True)
 class Method:
-    """Settings only, never state.
+    """The parts of a method and the settings that all parameters share. It holds no state.
 
     Args:
         selector: chooses the subspace.
         rule: takes the step inside it.
         residual: uses the rest of the gradient.
         transfer: what becomes of the moments at a refresh.
-        seed: of every random choice. A choice depends only on the seed, the parameter's name and the step.
+        seed: seed of every random choice. A choice depends only on the seed, the parameter's name and the step.
         stagger: whether the refreshes of different matrices are spread over the period.
 
     Raises:
-        SettingError: a part that is none or is not complete, a transfer that is unknown, parts that do not go together.
+        SettingError: a part is none or is not complete, the transfer is unknown, or the parts do not go together.
     """
 
     selector: Selector
@@ -60,7 +60,7 @@ class Method:
         return f"{self.selector!r}, {self.residual!r}"
 
     def rule_of(self, group: Mapping[str, Any]) -> Rule:
-        """Return the rule with the settings of ``group``, where schedulers change them; one out of range raises."""
+        """Return the rule with the settings of ``group``, which schedulers may change. Raises if one is bad."""
         rule: Any = self.rule
         return replace(rule, **{own.name: group[own.name] for own in fields(rule)})
 

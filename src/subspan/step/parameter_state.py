@@ -18,8 +18,8 @@ from subspan.storage.allocation import State
 from subspan.utils.errors import SettingError
 
 SCHEDULE: dict[str, int] = {"refresh_step": -1, "skipped_refreshes": 0}
-"""The clock at the last refresh, -1 before the first; and how many a bad gradient has cost. They are integers of the
-host, for the schedule must not wait for a device."""
+"""The clock at the last refresh, -1 before the first; and the number of refreshes that a bad gradient has prevented.
+They are integers on the host, because the schedule must not wait for a device."""
 
 
 class Parts(NamedTuple):
@@ -39,7 +39,7 @@ def state_of(method: Method, p: Tensor, group: Mapping[str, Any]) -> State:
     rows = None
     if distributed.is_sharded(p):
         rows = p.shape[0] if p.ndim else None
-        # What grows with a row more has a row for each row of the parameter, and is sharded with it.
+        # What is longer for one more row has a row for each row of the parameter, and is sharded with it.
         more = torch.empty((len(local) + 1, *local.shape[1:]), dtype=p.dtype, device="meta")
         longer = _whole(method, p, more, group)
         grown = {key for key, A in state.items() if isinstance(A, Tensor) and A.shape != longer[key].shape}
@@ -97,7 +97,7 @@ def _whole(method: Method, p: Tensor, local: Tensor, group: Mapping[str, Any]) -
 
 
 def _joined(parts: Mapping[str, State]) -> State:
-    """One state of all parts; raises if two of them use one name, for one would overwrite the other."""
+    """Return one state of all parts. Raises if two of them use one name, because one would overwrite the other."""
     state: State = {}
     owner: dict[str, str] = {}
     for what, own in parts.items():

@@ -1,10 +1,10 @@
-"""The whole step, said plainly: one matrix, bare tensors, no groups, no ranks, no storage. Read this first.
+"""The whole step on one matrix and bare tensors, without groups, ranks and storage. Read this first.
 
 The tests hold the optimizer to it: ``tests/step/test_plain.py`` trains both side by side, for every part.
 
-Shapes: weight and gradient ``W, G (m, n)``, basis ``Q (n, r)``, ``R, U, B (m, r)``. The side to compress is last; a
-weight whose rows are compressed is passed as its transpose. ``state`` holds what the parts' ``init`` have allocated,
-and ``B`` is how far the weight has moved since its basis was chosen (``displacement``), where there is a proximal term.
+Shapes: weight and gradient ``W, G (m, n)``, basis ``Q (n, r)``, ``R, U, B (m, r)``. The side to compress is last. A
+weight whose rows are compressed is passed as its transpose. ``state`` holds what the parts' ``init`` have allocated.
+Where there is a proximal term, ``B`` (``displacement``) is how far the weight has moved since its basis was chosen.
 """
 
 import torch
@@ -22,7 +22,8 @@ def plain_step(
 
     Args:
         due: whether a basis is to be chosen. A gradient that is zero or not finite chooses none.
-        eta: strength of the proximal term, ``coupled`` into the gradient or not; ``None`` is no term.
+        eta: strength of the proximal term; ``None`` stands for no term.
+        coupled: whether the term is added to the gradient, or to the update.
     """
 
     def lifted(A: Tensor) -> Tensor:  # A Qᵀ (m, n)

@@ -26,7 +26,7 @@ class Proximal:
     """The proximal term of a parameter group.
 
     Args:
-        strength: ``eta``; the smaller it is, the stronger is the pull. ``None`` is no term.
+        strength: ``eta``; the smaller it is, the stronger is the pull. ``None`` stands for no term.
         coupled: whether the rule sees the pull as a part of the gradient.
     """
 

@@ -1,7 +1,7 @@
 """The basis of a matrix: when it is due, how it is chosen, who chooses it for whom, and how the moments follow.
 
-Where the rows of a weight are sharded, a refresh is taken before all else: the Gram matrices of the local gradients are
-summed, each is factorised by one rank, and the bases are sent to all.
+Where the rows of a weight are sharded, the refreshes come first: the Gram matrices of the local gradients are summed,
+one rank factorises each sum, and the bases are sent to all ranks.
 """
 
 import itertools
@@ -25,7 +25,7 @@ from subspan.storage.allocation import State
 logger = logging.getLogger(__name__)
 
 Changes = Mapping[Tensor, Tensor | None]
-"""By parameter, the change ``Q_oldᵀ Q_new (r, r)`` of each basis that was due; ``None`` where the old one stays."""
+"""The change ``Q_oldᵀ Q_new (r, r)`` of each basis that was due, by parameter; ``None`` where the old one stays."""
 
 
 def is_due(method: Method, state: State, group: Mapping[str, Any], order: int) -> bool:
@@ -49,7 +49,7 @@ def low_rank_suffices(method: Method, slot: Slot, states: Mapping[Tensor, State]
 
 
 def move_basis(method: Method, G: Tensor, held: Held, work: Work) -> None:
-    """Refresh the basis if that is due, or let it follow the gradient if it does; carry the moments along."""
+    """Refresh the basis if that is due, or else let it follow the gradient if it can. The moments follow the basis."""
     state, rule, selector = held.state, work.rule, method.selector
     due = is_due(method, state, work.slot.group, work.slot.order)
     if not due and not selector.tracks:
@@ -67,8 +67,8 @@ def move_basis(method: Method, G: Tensor, held: Held, work: Work) -> None:
 def choose(method: Method, G: Tensor | Gram, state: State, key: Key) -> Tensor | None:
     """Choose a new basis from ``G``; return the change, or ``None`` where the old basis stays.
 
-    This is the only place of a step that waits for the device. A gradient that is zero or not finite tells nothing of a
-    subspace (contract R4), and a factorisation that fails leaves the old one (R11).
+    This is the only place in a step that waits for the device. A gradient that is zero or not finite says nothing about
+    a subspace (contract R4), and a factorisation that fails leaves the old basis (R11).
     """
     if 0 < linalg.largest(G) < float("inf"):
         try:
@@ -82,7 +82,7 @@ def choose(method: Method, G: Tensor | Gram, state: State, key: Key) -> Tensor |
 
 
 def carry_over(method: Method, change: Tensor | None, state: State, moments: State, rule: Rule) -> None:
-    """Let the moments follow a change of basis; the way since the last refresh starts from zero."""
+    """Let the moments follow a change of basis, and set the way since the last refresh to zero."""
     if change is None:
         return
     if "displacement" in state:
@@ -98,11 +98,11 @@ class Wanted(NamedTuple):
     key: Key
     rank: int
     like: Tensor
-    """``(1, n)``: a row of the kind of the gradient."""
+    """A row ``(1, n)`` with the dtype and the device of the gradient."""
     owner: int
     """Number of the rank that chooses."""
     G: Tensor | Gram | None
-    """What it chooses from; may be ``None`` on the other ranks."""
+    """What it chooses from; on the other ranks it may be ``None``."""
 
 
 def choose_by_owner(method: Method, wanted: Sequence[Wanted], ranks: Ranks) -> list[Tensor | None]:
@@ -127,7 +127,7 @@ def choose_by_owner(method: Method, wanted: Sequence[Wanted], ranks: Ranks) -> l
 def choose_sharded(
     method: Method, works: Iterable[Work], states: Mapping[Tensor, State]
 ) -> dict[Tensor, Tensor | None]:
-    """Choose the new bases of weights whose rows are sharded: see ``Changes``."""
+    """Choose the new bases that are due of weights whose rows are sharded, and return their ``Changes``."""
     due: dict[Any, list[Work]] = {}
     for work in works:
         slot = work.slot
@@ -143,7 +143,7 @@ def choose_sharded(
                 row = work.grad.new_full((1, work.slot.layout.shape[-1]), float(usable))
                 changes[work.slot.p] = choose(method, row, states[work.slot.p], work.key)
             continue
-        # One for each rank at a time, those of like cost together, so that none waits long for another.
+        # Each round has one for each rank. Those of similar cost are in one round, so that no rank waits long.
         some.sort(key=lambda work: -work.slot.layout.shape[-1])
         remaining = iter(some)
         while chunk := list(itertools.islice(remaining, ranks.count)):

@@ -4,12 +4,13 @@ _GOLDEN = 0.6180339887498949  # multiples of it, modulo one, fill the unit inter
 
 
 def refresh_due(last: int, clock: int, period: int | None, offset: int = 0) -> bool:
-    """Whether the last refresh lies before the latest step of the schedule; a skipped one stays due until it succeeds.
+    """Whether the last refresh lies before the latest one of the schedule. A skipped one stays due until it succeeds.
 
     Args:
         last: the clock at the last refresh; -1 before the first, which is always due.
-        period: ``None`` for no other refresh after the first.
-        offset: of the schedule against the clock.
+        clock: the number of steps so far.
+        period: the steps between refreshes; ``None`` means that the first is the only one.
+        offset: the step of the period at which a refresh falls.
     """
     if last < 0 or period is None:
         return last < 0
@@ -17,5 +18,5 @@ def refresh_due(last: int, clock: int, period: int | None, offset: int = 0) -> b
 
 
 def offset_of(order: int, period: int) -> int:
-    """The offset of the matrix of this number among all, so that a period's refreshes are spread evenly."""
+    """Return the offset of the matrix with this number, so that the refreshes of a period are spread evenly."""
     return int(order * _GOLDEN % 1 * period)

@@ -47,25 +47,25 @@ def _choice(default: str, *names: str, expected: str) -> Any:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What one step of a parameter group is told.
+    """The settings of the steps on a parameter group.
 
     Attributes:
         lr: learning rate, a float or a tensor; it is read at every step.
-        rank: dimension of the subspace, >= 1; ``None`` for full rank.
+        rank: dimension of the subspace, >= 1; ``None`` stands for full rank.
         update_proj_gap: steps between refreshes, >= 1.
         scale: factor on the step of projected matrices. ``lr * scale`` is their learning rate: halve one, double the
             other.
         proj_type: the side to compress: ``std`` (the shorter), ``reverse_std`` (the longer), ``right`` (columns) or
             ``left`` (rows).
-        weight_decay: decoupled, multiplied by ``lr``.
+        weight_decay: decoupled weight decay, which is multiplied by ``lr``.
         flatten: whether parameters of three dimensions are convolutions, flattened to ``(out, -1)``, and not stacks.
-        eta: strength of the proximal term of RSO, ``||B||² / (2 eta)``, with ``B`` the way since the last refresh; > 0.
-            ``None`` leaves the term out.
+        eta: strength of the proximal term of RSO, ``||B||² / (2 eta)``, where ``B`` is the way since the last refresh.
+            It is > 0; ``None`` leaves the term out.
         proximal: whether the term is ``"coupled"`` into the gradient, or ``"decoupled"``; see ``step/proximal.py``.
         state_dtype: ``"float32"``, or ``"int8"`` for moments in 8 bits (needs bitsandbytes).
         min_8bit_size: number of entries from which on a moment is kept in 8 bits, >= 1; vectors never are.
-        bf16_stochastic_round: round updates of bf16 weights at random and right on average, where rounding to nearest
-            would drop small ones.
+        bf16_stochastic_round: whether updates of bf16 weights are rounded at random, so that they are right on average.
+            Rounding to nearest would drop small ones.
     """
 
     lr: float | Tensor = _setting(1e-2, _is_rate, f"a number >= 0, as a float if beyond {LARGEST:g}")
@@ -96,7 +96,7 @@ class StepSettings:
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> "StepSettings":
-        """Read the settings of a parameter group, which may hold other keys too; raises if one is out of range."""
+        """Read the settings of a parameter group, which may hold other keys too. Raises if one is out of range."""
         return cls(**{name: group[name] for name in FIELDS if name in group})
 
 
@@ -116,18 +116,18 @@ class StepOptions(TypedDict, total=False):
 
 
 class AllStepOptions(StepOptions, total=False):
-    """Those, and the settings for which a paper's recipe has a value of its own."""
+    """The settings of ``StepOptions``, and those for which a paper's recipe has a value of its own."""
 
     scale: float
     state_dtype: StateDtype
 
 
 def check_settings(group: Mapping[str, Any], called: Mapping[str, str] | None = None) -> None:
-    """Raise unless the settings of a group, those that are there, are in range.
+    """Raise unless the settings that a group has are in range.
 
     Args:
-        group: settings by name; other keys are left alone.
-        called: names for the message, where an argument is called otherwise.
+        group: settings by name; other keys do not matter.
+        called: the names for the message of settings that the caller knows by another name.
     """
     for name, own in FIELDS.items():
         if name in group and not own.metadata["allowed"](group[name]):

@@ -1,6 +1,4 @@
-"""The step on an ordinary weight, which has a gradient of its own: refresh if due, project, step inside, combine,
-apply.
-"""
+"""The step on a weight that has a gradient of its own: refresh if one is due, project, step inside, combine, apply."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,7 +30,7 @@ def step_(method: Method, work: Work, held: Held, inside: Inside, changes: refre
 
     Args:
         held: the weight and its state, opened; they are changed in place.
-        changes: of the bases that have been chosen already.
+        changes: the changes of the bases that have been chosen already.
     """
     if work.slot.layout.side is None:
         G = work.slot.layout.enter(work.grad)
@@ -44,8 +42,9 @@ def step_(method: Method, work: Work, held: Held, inside: Inside, changes: refre
 
 
 def _projected_(method: Method, work: Work, held: Held, inside: Inside, changes: refresh.Changes) -> None:
-    """Step inside a subspace: ``R = G Q``, ``U = rule(R)``, ``D = scale * U Qᵀ + residual(G, R, U)``,
-    ``W <- W - lr * D``.
+    """Step inside a subspace.
+
+    The equations are ``R = G Q``, ``U = rule(R)``, ``D = scale * U Qᵀ + residual(G, R, U)``, ``W <- W - lr * D``.
     """
     (p, state, moments, rows), slot = held, work.slot
     group, layout, selector, proximal = slot.group, slot.layout, method.selector, Proximal.of(slot.group)
@@ -76,7 +75,7 @@ def _projected_(method: Method, work: Work, held: Held, inside: Inside, changes:
 
 
 def _apply_(work: Work, p: Tensor, D: Tensor, factor: Tensor) -> None:
-    """Compute ``W <- (1 - lr * wd) W - lr * factor * D``, with ``D`` as an oriented matrix, which is overwritten."""
+    """Compute ``W <- (1 - lr * wd) W - lr * factor * D``, where ``D`` is an oriented matrix, which is overwritten."""
     group = work.slot.group
     D = work.slot.layout.leave(D, p.shape).mul_(group["lr"] * factor)
     if (generator := rounding_generator(work, p)) is not None:
@@ -94,8 +93,10 @@ def rounding_generator(work: Work, weight: Tensor) -> torch.Generator | None:
 
 
 def _lifts_in_place(p: Tensor, layout: Layout, group: Mapping[str, Any], phi: Tensor | None) -> bool:
-    """Tell whether ``A Qᵀ + phi G`` may be subtracted from the weight itself, without a tensor of its size: the weight
-    is seen as matrices without a copy, and is as precise as what is added to it, or rounded to nearest once.
+    """Tell whether ``A Qᵀ + phi G`` may be subtracted from the weight itself, without a tensor of its size.
+
+    For that the weight must be seen as matrices without a copy. It must also be as precise as what is subtracted, or be
+    rounded to nearest once.
     """
     if (p.dtype == torch.bfloat16 and group["bf16_stochastic_round"]) or (phi is not None and phi.dtype != p.dtype):
         return False

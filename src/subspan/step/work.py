@@ -1,4 +1,4 @@
-"""What a step is done on: where a parameter stands (``Slot``), what is due (``Work``), and what is open (``Held``)."""
+"""What a step knows of a parameter: where it is kept (``Slot``), what is to do (``Work``), what is open (``Held``)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -44,18 +44,18 @@ class Work(NamedTuple):
 
 
 class Held(NamedTuple):
-    """One parameter, opened for one step and stored once: what this rank has of it."""
+    """What this rank has of one parameter, opened for one step and stored once."""
 
     p: Tensor
     """The local rows of the weight."""
     state: State
-    """The local rows of the state; the same memory."""
+    """The local rows of the state, in the memory of the state."""
     moments: State
     """The state with its moments in full precision: the state itself, or copies where it keeps 8 bits."""
     rows: Rows
 
     def store_(self, rule: Rule) -> None:
-        """Put moments that were opened from 8 bits back."""
+        """Store moments that were opened from 8 bits in 8 bits again."""
         if self.moments is not self.state:
             eight_bit.store_(self.state, self.moments, rule.moments)
 
@@ -70,7 +70,7 @@ def open_(p: Tensor, rule: Rule, state: State, group: Mapping[str, Any], dimensi
 
 
 def local_layout(p: Tensor, group: Mapping[str, Any], local: Tensor | None = None) -> Layout:
-    """Return how the local rows of ``p`` are seen. If they are some of all, the columns are compressed."""
+    """Return how the local rows of ``p`` are seen. If they are not all rows, the columns are compressed."""
     layout = layout_of(p.shape, group["rank"], group["proj_type"], group["flatten"])
     if not distributed.is_sharded(p) or p.ndim == 0:
         return layout
@@ -78,7 +78,7 @@ def local_layout(p: Tensor, group: Mapping[str, Any], local: Tensor | None = Non
 
 
 def slots(groups: Sequence[dict[str, Any]]) -> Iterator[Slot]:
-    """Every parameter of the groups, in order."""
+    """Yield where each parameter of the groups is kept, in order."""
     order = 0
     for number, group in enumerate(groups):
         for name, p in zip(names_of(number, group), group["params"], strict=True):
@@ -88,7 +88,7 @@ def slots(groups: Sequence[dict[str, Any]]) -> Iterator[Slot]:
 
 
 def names_of(number: int, group: Mapping[str, Any]) -> list[str]:
-    """Return names for messages and keyed draws; positions where the parameters came without names.
+    """Return the names of a group's parameters for messages and keyed draws, or positions where there are no names.
 
     A wrapper around the model or a part of it (DistributedDataParallel, torch.compile, activation checkpointing)
     changes no name.
