@@ -38,7 +38,12 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("name", recipes.list_optimizers())
+NAMES = list(recipes.list_optimizers())
+FAST = {name for name in NAMES if name.endswith("_adamw") or name.startswith("sara_")} | {"adamw", "adafactor", "sgd"}
+"""Every method once, and every rule once; ``tests/unchanged`` trains all names, and the contract all pairs of parts."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in NAMES])
 def test_every_method_learns(name: str, small: Make, tmp_path: Path) -> None:
     """The loss falls well below that of an untrained model, and the summary agrees with what was written."""
     period = 20 if name.startswith("flora") else 5  # each rotation into a Gaussian basis amplifies the momentum
