@@ -1,6 +1,6 @@
 """``SubspaceOptimizer``: every method of this library is this optimizer with other parts.
 
-It calls the parts of a step in this order, and has no formula and no method of its own:
+It calls the parts of a step in this order, holds no formulas and names no method:
 
     oriented gradient   G (m, n)          the side to compress is last; orient once, on entry, undo once, on exit
     if a refresh is due Q (n, r)          Selector chooses or moves the basis; Transfer carries the moments over
@@ -73,7 +73,8 @@ class SubspaceOptimizer(Restorable):
         seed: seed of every random choice. A choice depends only on the seed, the parameter's name and the step.
         targets: with a module or named parameters: ``"all-linear"``, a list of substrings, or a regular expression.
         exclude: regular expressions of names that stay full rank.
-        settings: the settings of ``step.settings.StepSettings`` by name, such as ``update_proj_gap=200``.
+
+    The other keywords are the settings of ``step.settings.StepSettings``, such as ``update_proj_gap=200``.
 
     Attributes:
         method: the parts, the transfer, the seed and the staggering: a frozen ``step.method.Method``.

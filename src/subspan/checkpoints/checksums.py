@@ -54,7 +54,7 @@ def damage(folder: Path) -> str | None:
             return f"{name} cannot be read ({error})"
     for name, (_, digest) in files.items():
         try:
-            if _digest(folder / name) != digest:
+            if digest_of(folder / name) != digest:
                 return f"{name} is not as it was written (its checksum differs)"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
@@ -62,11 +62,12 @@ def damage(folder: Path) -> str | None:
 
 
 def _entry(path: Path) -> dict[str, int | str]:
-    return {"bytes": path.stat().st_size, "digest": _digest(path)}
+    return {"bytes": path.stat().st_size, "digest": digest_of(path)}
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+def digest_of(path: Path, size: int = 16) -> str:
+    """Return the hash of a file, of ``size`` bytes, read a piece at a time."""
+    digest = hashlib.blake2b(digest_size=size)
     with open(path, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from subspan.checkpoints.checksums import digest_of
 from subspan.checkpoints.collective import world
 from subspan.checkpoints.directory import INDEX
 from subspan.utils.atomic_files import disk_errors_explained, sync, write_text
@@ -38,6 +39,9 @@ _ANOTHER = "nothing was changed; build what the checkpoint was saved from, or gi
 
 Table = dict[str, tuple[str, tuple[int, ...]]]
 """Dtype and whole shape of each tensor, by name."""
+
+
+_DIGEST = 32  # bytes of a hash in an index; those in checksums.json have half as many
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def write_shards(paths: Mapping[str, Path], copies: Mapping[str, HostCopy]) -> W
             # One entry: safetensors writes several in any order, and equal states should be equal files.
             save_file(copy.tensors, path, metadata={"offsets": json.dumps(copy.offsets)})
             sync(path)
-            files[path.name] = {"bytes": path.stat().st_size, "blake2b": digest_of(path)}
+            files[path.name] = {"bytes": path.stat().st_size, "blake2b": digest_of(path, _DIGEST)}
     elements = {kind: sum(tensor.numel() for tensor in copy.tensors.values()) for kind, copy in copies.items()}
     return Written(files, elements, hashlib.blake2b(json.dumps(tables).encode()).hexdigest())
 
@@ -159,17 +163,8 @@ def write_index(folder: Path, tables: Mapping[str, Table], written: list[Written
 
 def _render(content: Mapping[str, Any]) -> str:
     """Return the one text that an index of this content has, with its own hash."""
-    digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=32).hexdigest()
+    digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=_DIGEST).hexdigest()
     return json.dumps({**content, "blake2b": digest}, indent=1) + "\n"
-
-
-def digest_of(path: Path) -> str:
-    """Return the hash of a file."""
-    digest = hashlib.blake2b(digest_size=32)
-    with open(path, "rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -253,7 +248,7 @@ class Shards:
                 raise self.refuse(name, f"has {size:,} bytes, was written with {entry['bytes']:,}")
         for name in [name for name in self.files if name.startswith(kind)][share::shares]:
             try:
-                same = digest_of(self.folder / name) == self.files[name]["blake2b"]
+                same = digest_of(self.folder / name, _DIGEST) == self.files[name]["blake2b"]
             except OSError as error:
                 raise self.refuse(name, f"cannot be read ({error.strerror})") from error
             if not same:
