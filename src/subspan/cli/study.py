@@ -5,7 +5,7 @@ from typing import Any
 
 from subspan.cli.parser import Namespace, Parser, path_of
 
-_METRICS = ["val_loss", "val_ppl", "accuracy", "f1", "matthews", "pearson", "spearman"]
+_METRICS = ["test_loss", "val_loss", "val_ppl", "accuracy", "f1", "matthews", "pearson", "spearman"]
 _ABOUT = {"run": "Run the missing runs of a study.", "table": "Compare the rows of a study over its seeds."}
 _EXAMPLES = {
     "run": "subspan study run studies/table1_nano.yaml --jobs 2",
@@ -30,8 +30,13 @@ def add_to(commands: Any, name: str, about: str) -> None:
             parser.add_argument(
                 "--runs", type=str, default="runs/studies", help="Directory for the directories of the runs."
             )
+            parser.add_argument("--rows", type=str, help="Names of the rows to run, with commas; the default is all.")
         else:
-            parser.add_argument("--metric", choices=_METRICS, default="val_loss", help="Score to compare.")
+            parser.add_argument(
+                "--metric",
+                choices=_METRICS,
+                help="Score to compare. The default is test_loss, or val_loss where there is no test text.",
+            )
             form = parser.add_mutually_exclusive_group()
             form.add_argument("--json", action="store_true", help="Print JSON.")
             form.add_argument("--latex", action="store_true", help="Print a LaTeX table.")
@@ -39,7 +44,7 @@ def add_to(commands: Any, name: str, about: str) -> None:
 
 
 def run(settings: Namespace) -> int:
-    from subspan.study.study_file import load_study
+    from subspan.study.study_file import load_study, with_rows
 
     what = settings.what
     chosen = settings[what]
@@ -49,6 +54,8 @@ def run(settings: Namespace) -> int:
     if what == "run":
         from subspan.study.runner import Runner
 
+        if chosen.rows is not None:
+            study = with_rows(study, [name.strip() for name in chosen.rows.split(",")])
         return Runner(study, path_of("runs", chosen.runs), chosen.jobs).run()
     from subspan.study.table import as_json, as_latex, as_text, compare
 

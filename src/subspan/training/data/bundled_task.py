@@ -1,7 +1,7 @@
 """The bundled task: tell whether Austen, Milton or Shakespeare wrote a passage of 24 words of the embedded corpus.
 
-Documents, not passages, are split into training and validation; the test documents are left out. There are as many passages of each author, so a guess
-is right one time in three.
+Documents, not passages, are split into training and validation; the test documents are left out. There are as many
+passages of each author, so a guess is right one time in three.
 """
 
 import json

@@ -86,9 +86,9 @@ def find_documents(data: str, validation_data: str | None = None, test_data: str
         InputError: no such file, or none of a kind that can be read.
     """
     return Documents(
-        _files(data, "data"),
-        _files(validation_data, "validation_data") if validation_data else (),
-        _files(test_data, "test_data") if test_data else (),
+        find_files(data, "data"),
+        find_files(validation_data, "validation_data") if validation_data else (),
+        find_files(test_data, "test_data") if test_data else (),
     )
 
 
@@ -96,7 +96,8 @@ def _hashes(files: tuple[Path, ...]) -> Iterator[bytes]:
     return (text_hash(text) for text, _ in _read(files))
 
 
-def _files(pattern: str, argument: str) -> tuple[Path, ...]:
+def find_files(pattern: str, argument: str) -> tuple[Path, ...]:
+    """Find the files of documents that the setting ``argument`` names; see ``find_documents``."""
     if pattern == "embedded":
         return (CORPUS,)
     if not pattern.strip():  # the path of nothing is the working directory
