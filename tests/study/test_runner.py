@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from study.faulty_worker import fail
-from support.studies import SMALL, make, record, write
+from support.studies import SMALL, cell_of, make, record, write
 from support.waiting import Gate, started
 
 from subspan.cli import main
@@ -48,7 +48,7 @@ def run(path: Path, *more: str) -> subprocess.CompletedProcess[str]:
 def folder_of(study: Study, row: str, seed: int) -> Path:
     """Return the directory of the run that has the row's own learning rate."""
     (found,) = [found for found in study.rows if found.name == row]
-    cell = found.cell(found.lr, seed)
+    cell = cell_of(found, found.lr, seed)
     return study.results.parents[1] / f"runs/studies/small/{row}/lr-{found.lr:.4g}-seed-{seed}-{cell.key[:8]}"
 
 
@@ -98,12 +98,12 @@ def test_what_another_study_has_is_written_down_as_soon_as_it_is_asked_for(tmp_p
     """Only when the sweep has chosen a learning rate is it known which cell of a row another study has."""
     changes: dict[str, Any] = {
         "seeds": [0],
-        "sweep": {"seed": 9, "factors": [1, 2]},
+        "sweep": {"seeds": [9], "stages": [{"lr": [1, 2]}]},
         "rows": {"full": {"optimizer": "adamw"}},
     }
     path, study = write(tmp_path, **changes), make(tmp_path, **changes)
     (row,) = study.rows
-    others = [row.cell(row.lr * factor, 0) for factor in (1, 2)]
+    others = [cell_of(row, row.lr * factor, 0) for factor in (1, 2)]
     append_records(study.results.with_name("other.jsonl"), [record(cell, 1.5) for cell in others])
     result = run(path)
     assert result.returncode == 0, result.stderr
@@ -201,7 +201,7 @@ def test_a_fault_of_the_program_is_not_the_users(
     assert ("Traceback" in log.read_text()) == (status == 70)
     study = make(tmp_path, seeds=[0])
     runner = Runner(study, tmp_path / "runs", jobs=1)
-    cell = study.rows[0].cell(study.rows[0].lr, 0)
+    cell = cell_of(study.rows[0], study.rows[0].lr, 0)
     runner._collect(_Running(cell, ended, tmp_path))
     assert runner.failed == ({cell.key: f"{told} {log}"} if told else {})
 

@@ -72,8 +72,9 @@ def _with_effect(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> di
     for name, value in settings.items():
         default = defaults.get(name)
         if isinstance(value, dict) and isinstance(default, dict):
-            found[name] = _with_effect(value, default)
-        elif value or value != default:
+            value = _with_effect(value, default)
+            default = {}
+        if value or value != default:
             found[name] = value
     return found
 
@@ -112,6 +113,21 @@ def content_of(name: str, value: str, hashes: Mapping[str, str]) -> Any:
                 "table"
             ) from error
     return value
+
+
+def check_hashes(config: PretrainConfig | FinetuneConfig, hashes: Mapping[str, str]) -> None:
+    """Raise unless the contents that a run would read are those that the study file commits to.
+
+    Raises:
+        InputError: the hash of a content is another one.
+    """
+    for name in _CONTENTS:
+        value: str | None = getattr(config, name, None)
+        if value is not None and value in hashes and (found := content_of(name, value, {})) != hashes[value]:
+            raise InputError(
+                f"hashes: {name}={value!r} has the hash {found}, and the study file commits to {hashes[value]}; put the "
+                "content back, or write the new hash, which makes new runs of all that read it"
+            )
 
 
 def hash_of(files: list[tuple[str, Path]]) -> str:

@@ -15,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from subspan.study.meaning import check_hashes
 from subspan.study.missing_runs import cells_of, total
 from subspan.study.progress import StudyProgress
 from subspan.study.records import Record, append_records, is_of_committed_code, read_all, read_records
@@ -59,11 +60,14 @@ class Runner:
 
     Raises:
         SettingError: ``jobs`` is no number of processes.
+        InputError: a content that a run would read is not there, or not the one that the study file commits to.
     """
 
     def __init__(self, study: Study, runs: Path, jobs: int) -> None:
         if jobs < 1:
             raise SettingError(f"jobs={jobs}: expected a whole number >= 1")
+        for row in study.rows:
+            check_hashes(row.config, row.hashes)
         self.study, self.runs, self.jobs = study, runs / study.name, jobs
         found = read_all(study.results.parent, study.results)
         self.records = {key: record for key, record in found.items() if is_of_committed_code(record)}

@@ -19,7 +19,7 @@ grows by the ratio of its last two, at most ``extend`` times. The winner stays f
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from subspan.study.yaml_lines import Document
 from subspan.training.config.settings import FinetuneConfig, PretrainConfig
@@ -150,7 +150,7 @@ def _names(settings: Any, before: str = "") -> Iterator[str]:
             yield before + field.name
 
 
-def are_seeds(given: Any) -> bool:
+def are_seeds(given: Any) -> TypeGuard[list[int]]:
     """Whether ``given`` is a list of different whole numbers >= 0."""
     is_list = isinstance(given, list) and len(given) > 0
     return is_list and all(type(seed) is int and seed >= 0 for seed in given) and len(set(given)) == len(given)

@@ -184,8 +184,8 @@ def _tokens(runs: _Runs, reference: _Runs) -> dict[str, Any]:
     reached = {}
     for seed, record in runs.finished.items():
         target = reference.finished.get(seed)
-        if target is not None and (step := step_at(record.get("curve", []), target["val_loss"])) is not None:
-            reached[seed] = step * record["tokens"] / record["steps"]
+        if target is not None and (tokens := tokens_at(curve_of(record), target["val_loss"])) is not None:
+            reached[seed] = tokens
     pairs = len(runs.finished.keys() & reference.finished.keys())
     return {
         "tokens_to_reference": stdlib.mean(reached.values()) if reached else None,
@@ -197,12 +197,17 @@ def _tokens(runs: _Runs, reference: _Runs) -> dict[str, Any]:
     }
 
 
-def step_at(curve: Sequence[Sequence[float]], loss: float) -> float | None:
-    """Return the step at which a curve of steps and losses is at ``loss`` or below for the first time, if it ever is.
+def curve_of(record: Record) -> list[tuple[float, float]]:
+    """Return the validation loss of a run over the tokens it has read."""
+    return [(record["tokens"] * step / record["steps"], loss) for step, loss in record.get("curve", [])]
+
+
+def tokens_at(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
+    """Return the tokens after which a curve is at ``loss`` or below for the first time, if it ever is.
 
     Between two points the curve is a straight line.
     """
-    before: Sequence[float] | None = None
+    before: tuple[float, float] | None = None
     for point in curve:
         if point[1] <= loss + 5e-6:  # a curve is kept to five digits
             if before is None or before[1] <= point[1]:

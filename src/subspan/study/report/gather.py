@@ -16,7 +16,7 @@ from subspan.checkpoints.directory import list_checkpoints
 from subspan.study.inspect import NothingToSeeError, inspect
 from subspan.study.records import read_records
 from subspan.study.study_file import load_study
-from subspan.study.table import Table, compare, runs_of
+from subspan.study.table import Table, compare, curve_of, runs_of
 from subspan.training.monitor.metrics import read_metrics
 from subspan.utils.errors import InputError
 
@@ -31,7 +31,7 @@ class StudyPart:
 
     table: Table
     curves: dict[str, list[Curve]]
-    """Validation loss over steps: by row, one curve for each seed."""
+    """Validation loss over tokens: by row, one curve for each seed."""
     command: str
     versions: list[str]
 
@@ -110,7 +110,7 @@ def _study(path: Path) -> StudyPart:
         runs = runs_of(study, row, records)
         # A run that diverged takes part in no mean of the table either.
         if runs.finished:
-            curves[row.name] = [[(step, loss) for step, loss in r.get("curve", [])] for r in runs.finished.values()]
+            curves[row.name] = [curve_of(record) for record in runs.finished.values()]
         versions |= {_versions(record) for record in runs.by_seed.values()}
     shown = f"{path.parent.name}/{path.name}"
     return StudyPart(
