@@ -32,8 +32,8 @@ class Choice:
     """The runs that choose them, as far as they are known."""
     at_edge: tuple[str, ...] = ()
     """Settings whose best value is the first or the last of three or more, so that a better one may lie beyond."""
-    cost: float = 0.0
-    """What the choice may have cost, in the validation loss."""
+    cost: float | None = None
+    """What the choice may have cost, in the validation loss; ``None`` where one seed chose, which cannot tell."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def choose(study: Study, row: Row, records: Mapping[str, Record]) -> Choice:
         config, cost = race.config, cost + race.cost
         if race.at_edge:
             edges.append(stage.setting)
-    return Choice(config, tuple(cells.values()), tuple(edges), cost)
+    known = study.sweep is not None and len(study.sweep.seeds) > 1
+    return Choice(config, tuple(cells.values()), tuple(edges), cost if row.stages and known else None)
 
 
 def _race(

@@ -126,7 +126,7 @@ def _row(
         "as_published": row.is_as_published,
         **_settings(row, choice),
         "sweep_runs": len(choice.cells),
-        "choice_cost": choice.cost if choice.config and choice.cells else None,
+        "choice_cost": choice.cost,
         "n": len(own),
         "missing": len(study.seeds) - len(records),
         "diverged": sum(record["status"] == "diverged" for record in records),
