@@ -118,6 +118,20 @@ def test_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert as_latex(compare(study)) == latex.rstrip("\n")
 
 
+def test_some_rows_and_the_short_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    filled(tmp_path, dict(LOSSES))
+    path = str(tmp_path / "studies" / "small.yaml")
+    assert main(["study", "table", path, "--rows", "full, galore", "--short"]) == 0
+    _, names, *rows = capsys.readouterr().out.splitlines()
+    assert names.split("  ")[0] == "name"
+    assert "versus" not in names
+    assert [row.split()[0] for row in rows] == ["full", "galore"]
+    for rows_given, words in (("full,sara", "others are compared with 'galore'"), ("galor", "did you mean galore")):
+        with pytest.raises(SystemExit):
+            main(["study", "table", path, "--rows", rows_given])
+        assert words in capsys.readouterr().err
+
+
 def test_a_broken_record_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = filled(tmp_path, dict(LOSSES))
     with open(study.results, "a") as file:

@@ -25,12 +25,12 @@ def add_to(commands: Any, name: str, about: str) -> None:
             type=str,
             help="File of results. The default is results/NAME.jsonl beside the folder of the study.",
         )
+        parser.add_argument("--rows", type=str, help="Names of the rows, with commas. The default is all.")
         if what == "run":
             parser.add_argument("--jobs", type=int, default=2, help="Number of runs at a time, with one thread each.")
             parser.add_argument(
                 "--runs", type=str, default="runs/studies", help="Directory for the directories of the runs."
             )
-            parser.add_argument("--rows", type=str, help="Names of the rows to run, with commas; the default is all.")
         else:
             parser.add_argument(
                 "--metric",
@@ -39,6 +39,7 @@ def add_to(commands: Any, name: str, about: str) -> None:
             )
             form = parser.add_mutually_exclusive_group()
             form.add_argument("--json", action="store_true", help="Print JSON.")
+            form.add_argument("--short", action="store_true", help="Print the columns that answer the question.")
             form.add_argument("--latex", action="store_true", help="Print a LaTeX table.")
         kinds.add_subcommand(what, parser, help=does[0].lower() + does[1:-1])
 
@@ -51,14 +52,14 @@ def run(settings: Namespace) -> int:
     study = load_study(path_of("file", chosen.file))
     if chosen.results is not None:
         study = replace(study, results=path_of("results", chosen.results))
+    if chosen.rows is not None:
+        study = with_rows(study, [name.strip() for name in chosen.rows.split(",")])
     if what == "run":
         from subspan.study.runner import Runner
 
-        if chosen.rows is not None:
-            study = with_rows(study, [name.strip() for name in chosen.rows.split(",")])
         return Runner(study, path_of("runs", chosen.runs), chosen.jobs).run()
     from subspan.study.table import as_json, as_latex, as_text, compare
 
     found = compare(study, chosen.metric)
-    print(as_json(found) if chosen.json else as_latex(found) if chosen.latex else as_text(found))
+    print(as_json(found) if chosen.json else as_latex(found) if chosen.latex else as_text(found, chosen.short))
     return 0

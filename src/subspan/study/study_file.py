@@ -166,15 +166,18 @@ def with_rows(study: Study, names: list[str]) -> Study:
     """Return the study with only the rows of these names; those of a grid have one name in front of the bracket.
 
     Raises:
-        InputError: there is no row of a name.
+        InputError: there is no row of a name; or the reference, or a row that another is tested against, is left out.
     """
     known = [row.name for row in study.rows]
     for name in names:
         if name not in known and name not in [row.partition("[")[0] for row in known]:
             raise InputError(f"rows={name!r}: no row of {study.name}; {near_names(name, known)}")
-    return replace(
-        study, rows=tuple(row for row in study.rows if row.name in names or row.name.partition("[")[0] in names)
-    )
+    kept = tuple(row for row in study.rows if row.name in names or row.name.partition("[")[0] in names)
+    left = {row.name for row in kept}
+    for needed in (study.reference, *(row.versus for row in kept if row.versus)):
+        if needed not in left:
+            raise InputError(f"rows={','.join(names)!r}: others are compared with {needed!r}; add it")
+    return replace(study, rows=kept)
 
 
 def _rows(

@@ -264,6 +264,7 @@ _COLUMNS = (
     "tokens",
     "state",
 )
+_SHORT = ("name", "matrices", "rest", "mean (std)", "gap", "difference [95 %]", "p Holm", "state")
 _OF_FINETUNING = "saved"
 """The column of bytes saved for the backward pass."""
 
@@ -317,10 +318,14 @@ def _lines(table: Table) -> list[list[str]]:
     return lines
 
 
-def as_text(table: Table) -> str:
-    """Return the table as text for a terminal."""
+def as_text(table: Table, short: bool = False) -> str:
+    """Return the table as text for a terminal; a ``short`` one has only the columns that answer the question."""
     head = f"{table['study']}: {table['metric']}, gaps to {table['reference']}"
-    return "\n".join([head, aligned(_lines(table), numbers=False), *notes(table)])
+    lines = _lines(table)
+    if short:
+        kept = [place for place, column in enumerate(lines[0]) if column in _SHORT]
+        lines = [[line[place] for place in kept] for line in lines]
+    return "\n".join([head, aligned(lines, numbers=False), *notes(table)])
 
 
 def notes(table: Table) -> list[str]:
