@@ -1,14 +1,17 @@
 """Documents: every one in exactly one half, whatever the order of files."""
 
 import gzip
+import hashlib
 import json
 import lzma
 import random
+import re
 from pathlib import Path
 
 import pytest
 
-from subspan.training.data.documents import Documents, find_documents
+from subspan.training.data.documents import Documents, find_documents, text_hash
+from subspan.training.data.embedded import CORPUS
 from subspan.utils.errors import InputError
 
 
@@ -147,6 +150,16 @@ def test_the_test_part_of_the_embedded_corpus() -> None:
         part: {p for text in texts for p in text.split("\n\n") if len(p) > 200} for part, texts in found.items()
     }
     assert not paragraphs["test"] & (paragraphs["train"] | paragraphs["validation"])
+
+
+def test_the_split_is_the_one_that_is_committed_by_its_hashes() -> None:
+    readme = (CORPUS.parent / "README.md").read_text()
+    committed = {row[0]: (int(row[1]), row[2]) for row in re.findall(r"\| (\w+) \| (\d+) \| `(\w{32})` \|", readme)}
+    found = halves(find_documents("embedded"))
+    for part, texts in found.items():
+        whole = hashlib.blake2b(b"".join(sorted(map(text_hash, texts))), digest_size=16)
+        assert committed.pop(part) == (len(texts), whole.hexdigest())
+    assert not committed
 
 
 def test_test_documents_are_in_no_other_part(tmp_path: Path) -> None:
