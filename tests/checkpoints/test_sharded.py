@@ -145,8 +145,6 @@ def pretrain(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, *, 
 
 @pytest.mark.parametrize("name", OURS)
 def test_our_optimizers_go_on_as_unbroken(tmp_path: Path, name: str) -> None:
-    if name.endswith("8bit"):
-        pytest.importorskip("bitsandbytes")
     model = llama()
     optimizer = ours(name, model)
     pretrain(model, optimizer, BEFORE, first=0)
@@ -183,7 +181,6 @@ def test_backward_side_layers_go_on_as_unbroken(tmp_path: Path) -> None:
 
 def test_names_in_the_files(tmp_path: Path) -> None:
     """Names are parameter names, by which other programs and later versions read."""
-    pytest.importorskip("bitsandbytes")
     model = llama()
     optimizer = ours("sara_adamw_8bit", model)
     pretrain(model, optimizer, 1, first=0)
