@@ -77,6 +77,17 @@ def test_those_that_are_near_run_on_every_seed_and_the_lowest_mean_wins(tmp_path
     assert choice.cost == pytest.approx(error * norm.pdf(mean / error) - mean * norm.cdf(-mean / error), rel=1e-9)
 
 
+def test_a_winner_at_the_end_grows_the_range_though_the_first_seed_would_not(tmp_path: Path) -> None:
+    """The first seed has its best inside the range, and the mean over all seeds has it at the end."""
+    losses = {1.0: [2.10], 2.0: [2.00, 2.30, 2.20], 4.0: [2.02, 2.01, 2.00], 8.0: [2.09]}
+    study = study_of(tmp_path, {"lr": [1, 2, 4], "extend": 2}, seeds=(7, 8, 9), within=0.05)
+    own = study.rows[0].lr
+    choice, order = played(study, lambda cell: losses[round(cell.config.lr / own, 6)][cell.config.seed - 7])  # type: ignore[operator]  # lr is a number
+    assert choice.config is not None
+    assert (choice.config.lr, choice.at_edge) == (4 * own, ())
+    assert [(round(cell.config.lr / own), cell.config.seed) for cell in order][-1] == (8, 7)  # type: ignore[operator]
+
+
 def test_a_stage_starts_from_the_winners_of_those_before(tmp_path: Path) -> None:
     """``optim.lr_full`` is a factor of the learning rate that was chosen, and the value of an own setting is itself."""
     stages: list[dict[str, Any]] = [

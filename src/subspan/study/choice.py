@@ -75,23 +75,28 @@ def _race(
     seeds, values = study.sweep.seeds, list(stage.values)
     for left in reversed(range(stage.extend + 1)):
         candidates = [stage.apply(config, value) for value in values]
-        cells = tuple(row.cell(candidate, seeds[0]) for candidate in candidates)
+        cells = [row.cell(candidate, seeds[0]) for candidate in candidates]
         if any(cell.key not in records for cell in cells):
-            return _Race(None, cells)
+            return _Race(None, tuple(cells))
         losses = [_loss(records[cell.key]) for cell in cells]
-        best = losses.index(min(losses))
-        if best not in (0, len(values) - 1) or not left:
+        winner, cost = losses.index(min(losses)), 0.0
+        if not left or not _is_at_end(winner, values):  # else the range grows first
+            near = [i for i, loss in enumerate(losses) if loss <= losses[winner] + study.sweep.within]
+            rows = {i: [row.cell(candidates[i], seed) for seed in seeds] for i in near}
+            cells += [cell for i in near for cell in rows[i][1:]]
+            if any(cell.key not in records for cell in cells):
+                return _Race(None, tuple(cells))
+            found = {i: [_loss(records[cell.key]) for cell in rows[i]] for i in near}
+            winner = min(near, key=lambda i: fmean(found[i]))
+            cost = max((_cost(found[winner], found[i]) for i in near if i != winner), default=0.0)
+        if not left or not _is_at_end(winner, values):
             break
-        values = [values[0] ** 2 / values[1], *values] if best == 0 else [*values, values[-1] ** 2 / values[-2]]
-    near = [i for i, loss in enumerate(losses) if loss <= losses[best] + study.sweep.within]
-    rows = {i: [row.cell(candidates[i], seed) for seed in seeds] for i in near}
-    cells = tuple({cell.key: cell for cell in (*cells, *(cell for own in rows.values() for cell in own))}.values())
-    if any(cell.key not in records for cell in cells):
-        return _Race(None, cells)
-    found = {i: [_loss(records[cell.key]) for cell in own] for i, own in rows.items()}
-    winner = min(near, key=lambda i: fmean(found[i]))
-    cost = max((_cost(found[winner], found[i]) for i in near if i != winner), default=0.0)
-    return _Race(candidates[winner], cells, len(values) > 2 and winner in (0, len(values) - 1), cost)
+        values = [values[0] ** 2 / values[1], *values] if winner == 0 else [*values, values[-1] ** 2 / values[-2]]
+    return _Race(candidates[winner], tuple(cells), len(values) > 2 and _is_at_end(winner, values), cost)
+
+
+def _is_at_end(place: int, values: Sequence[object]) -> bool:
+    return place in (0, len(values) - 1)
 
 
 def _loss(record: Record) -> float:
