@@ -49,8 +49,11 @@ def test_the_key_is_of_what_is_computed(tmp_path: Path) -> None:
     free = {"threads": 2, "checkpoint": CheckpointConfig(every=3), "log_every": 1, "out": "x", "update_proj_gap": 50}
     assert key(**free) == cell.key  # 50 is the preset's own
     assert cell.key == make(tmp_path, rows={"other": ROWS["galore"]}).rows[0].cell(0.01, 0).key
-    different = [{"seed": 1}, {"lr": 0.02}, {"steps": 5}, {"rank": 8}, {"evaluation": EvaluationConfig(tokens=32)}]
-    assert len({cell.key, *(key(**change) for change in different)}) == 6
+    different: list[dict[str, Any]] = [
+        {"seed": 1}, {"lr": 0.02}, {"steps": 5}, {"rank": 8}, {"rank": 0.5}, {"evaluation": EvaluationConfig(tokens=32)},
+        {"rank_pattern": {"mlp": 4, "up": 8}}, {"rank_pattern": {"up": 8, "mlp": 4}},  # the first that is found wins
+    ]  # fmt: skip
+    assert len({cell.key, *(key(**change) for change in different)}) == 9
 
 
 @pytest.mark.parametrize(
