@@ -35,7 +35,7 @@ def train(recipe, settings, mesh, backward, in_backward):
     watch = CommDebugMode if dist.get_rank() == 0 else Silent
     model = build()
     if backward is not None:
-        subspan.project_backward(model, rank=RANK, **backward)
+        subspan.project_backward(model, **{"rank": RANK, **backward})
     for block in model:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

@@ -40,7 +40,9 @@ def test_what_is_computed_differently_has_another_key() -> None:
         {"seed": 1}, {"lr": 0.02}, {"steps": 5}, {"rank": 8}, {"weight_decay": 0.1}, {"clip": None}, {"packing": False},
         {"optimizer": "galore_adamw"}, {"optim": OptimConfig(lr_full=0.02)}, {"optim": OptimConfig(stagger=False)},
         {"optim": OptimConfig(selector={"power": 2.0})}, {"evaluation": EvaluationConfig(tokens=32)},
-        {"tokenizer": "embedded"}, {"schedule": ScheduleConfig(warmup_steps=0)},
+        {"rank_pattern": {"q_proj": 8, "proj": 4}},
+        {"rank_pattern": {"proj": 4, "q_proj": 8}}, {"rank": 0.5}, {"tokenizer": "embedded"},
+        {"schedule": ScheduleConfig(warmup_steps=0)},
     ]  # fmt: skip
     assert len({key(BASE), *(key(replace(BASE, **changes)) for changes in different)}) == 1 + len(different)
 

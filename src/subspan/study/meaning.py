@@ -51,6 +51,8 @@ def meaning_of(config: PretrainConfig | FinetuneConfig, hashes: Mapping[str, str
     settings = asdict(resolved) | {name: getattr(config, name, None) for name in _AS_GIVEN}
     if "tokens" in settings["evaluation"]:  # in fine-tuning ``every`` decides which checkpoint is the best
         settings["evaluation"] = {"tokens": settings["evaluation"]["tokens"]}
+    if (pattern := settings["rank_pattern"]) is not None:
+        settings["rank_pattern"] = list(pattern.items())  # its order counts, and a key is made of sorted names
     if settings["optim"]["lr_full"] is None:
         settings["optim"]["lr_full"] = resolved.lr
     recipe = find(config.optimizer)
