@@ -8,8 +8,10 @@ import torch
 from fira.gradient_projection import GradientProjector
 from support.helpers import RANK, SHAPES, feed, gradients, oriented_side, parameter
 
-from subspan import SubspaceAdamW
+from subspan import SubspaceAdamW, SubspaceOptimizer
 from subspan.residuals import Fira
+from subspan.rules import MSGD
+from subspan.selectors import Dominant
 
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 modes = pytest.mark.parametrize("mode", ["orthogonal", "official"])
@@ -34,6 +36,11 @@ def test_scaled_is_unscaled_with_the_residual_times_scale():
     assert not torch.allclose(moved[0.25, True], moved[0.25, False], atol=1e-3)
 
 
+def rate(U, R, G):
+    """The rate of one row: the paper's quotient of norms, except where the row is outside or zero."""
+    return U.norm().item() / max(R.norm().item(), 1e-8 * G.norm().item()) if G.any() else 0.0
+
+
 class SlowFira:
     """Equations 5 to 8 and Algorithm 1 of the paper, row by row, for one weight whose columns are compressed."""
 
@@ -49,9 +56,9 @@ class SlowFira:
         c1, c2 = 1 - BETA1**self.t, 1 - BETA2**self.t
         N = self.M / (self.V.sqrt() + EPS * c2**0.5)
         S = G - self.a * R @ Q.T
-        T = torch.stack([N[i].norm() / (R[i].norm() + 1e-8) * S[i] for i in range(len(G))])
+        T = torch.stack([rate(N[i], R[i], G[i]) * S[i] for i in range(len(G))])
         if self.limiter is not None and self.previous is not None:
-            growth = T.norm().item() / (self.previous + 1e-8)
+            growth = T.norm().item() / self.previous
             if growth > self.limiter:
                 T, self.limited = T * self.limiter / growth, self.limited + 1
         self.previous = T.norm().item()
@@ -98,7 +105,7 @@ def test_a_small_residual_of_low_precision(dtype, share):
     G = (300 * (low + share * torch.randn(300, 64, generator=generator))).to(dtype)
     R = G.float() @ Q
     U = torch.randn(300, RANK, generator=generator)
-    phi = U.norm(dim=1) / (R.norm(dim=1) + 1e-8)
+    phi = U.norm(dim=1) / R.norm(dim=1)
     expected = (phi[:, None] * (G.double() - R.double() @ Q.double().T)).norm()
     state = Fira().init(G)
     Fira().combine(G, R, U.clone(), SCALE, lambda A: A @ Q.T, state)
@@ -115,10 +122,10 @@ def exact_basis(self, weights, rank, type):
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right"])
 def test_published_package(monkeypatch, shape, proj_type):
     """``official`` equals fira.FiraAdamW inside one refresh interval. Epsilon, which it places differently, is
-    negligible.
+    negligible, and so is its absolute guard against large gradients.
     """
     monkeypatch.setattr(GradientProjector, "get_orthogonal_matrix", exact_basis)
-    grads, a, b = uneven(shape), parameter(shape), parameter(shape)
+    grads, a, b = [1e6 * G for G in uneven(shape)], parameter(shape), parameter(shape)
     theirs = fira.FiraAdamW(
         [{"params": [b], "rank": RANK, "update_proj_gap": 1000, "alpha": SCALE, "proj_type": proj_type}],
         lr=LR, eps=1e-30, no_deprecation_warning=True,
@@ -158,7 +165,7 @@ def test_the_official_residual_leaks(shape):
         G, inside = G.T, inside.T
     R = G @ Q
     U = (1 - BETA1) * R / ((1 - BETA2) ** 0.5 * (R.abs() + EPS))
-    phi = U.norm(dim=1, keepdim=True) / (R.norm(dim=1, keepdim=True) + 1e-8)
+    phi = U.norm(dim=1, keepdim=True) / R.norm(dim=1, keepdim=True)
     factor = (1 - BETA2) ** 0.5 / (1 - BETA1)
     expected = -LR * factor * (SCALE * U + (1 - SCALE) * phi * R)
     torch.testing.assert_close(inside @ Q, expected, rtol=0, atol=1e-12)
@@ -193,6 +200,70 @@ def test_the_limiter_bounds_the_growth():
         torch.testing.assert_close(optimizer.state[p]["residual_norm"].item(), norms[-1], rtol=1e-9, atol=0)
     assert all(b <= 1.01 * a * (1 + 1e-6) for a, b in itertools.pairwise(norms))
     assert any(b > 1.009 * a for a, b in itertools.pairwise(norms))
+
+
+@modes
+@limiters
+@pytest.mark.parametrize("factor", [2.0**-40, 2.0**40])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_scale_of_the_gradients_does_not_matter(mode, limiter, factor, dtype):
+    """Gradients a trillion times as small or as large move the weight as far, as with Adam without epsilon. A power of
+    two changes no digit of them.
+    """
+    grads = [G.to(dtype) for G in uneven(SHAPES["tall"])[:12]]
+    moved = {}
+    for scale in (1.0, factor):
+        p = torch.nn.Parameter(torch.zeros(SHAPES["tall"], dtype=dtype))
+        optimizer = SubspaceAdamW(
+            [p], LR, RANK, selector="dominant", residual=Fira(mode, limiter), update_proj_gap=GAP, scale=SCALE, eps=0.0
+        )
+        moved[scale] = feed(optimizer, p, [scale * G for G in grads])
+    largest = moved[1.0].abs().max().item()
+    assert largest > LR
+    torch.testing.assert_close(moved[factor], moved[1.0], rtol=0, atol=8 * torch.finfo(dtype).eps * largest)
+
+
+@modes
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_are_outside_or_zero(mode, dtype):
+    """Each row is that of a slow version in fp64: an ordinary one, one without a gradient, one that is outside, one
+    that nearly is, and a tiny one. A second matrix of the stack has no gradient, and one of its rows no momentum.
+    """
+    a = 1.0 if mode == "orthogonal" else SCALE
+    generator = torch.Generator().manual_seed(0)
+    G, U = (torch.randn(2, 5, width, generator=generator) for width in (8, 2))
+    G[0, 1], G[0, 2, :2], G[1], U[1, 0] = 0, 0, 0, 0
+    G[0, 3, :2] *= 1e-12
+    G[0, 4] *= 1e-15
+    G = G.to(dtype)
+    U = U.to(torch.promote_types(dtype, torch.float32))
+    R, Q = G[..., :2].to(U), torch.eye(8, dtype=U.dtype)[:, :2]
+    residual = Fira(mode)
+    state = residual.init(G)
+    A, phi = residual.combine(G, R, U.clone(), SCALE, lambda A: A @ Q.T, state)
+    D = (A @ Q.T + phi * G).double()
+    for number in (0, 1):
+        G_, R_, U_ = (X[number].double() for X in (G, R, U))
+        S = G_ - a * R_ @ Q.T.double()
+        T = torch.stack([rate(U_[i], R_[i], G_[i]) * S[i] for i in range(5)])
+        torch.testing.assert_close(state["residual_norm"][number].double(), T.norm(), rtol=1e-5, atol=0)
+        expected = SCALE * U_ @ Q.T.double() + T
+        apart = (D[number] - expected).norm(dim=1)
+        assert (apart <= 1e-5 * expected.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("limiter", [None, 1.01])
+@pytest.mark.parametrize("spike", [1e15, 1e18])
+@pytest.mark.parametrize("row", [0.0, 1e-22, 1.0])
+def test_finite_after_a_spike(limiter, spike, row):
+    """The momentum of SGD is still as large as one gradient was, and the next gradients are of any size, or zero."""
+    p = torch.nn.Parameter(torch.zeros(16, 8))
+    optimizer = SubspaceOptimizer(
+        [p], 1e-12, 2, selector=Dominant(), rule=MSGD(0.1), residual=Fira(limiter=limiter), update_proj_gap=GAP
+    )
+    first, second, third = gradients((16, 8), 3, dtype=torch.float32)
+    second[3] *= row
+    assert feed(optimizer, p, [spike * first, second, third]).isfinite().all()
 
 
 @pytest.mark.parametrize(

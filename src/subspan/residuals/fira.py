@@ -1,10 +1,10 @@
 """Follow the gradient outside the subspace too, row by row, with the step size that Adam takes inside it.
 
     S     = G - a R Qᵀ                        a = 1 (orthogonal) or a = scale (official)
-    phi_i = ||U_i|| / (||R_i|| + 1e-8)        row i of the oriented matrices
+    phi_i = ||U_i|| / max(||R_i||, 1e-8 ||G_i||)      row i of the oriented matrices; 0 where G_i = 0
     T     = phi * S
-    T    <- T * gamma / max(||T|| / (||T_prev|| + 1e-8), gamma)      the norm-growth limiter; none at the first step
-    D     = scale * U Qᵀ + T                                         scale * T with ``scaled``
+    T    <- T * min(1, gamma ||T_prev|| / ||T||)      the norm-growth limiter; none at the first step
+    D     = scale * U Qᵀ + T                          scale * T with ``scaled``
 
 ``U`` is Adam's direction without bias correction, which the optimizer applies to all of ``D``. ``||T_prev||`` is the
 norm after limiting. Each matrix of a stack has its own.
@@ -16,10 +16,14 @@ Source: Fira (Chen et al. 2024, arXiv 2410.01623), norm-based scaling and the no
 
 Deviations from the paper:
 
-- None for ``mode="orthogonal"``.
-- ``mode="official"`` is what the authors' code computes. Its ``project_back`` carries the scale, so a share
-  ``1 - scale`` of the gradient *inside* the subspace stays in the residual. The authors presumably made their
-  tables with it.
+- The paper divides by ``||R_i||`` without a guard. The guard here is relative to the row, so ``D`` does not depend on
+  the scale of the gradients where ``U`` does not. It acts only on a row that lies outside the subspace but for
+  ``1e-8`` of its norm, and then ``||T_i|| <= 1e8 ||U_i||`` before the limiter. A row without a gradient stays out of
+  ``T``. The authors' code adds an absolute ``1e-8`` to ``||R_i||`` and to ``||T_prev||``. There the residual fades as
+  gradients come near to that size.
+- ``mode="official"`` is what the authors' code computes, except for these guards. Its ``project_back`` carries the
+  scale, so a share ``1 - scale`` of the gradient *inside* the subspace stays in the residual. The authors presumably
+  made their tables with it.
 - ``scaled=True`` is an addition. With it, the part of a row outside the subspace moves as far, in proportion to its
   gradient, as the part inside. Without it, the part outside moves ``1 / scale`` times as far.
 """
@@ -36,7 +40,7 @@ from subspan.storage.allocation import State, allocate
 from subspan.utils.checks import DIVISORS, is_divisor
 from subspan.utils.errors import SettingError
 
-_TINY = 1e-8  # guards both divisions; the value of the authors' code
+_TINY = 1e-8  # the value of the authors' code, which adds it to ||R_i||
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,15 @@ class Fira(Plain):
         rows: Rows = ALL_HERE,
     ) -> tuple[Tensor, Tensor | None]:
         a = 1.0 if self.mode == "orthogonal" else scale
-        inside = _row_norms(R, R.dtype)
-        phi = _row_norms(U, R.dtype) / (inside + _TINY)
+        inside, whole = _row_norms(R, R.dtype), _row_norms(G, R.dtype)
+        phi = _row_norms(U, R.dtype) / torch.maximum(inside, _TINY * whole)
+        # Momentum may be so much larger than the gradient that the quotient overflows, and inf times 0 is not a number.
+        phi = phi.clamp_max(torch.finfo(phi.dtype).max).masked_fill(whole == 0, 0)
         if self.limiter is not None:
-            # ||S_i||² by Pythagoras, so that no S is formed. The norms are in the precision of R: what cancels must not
+            # ||S_i|| by Pythagoras, so that no S is formed. The norms are in the precision of R: what cancels must not
             # be rounded before.
-            squares = (_row_norms(G, R.dtype).square() - (2 - a) * a * inside.square()).clamp_min(0)
-            norm = rows.total((phi.square() * squares).sum((-2, -1))).sqrt()
+            outside = (whole.square() - (2 - a) * a * inside.square()).clamp_min(0).sqrt()
+            norm = rows.total((phi * outside).square().sum((-2, -1))).sqrt()
             phi = phi * self._limit_(norm, state["residual_norm"])[..., None, None]
         if self.scaled:
             phi = phi * scale
@@ -95,8 +101,7 @@ class Fira(Plain):
     def _limit_(self, norm: Tensor, previous: Tensor) -> Tensor:
         """Return the factor for this step, and store the limited norm unless it is zero or not finite (contract R4)."""
         assert self.limiter is not None
-        factor = self.limiter / (norm / (previous + _TINY)).clamp_min(self.limiter)
-        factor = torch.where(previous > 0, factor, 1.0)
+        factor = torch.where(previous > 0, (self.limiter * (previous / norm)).clamp_max(1), 1.0)
         limited = norm * factor
         previous.copy_(torch.where(limited.isfinite() & (limited > 0), limited, previous))
         return factor
