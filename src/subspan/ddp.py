@@ -24,7 +24,7 @@ from torch import Tensor
 
 from subspan import distributed
 from subspan.optimizer import SubspaceOptimizer
-from subspan.step.frame import Frame, frame_of
+from subspan.step.frame import frame_of
 from subspan.step.refresh import low_rank_suffices
 from subspan.step.work import Slot
 from subspan.utils.errors import SettingError

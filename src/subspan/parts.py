@@ -217,8 +217,8 @@ class Residual(Protocol):
         """Draw the directions ``O (..., n, s)`` of one step, in the shape, dtype and device of ``like``. Called if
         ``sketch_width`` is not 0.
 
-        ``outside`` maps ``(..., k, n)`` to what of it lies outside the basis. Law: ``Qᵀ O = 0``. The result depends only
-        on the basis and the key, so that all ranks and all micro-batches of a step have the same.
+        ``outside`` maps ``(..., k, n)`` to what of it lies outside the basis. Law: ``Qᵀ O = 0``. The result depends
+        only on the basis and the key, so that all ranks and all micro-batches of a step have the same.
         """
 
     @property

@@ -38,9 +38,9 @@ def test_the_mean_over_draws_is_what_lies_outside(draw, n, r, s):
     """Over 2,000 draws the mean of ``G O Oᵀ`` is ``G (I - Q Qᵀ)``, as nearly as its variance lets it be.
 
     The expectation of the squared error of the mean is the variance of one draw divided by their number. The error has
-    the degrees of freedom of a symmetric matrix of ``n - r`` rows, which are at least 36, so three times the expectation
-    is many deviations away, and a bias of a tenth of the part outside is further still. For orthonormal directions the
-    variance is known: ``((n - r) / s - 1)`` times the squared norm.
+    the degrees of freedom of a symmetric matrix of ``n - r`` rows, at least 36, so three times the expectation is many
+    deviations away. A bias of a tenth of the part outside is further still. For orthonormal directions
+    the variance is known: ``((n - r) / s - 1)`` times the squared norm.
     """
     count, Q = 2000, haar(torch.empty(n, r), torch.Generator().manual_seed(n))
     G = torch.randn(30, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -123,7 +123,13 @@ class SlowSketch:
 @shapes
 @pytest.mark.parametrize(
     "residual",
-    [Sketch(3), Sketch(5, None), Sketch(3, limiter=None), Sketch(3, weight="root"), Sketch(2, weight="one", limiter=1.1)],
+    [
+        Sketch(3),
+        Sketch(5, None),
+        Sketch(3, limiter=None),
+        Sketch(3, weight="root"),
+        Sketch(2, weight="one", limiter=1.1),
+    ],
     ids=repr,
 )
 def test_slow_version(shape, residual):
@@ -153,7 +159,9 @@ def test_all_directions_are_fira(shape, draw, limiter):
     moved = []
     for residual in (Fira(limiter=limiter), Sketch(1000, limiter=limiter, draw=draw)):
         p = parameter(shape)
-        optimizer = SubspaceAdamW([p], LR, RANK, selector="dominant", residual=residual, update_proj_gap=GAP, scale=SCALE)
+        optimizer = SubspaceAdamW(
+            [p], LR, RANK, selector="dominant", residual=residual, update_proj_gap=GAP, scale=SCALE
+        )
         moved.append(feed(optimizer, p, uneven(shape)))
     torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=1e-10)
 
@@ -161,24 +169,26 @@ def test_all_directions_are_fira(shape, draw, limiter):
 @draws
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_update_has_no_part_inside_the_subspace(draw, dtype):
-    """At scale 0 only the residual moves the weight, and the basis does not see it, also in fp32."""
+    """At scale 0 only the residual moves the weight, and the basis does not see it, also in lower precision."""
     p = parameter(SHAPES["tall"], dtype=dtype)
     optimizer = SubspaceAdamW([p], LR, RANK, selector="dominant", residual=Sketch(6, draw=draw), scale=0.0)
     for G in gradients(SHAPES["tall"], 4, dtype=dtype):
-        before = p.detach().double()
-        change = feed(optimizer, p, [G]).double() - before
+        p.detach().zero_()  # so that a change is rounded to its own precision
+        change = feed(optimizer, p, [G]).double()
         inside = change @ optimizer.state[p]["basis"].double()
-        precision = 1e-5 if dtype == torch.float32 else 5e-2  # of a weight in bf16, a change has few digits
         assert change.norm() > 1e-2
-        assert inside.norm() < precision * change.norm()
+        assert inside.norm() < 2 * torch.finfo(dtype).eps * change.norm()
 
 
 def test_every_direction_is_reached_with_a_fixed_basis():
-    """Gradients that point out of the first basis move the weight where a basis alone would leave it."""
+    """Gradients that point out of the first basis move the weight where a basis alone would leave it.
+
+    There is no limiter, because the first gradient has no part outside from which one may grow.
+    """
     shape, moved = SHAPES["tall"], {}
     first, second = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
     first[:, :RANK], second[:, RANK:] = gradients((shape[0], RANK), 1)[0], 1.0
-    for residual in ("discard", Sketch(3)):
+    for residual in ("discard", Sketch(3, limiter=None)):
         p = parameter(shape)
         optimizer = SubspaceAdamW([p], LR, RANK, selector="dominant", residual=residual, update_proj_gap=10**6)
         feed(optimizer, p, [first])
@@ -186,7 +196,7 @@ def test_every_direction_is_reached_with_a_fixed_basis():
         feed(optimizer, p, [first + second] * 20)
         moved[residual] = (p.detach() - before)[:, RANK:].norm().item()
     assert moved["discard"] < 1e-12
-    assert moved[Sketch(3)] > 0.1
+    assert moved[Sketch(3, limiter=None)] > 0.1
 
 
 def test_stacks_have_directions_of_their_own():
@@ -198,7 +208,7 @@ def test_stacks_have_directions_of_their_own():
     assert optimizer.state[p]["residual_norm"].shape == (3,)
     for a, b in itertools.combinations(change, 2):
         assert (a - b).norm() > 0.1 * a.norm()
-    assert all(torch.linalg.matrix_rank(one) == 2 for one in change)
+    assert all(torch.linalg.matrix_rank(one, rtol=1e-9) == 2 for one in change)
 
 
 def test_resumed_bit_for_bit():
@@ -221,7 +231,9 @@ def test_a_basis_of_coordinates():
     (G,) = gradients(SHAPES["tall"], 1)
     p = parameter(SHAPES["tall"])
     before = p.detach().clone()
-    optimizer = SubspaceAdamW([p], LR, RANK, selector=Coordinates("top"), residual=Sketch(3, draw="coordinates"), scale=0.0)
+    optimizer = SubspaceAdamW(
+        [p], LR, RANK, selector=Coordinates("top"), residual=Sketch(3, draw="coordinates"), scale=0.0
+    )
     change = feed(optimizer, p, [G]) - before
     Q = matrix_of(Coordinates("top"), optimizer.state[p], SHAPES["tall"][1])
     assert not (change @ Q).any()

@@ -16,7 +16,14 @@ from subspan.residuals import Discard, ErrorFeedback, Fira, Sketch
 from subspan.rules import SGD
 
 TRANSFERS = ("keep", "rotate", "moments", "reset")
-RESIDUALS = [Discard(), Fira(), Fira("official", None), ErrorFeedback(), Sketch(), Sketch(0.3, None, "root", None, "cosines")]
+RESIDUALS = [
+    Discard(),
+    Fira(),
+    Fira("official", None),
+    ErrorFeedback(),
+    Sketch(),
+    Sketch(0.3, None, "root", None, "cosines"),
+]
 RULES = [*EVERY_RULE, SGD(0.0)]
 AXES = (EVERY_SELECTOR, RULES, RESIDUALS, TRANSFERS, ("float32", "int8"))
 TABLE = [

@@ -12,8 +12,8 @@ direction, whatever the basis is. A row ``g`` of the gradient outside the subspa
 directions, times ``sqrt((n - r) / s)``, the variance of that is ``((n - r) / s - 1) ||g||²``. With all ``s = n - r`` of
 them it is zero, and ``D`` is Fira's.
 
-Nothing of ``O`` is kept or sent, because it is drawn from a key. ``T`` is used once. One number is kept for the limiter.
-The norm of ``[R T]`` is that of the gradient on average, as ``E||T||² = ||G (I - Q Qᵀ)||²``.
+Nothing of ``O`` is kept or sent, because it is drawn from a key. ``T`` is used once. One number is kept for the
+limiter. As ``E||T||² = ||G (I - Q Qᵀ)||²``, the squared norm of ``[R T]`` is that of the gradient on average.
 
 Source: none known to us. Deviations from Fira (Chen et al. 2024, arXiv 2410.01623), apart from the sketch:
 

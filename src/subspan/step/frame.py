@@ -90,6 +90,4 @@ def draw_frame(
 def frame_of(method: Method, slot: Slot, state: State) -> Frame:
     """Return the frame of the coming step on an ordinary weight."""
     key = method.key(slot.name, slot.group["clock"])
-    return draw_frame(
-        method.selector, method.residual, state, slot.layout.oriented, slot.group["rank"], key, slot.p
-    )
+    return draw_frame(method.selector, method.residual, state, slot.layout.oriented, slot.group["rank"], key, slot.p)

@@ -1,8 +1,9 @@
 """Step in the backward pass: each gradient is used as soon as it is there and then freed, so only one is held.
 
 The low-rank gradients of several micro-batches of a projected weight are summed, ``R <- R + G Q``, and so are the
-sketches of a residual that has them. The gradient itself is summed where a basis is due, where a residual needs all of it, and for parameters that are not projected. With the
-last micro-batch the parameter takes its step. ``optimizer.step()`` is called as usual; it moves the schedule on.
+sketches of a residual that has them. The gradient itself is summed where a basis is due, where a residual needs all of
+it, and for parameters that are not projected. With the last micro-batch the parameter takes its step.
+``optimizer.step()`` is called as usual; it moves the schedule on.
 
 Sources: LOMO (Lv et al. 2023, arXiv 2306.09782) and GaLore's layer-wise mode (Zhao et al. 2024, arXiv 2403.03507).
 Deviations from GaLore's code: there is one optimizer and not one for each parameter, so schedulers, state and clipping

@@ -53,7 +53,9 @@ def plain_step(
         U = U + pull / factor
     B -= lr * scale * factor * U
     if s := residual.sketch_width(G.shape[-1], R.shape[-1]):
-        O = residual.sketch(R.new_empty(G.shape[-1], s), R.shape[-1], lambda A: A - lifted(selector.project(A, state)), key)
+        O = residual.sketch(
+            R.new_empty(G.shape[-1], s), R.shape[-1], lambda A: A - lifted(selector.project(A, state)), key
+        )
         A, phi = residual.combine(G @ O, R, U, scale, lifted, state)
         D = lifted(A) if phi is None else lifted(A) + phi * (G @ O @ O.T)
     else:
