@@ -9,6 +9,7 @@ from subspan.parts import Residual, Selector, Transfer
 from subspan.residuals import RESIDUALS
 from subspan.rules import AdamW
 from subspan.selectors import SELECTORS
+from subspan.step.layout import Rank
 from subspan.step.settings import AllStepOptions, check_names, spelled_out
 from subspan.utils.suggestions import look_up
 
@@ -41,7 +42,7 @@ class SubspaceAdamW(SubspaceOptimizer):
         self,
         params: Params,
         lr: float | Tensor = 1e-2,
-        rank: int | None = None,
+        rank: Rank | None = None,
         *,
         selector: str | Selector = "importance",
         residual: str | Residual = "discard",

@@ -17,6 +17,7 @@ from subspan.residuals import RESIDUALS
 from subspan.rules import RULES, AdamW
 from subspan.selectors import SELECTORS, Dominant, Switch
 from subspan.step.carriers import layer_of
+from subspan.step.layout import RANKS, Rank
 from subspan.step.settings import StepOptions, StepSettings, check_names, spelled_out
 from subspan.storage.allocation import StateDtype
 from subspan.utils.errors import SettingError
@@ -39,7 +40,8 @@ def create(
     model: nn.Module,
     *,
     lr: float | Tensor | None = None,
-    rank: int = _RANK,
+    rank: Rank = _RANK,
+    rank_pattern: Mapping[str, Rank] | None = None,
     scale: float | None = None,
     transfer: Transfer | None = None,
     selector: str | Selector | Mapping[str, Any] | None = None,
@@ -64,8 +66,10 @@ def create(
         name: one of ``list_optimizers()``. Full-rank ones ignore what concerns subspaces; ``adamw`` is torch's.
         model: its ``nn.Linear`` weights are projected, except those that ``exclude`` names.
         lr: learning rate; ``None`` stands for the recipe's own, also for scale, transfer, betas, eps and state_dtype.
-        rank: dimension of the subspace, >= 1. The default is 128, or that of the model's backward-side layers where
-            nothing else is projected.
+        rank: dimension of the subspace, >= 1, or its share of each compressed side, such as 0.25. The default is 128,
+            or that of the model's backward-side layers where nothing else is projected.
+        rank_pattern: other ranks by regular expression, such as ``{"q_proj": 32, "mlp": 0.5}``; see
+            ``subspan.param_groups``.
         selector: another selector, its name, or settings for the recipe's own, such as ``{"power": 2.0}``. With a
             ``"name"`` among them, they are for the selector of that name.
         rule: another rule, its name, or settings such as ``{"momentum": 0.95}``.
@@ -96,11 +100,14 @@ def create(
             "with a subspace, such as 'sara_adamw', or leave project_backward out"
         )
     if rank is None and not full_rank:
-        raise SettingError(f"rank=None: {name} needs a whole number >= 1; the full-rank baseline is 'adamw'")
+        raise SettingError(f"rank=None: {name} needs {RANKS}; the full-rank baseline is 'adamw'")
     weight_decay = own.weight_decay
+    is_given = rank is not _RANK
+    rank = rank if is_given else int(_RANK)  # a group holds primitives (contract R1)
     groups = param_groups(
         model,
         rank=None if full_rank else rank,
+        rank_pattern=None if full_rank else rank_pattern,
         targets=targets,
         exclude=exclude,
         overrides=overrides,
@@ -108,8 +115,8 @@ def create(
         weight_decay=weight_decay,
         decayed=decayed,
     )
-    if rank is _RANK:
-        rank = _rank_of_carriers(groups) or int(_RANK)
+    if not is_given:
+        rank = _rank_of_carriers(groups) or rank
     short = {key: value for key, value in (("betas", betas), ("eps", eps)) if value is not None}
     chosen_rule = _with(_with(recipe.rule, rule, RULES, "rule"), short or None, RULES, "rule")
     lr = recipe.lr if lr is None else lr
@@ -143,12 +150,13 @@ def create(
     return _with_known_overrides(optimizer, overrides)
 
 
-def _rank_of_carriers(groups: list[dict[str, Any]]) -> int | None:
+def _rank_of_carriers(groups: list[dict[str, Any]]) -> Rank | None:
     """Return the rank of the backward-side layers, where nothing else is projected."""
-    projected = [p for group in groups if group["rank"] is not None for _, p in group["params"]]
-    if not projected or any(layer_of(p) is None for p in projected):
+    layers = [layer_of(p) for group in groups if group["rank"] is not None for _, p in group["params"]]
+    made = [layer.projection for layer in layers if layer is not None]
+    if not made or len(made) < len(layers):
         return None
-    return int(projected[0].shape[1])
+    return next((own.asked for own in made if not own.by_pattern), made[0].asked)
 
 
 def _timed(selector: Selector, total_steps: int | None) -> Selector:

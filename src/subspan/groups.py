@@ -1,4 +1,4 @@
-"""Which parameters are projected: they are sorted into groups by their names."""
+"""Which parameters are projected, and to which rank: they are sorted into groups by their names."""
 
 import difflib
 import re
@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from subspan.step.carriers import layer_of
+from subspan.step.carriers import CarriedLayer, layer_of
+from subspan.step.layout import RANKS, Rank, is_rank, rank_of_side
 from subspan.step.settings import check_settings
 from subspan.utils.errors import SettingError
 from subspan.utils.names import canonical_name, canonical_names
@@ -27,10 +28,75 @@ EXCLUDED = (
 FLATTENED = "Parameters flattened by FSDP1 or DeepSpeed have lost their shape: shard with fully_shard (FSDP2) instead"
 
 
+def check_rank(rank: Rank, rank_pattern: Mapping[str, Rank] | None = None) -> None:
+    """Raise a ``SettingError`` unless both are in range. What a pattern matches shows only where there is a model."""
+    if not is_rank(rank):
+        raise SettingError(f"rank={rank!r}: expected {RANKS}")
+    RankPattern(rank_pattern)
+
+
+class RankPattern:
+    """Ranks by name: the first of some regular expressions that is found in a name gives its rank.
+
+    Args:
+        given: ranks by expression, such as ``{"q_proj": 32, r"layers\\.0\\.": 0.5}``; ``None`` has none.
+
+    Raises:
+        SettingError: ``given`` is no mapping, an expression is none, or a rank is out of range.
+    """
+
+    def __init__(self, given: Mapping[str, Rank] | None) -> None:
+        if given is not None and not isinstance(given, Mapping):
+            raise SettingError(
+                f"rank_pattern={given!r}: expected ranks by regular expression, such as {{'q_proj': 32, 'mlp': 0.5}}"
+            )
+        self.ranks: dict[str, Rank] = dict(given or {})
+        self._rows = [_compiled(pattern, "rank_pattern") for pattern in self.ranks]
+        for pattern, rank in self.ranks.items():
+            if not is_rank(rank):
+                raise SettingError(f"rank_pattern[{pattern!r}]={rank!r}: expected {RANKS}")
+
+    def finds(self, name: str) -> str | None:
+        """Return the expression that gives the rank of a parameter with this canonical name, if one does."""
+        return next((row.pattern for row in self._rows if row.search(name)), None)
+
+    def of(self, name: str, otherwise: Rank) -> Rank:
+        """Return the rank of a parameter with this canonical name: that of a pattern, or else the other."""
+        pattern = self.finds(name)
+        return otherwise if pattern is None else self.ranks[pattern]
+
+    def check_used(self, names: Sequence[str], overridden: Collection[str] = ()) -> None:
+        """Raise if an expression gives no matrix its rank.
+
+        Args:
+            names: the canonical names of the projected matrices.
+            overridden: those of them whose rank comes from elsewhere.
+        """
+        used = {self.finds(name) for name in names if name not in overridden}
+        for row in self._rows:
+            if row.pattern in used:
+                continue
+            found = next((name for name in names if row.search(name)), None)
+            if found is None:
+                raise SettingError(
+                    f"rank_pattern: {row.pattern!r} matches no projected matrix; {_looks_like(row.pattern, names)}"
+                )
+            if found in overridden:
+                raise SettingError(
+                    f"rank_pattern: {row.pattern!r} gives no matrix its rank, because overrides give one to {found!r}, and "
+                    "they win; leave one of the two out"
+                )
+            raise SettingError(
+                f"rank_pattern: {row.pattern!r} comes after {self.finds(found)!r}, which matches {found!r} first; put it "
+                "before"
+            )
+
+
 def param_groups(
     model: nn.Module | Iterable[tuple[str, Tensor]],
     *,
-    rank: int | None,
+    rank: Rank | None,
+    rank_pattern: Mapping[str, Rank] | None = None,
     targets: str | Sequence[str] = "all-linear",
     exclude: Sequence[str] = EXCLUDED,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
@@ -46,13 +112,17 @@ def param_groups(
     Args:
         model: a module, or pairs as ``module.named_parameters()`` gives them. Frozen parameters are left out. Carriers
             of backward-side layers (``subspan.project_backward``) are projected, at their own rank.
-        rank: rank of the projected group; the others get ``None``.
+        rank: rank of the projected group, as a whole number or as a share of each compressed side; the others get
+            ``None``.
+        rank_pattern: other ranks by regular expression, such as ``{r"q_proj": 32, r"mlp": 0.5}``, whole numbers or
+            shares. The first one that is found in the canonical name of a projected matrix gives its rank.
         targets: which matrices are projected. ``"all-linear"`` means every matrix that ``exclude`` does not name; in a
             module, these are the weights of ``nn.Linear`` and stacks of matrices, such as experts. A list of strings
             means every matrix with a name that contains one of them. Any other string is a regular expression for the
             whole name of a parameter or its module. A list or an expression wins over ``exclude``.
         exclude: regular expressions; a name in which one is found stays full rank.
         overrides: group settings by regular expression, such as ``{r"k_proj": {"rank": 64}}``; the first match wins.
+            A rank among them wins over ``rank_pattern``.
         lr_full: learning rate of parameters without a rank (embeddings, heads, norms, biases). ``None`` means that of
             the optimizer.
         weight_decay: weight decay of matrices; parameters of one dimension (biases, norms) get 0. ``None`` leaves it to
@@ -64,7 +134,7 @@ def param_groups(
         a table of them.
 
     Raises:
-        SettingError: a target or an override matches nothing, or a setting is out of range.
+        SettingError: a target, a rank pattern or an override matches nothing, or a setting is out of range.
     """
     if isinstance(exclude, str):
         exclude = (exclude,)
@@ -72,6 +142,11 @@ def param_groups(
         raise SettingError(f"targets={targets!r}: expected 'all-linear', a list of strings, or a regular expression")
     given = {"rank": rank, "lr": lr_full, "weight_decay": weight_decay}
     check_settings({key: value for key, value in given.items() if value is not None}, {"lr": "lr_full"})
+    ranks = RankPattern(rank_pattern)
+    if rank is None and ranks.ranks:
+        raise SettingError(
+            f"rank_pattern={rank_pattern!r}: rank=None projects nothing; give the rank of the others too"
+        )
     named = list(model.named_parameters() if isinstance(model, nn.Module) else model)
     named = [(name, p) for name, p in named if p.requires_grad]
     canonical = canonical_names(name for name, _ in named)
@@ -83,7 +158,7 @@ def param_groups(
         raise SettingError(
             "model: no trainable parameter; give a model, or the named_parameters() of one, that is not frozen"
         )
-    carriers = {name: p.shape[1] for name, p in named if layer_of(p) is not None}
+    carriers = {name: layer for name, p in named if (layer := layer_of(p)) is not None}
     others = [(name, p) for name, p in named if name not in carriers]
     # A target may name backward-side layers; these are projected already.
     made = {layer.weight_name for _, p in named if (layer := layer_of(p)) is not None}
@@ -98,21 +173,29 @@ def param_groups(
             raise SettingError(f"overrides[{pattern!r}]={settings!r}: expected group settings, such as {{'rank': 64}}")
     rows = [(_compiled(pattern, "overrides"), dict(settings)) for pattern, settings in (overrides or {}).items()]
     used: set[str] = set()
-    groups: dict[tuple[int, int, bool, bool, str], dict[str, Any]] = {}
+    matrices: list[str] = []
+    overridden: set[str] = set()
+    groups: dict[tuple[int, Rank, bool, bool, str], dict[str, Any]] = {}
     for name, p in named:
         kind = 0 if name in projected or name in carriers else 1 if p.ndim > 1 else 2
-        own_rank = carriers.get(name, rank) if kind == 0 else None
         pattern, settings = next(((row.pattern, s) for row, s in rows if _finds(row, name, given_names)), ("", {}))
+        own_rank = rank if kind == 0 else None
+        if kind == 0:
+            matrices.append(name if name not in carriers else f"{name.rpartition('.')[0]}.weight")
+            if "rank" in settings:
+                overridden.add(matrices[-1])
+            elif rank is not None:
+                own_rank = ranks.of(matrices[-1], rank)
         # Three dimensions look like a stack of matrices, but those of a convolution are none.
         has_rank = kind == 0 or settings.get("rank") is not None
         flatten = has_rank and p.ndim == 3 and id(p) in filters
         used.add(pattern)
-        if name in carriers and settings.get("rank", carriers[name]) != carriers[name]:
-            raise SettingError(
-                f"overrides[{pattern!r}]: rank={settings['rank']!r}, but the backward-side layer of {name!r} was made with "
-                f"rank={carriers[name]}; leave the rank out, or give it to project_backward"
-            )
-        layer = layer_of(p)
+        if (layer := carriers.get(name)) is not None:
+            own_rank = layer.projection.asked
+            if "rank" in settings:
+                _check_made(f"overrides[{pattern!r}]: rank", settings["rank"], layer, name)
+            elif (found := ranks.finds(matrices[-1])) is not None:
+                _check_made(f"rank_pattern[{found!r}]", ranks.ranks[found], layer, name)
         decay = kind < 2 if decayed is None else name in decayed or (layer is not None and layer.weight_name in decayed)
         place = (kind, own_rank or 0, flatten, not decay, pattern)
         if place not in groups:
@@ -135,7 +218,18 @@ def param_groups(
                     f"overrides: {row.pattern!r} comes after {first!r}, which matches {hidden!r} first; put it before"
                 )
             raise SettingError(f"overrides: {row.pattern!r} matches no parameter; {_names_like(row.pattern, named)}")
+    ranks.check_used(matrices, overridden)
     return [groups[key] for key in sorted(groups)]
+
+
+def _check_made(what: str, asked: object, layer: CarriedLayer, name: str) -> None:
+    """Raise unless the rank that is ``asked`` of a backward-side layer is the one that it was made with."""
+    made = layer.projection
+    if not is_rank(asked) or rank_of_side(asked, layer.weight.shape[1]) != made.rank:
+        raise SettingError(
+            f"{what}={asked!r}, but the backward-side layer of {name!r} was made with rank={made.asked}; leave the rank "
+            "out, or give it to project_backward"
+        )
 
 
 def select_linear(model: nn.Module, targets: str | Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Linear]:
@@ -237,6 +331,9 @@ def _compiled(pattern: str, argument: str) -> re.Pattern[str]:
 
 
 def _names_like(pattern: str, named: list[tuple[str, Tensor]]) -> str:
-    names = [name for name, p in named if p.ndim > 1] or [name for name, _ in named]
+    return _looks_like(pattern, [name for name, p in named if p.ndim > 1] or [name for name, _ in named])
+
+
+def _looks_like(pattern: str, names: Sequence[str]) -> str:
     near = difflib.get_close_matches(pattern, names, n=4, cutoff=0.2) or names[:4]
     return "the names look like " + ", ".join(repr(name) for name in near)

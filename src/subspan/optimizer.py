@@ -30,6 +30,7 @@ from subspan.state_dict import Restorable
 from subspan.step.backward_side import Carriers, check_carrier, check_ranks
 from subspan.step.carriers import layer_of
 from subspan.step.in_backward import Clip, StepInBackward, check
+from subspan.step.layout import Rank
 from subspan.step.method import Method
 from subspan.step.parameter_state import state_of
 from subspan.step.parameters import step_on_
@@ -63,7 +64,8 @@ class SubspaceOptimizer(Restorable):
             ``named_parameters()`` (every matrix is, except what ``exclude`` names), parameter groups (those with
             ``rank`` are, as with galore_torch), or bare tensors (every matrix is).
         lr: learning rate, a float or a tensor; it is read at every step.
-        rank: dimension of the subspace, >= 1; ``None`` stands for full rank.
+        rank: dimension of the subspace, >= 1, or its share of each compressed side, such as 0.25; ``None`` stands for
+            full rank.
         selector: chooses the subspace.
         rule: takes the step inside it.
         residual: uses the rest of the gradient.
@@ -90,7 +92,7 @@ class SubspaceOptimizer(Restorable):
         self,
         params: Params,
         lr: float | Tensor = 1e-2,
-        rank: int | None = None,
+        rank: Rank | None = None,
         *,
         selector: Selector,
         rule: Rule,
@@ -306,11 +308,11 @@ class SubspaceOptimizer(Restorable):
         return f"{parts}\n{summary.table(self.param_groups, self.state)}"
 
 
-def _no_matrix(rank: int) -> str:
+def _no_matrix(rank: Rank) -> str:
     return f"rank={rank}: there is no matrix among the parameters to project. {FLATTENED}"
 
 
-def _as_groups(params: Params, rank: int | None, targets: str | list[str], exclude: tuple[str, ...]) -> list[Any]:
+def _as_groups(params: Params, rank: Rank | None, targets: str | list[str], exclude: tuple[str, ...]) -> list[Any]:
     if isinstance(params, nn.Module):
         return param_groups(params, rank=rank, targets=targets, exclude=exclude)
     if isinstance(params, (Tensor, dict)):

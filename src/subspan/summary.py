@@ -9,7 +9,8 @@ from torch import Tensor
 
 from subspan.distributed import local
 from subspan.step.carriers import layer_of
-from subspan.step.layout import layout_of
+from subspan.step.layout import Rank
+from subspan.step.work import whole_layout
 from subspan.storage.allocation import State, tensor_bytes
 from subspan.utils.tables import aligned
 
@@ -22,23 +23,20 @@ def table(groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, State]) ->
     rows: dict[tuple[str, str], list[int]] = {}
     for number, group in enumerate(groups):
         for p in group["params"]:
-            layout = layout_of(p.shape, group["rank"], group["proj_type"], group["flatten"])
+            layout, asked = whole_layout(p, group), group["rank"]
             held, layer = p, layer_of(p)
             if layer is not None:
-                kind, rank, held = (
-                    f"backward-side, refreshed every {group['update_proj_gap']} steps",
-                    str(p.shape[1]),
-                    layer.weight,
-                )
-            elif layout.side:
-                kind, rank = f"projected, refreshed every {group['update_proj_gap']} steps", str(group["rank"])
+                held, asked = layer.weight, layer.projection.asked
+                kind = f"backward-side, refreshed every {group['update_proj_gap']} steps"
+                rank = _in_words(layer.projection.rank, asked, held.shape[1])
+            elif layout.rank is not None:
+                kind = f"projected, refreshed every {group['update_proj_gap']} steps"
+                rank = _in_words(layout.rank, asked, layout.shape[-1 if layout.side == "right" else -2])
             elif len(layout.shape) < 2:
                 kind, rank = "vectors", "-"
             else:  # a rank that reaches the shorter side compresses nothing
-                kind, rank = (
-                    "full-rank matrices",
-                    "full" if group["rank"] is None else f"full (side <= {group['rank']})",
-                )
+                kind = "full-rank matrices"
+                rank = "full" if asked is None else f"full (side <= {asked}{' of a side' if asked < 1 else ''})"
             row = rows.setdefault((f"{number}: {kind}", rank), [0, 0, 0, 0])
             adamw = 2 * local(held).numel() * held.element_size() + 4
             for column, value in enumerate((1, held.numel(), tensor_bytes(state[p]), adamw)):
@@ -48,6 +46,11 @@ def table(groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, State]) ->
     for (group_name, rank), numbers in [*rows.items(), (("total", ""), total)]:
         cells.append((group_name, rank, *(f"{number:,}" for number in numbers)))
     return aligned(cells)
+
+
+def _in_words(rank: int, asked: Rank, side: int) -> str:
+    """Write a rank, and how it follows from a share of a side."""
+    return str(rank) if isinstance(asked, int) else f"{rank} ({asked:g} of {side})"
 
 
 def announce(text: str) -> None:

@@ -1,7 +1,7 @@
 """Turning the linear layers of a model into backward-side layers (``project_backward``), and back (``Handle``)."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from subspan.backward.layer import BackwardLinear
 from subspan.backward.projection import Projection
-from subspan.backward.sharing import Share, groups_of
+from subspan.backward.sharing import Share, groups_of, of_one_rank
 from subspan.distributed import is_sharded
-from subspan.groups import EXCLUDED, select_linear
+from subspan.groups import EXCLUDED, RankPattern, check_rank, select_linear
 from subspan.parts import Key, Selector
+from subspan.step.layout import Rank, rank_of_side
 from subspan.utils.errors import SettingError
 
 logger = logging.getLogger(__name__)
@@ -20,10 +21,15 @@ _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParalle
 
 
 class Handle:
-    """The backward-side layers of a model."""
+    """The backward-side layers of a model.
 
-    def __init__(self, projections: list[Projection]) -> None:
-        self.projections = projections
+    Args:
+        projections: the bases, each with the layers that share it.
+        divided: a sentence on layers that have one input and different ranks, and so share no basis, if there are any.
+    """
+
+    def __init__(self, projections: list[Projection], divided: str | None = None) -> None:
+        self.projections, self.divided = projections, divided
 
     @property
     def layers(self) -> Iterator[BackwardLinear]:
@@ -98,7 +104,8 @@ class Handle:
 def project_backward(
     model: nn.Module,
     *,
-    rank: int,
+    rank: Rank,
+    rank_pattern: Mapping[str, Rank] | None = None,
     targets: str | Sequence[str] = "all-linear",
     exclude: Sequence[str] = EXCLUDED,
     share: Share = "auto",
@@ -109,12 +116,16 @@ def project_backward(
     """Let the backward pass make the low-rank gradient of linear layers, ``R = dyᵀ (x Q)``, and nothing larger.
 
     Call it before the optimizer is built, and before DistributedDataParallel wraps the model. The layers are changed in
-    place. Each keeps its weight, which gets no gradient any more. It also gets a ``carrier (out, rank)``, an ordinary
+    place. Each keeps its weight, which gets no gradient any more. It also gets a ``carrier (out, r)``, an ordinary
     parameter whose gradient is ``R``. The bases belong to the optimizer.
 
     Args:
         model: the model with the layers.
-        rank: dimension of the subspaces of the inputs, from 1 to the number of input features.
+        rank: dimension of the subspaces of the inputs, from 1 to the number of input features, or its share of them,
+            such as 0.25.
+        rank_pattern: other ranks by regular expression, such as ``{r"q_proj": 32, r"mlp": 0.5}``, whole numbers or
+            shares. The first one that is found in the canonical name of a layer's weight gives its rank. Layers of
+            different rank share no basis, also where they have the same input; a warning says so.
         targets, exclude: which ``nn.Linear`` layers to change; see ``subspan.param_groups``.
         share: which layers have one basis and save one ``x Q``. ``"auto"`` runs the model once on its ``dummy_inputs``,
             which models of transformers have; layers that get the same tensor share. A dict is inputs of the model to
@@ -135,8 +146,9 @@ def project_backward(
         A handle, to merge the displacement or to undo everything.
 
     Raises:
-        SettingError: a target matches nothing or is no ``nn.Linear``, a weight is tied, the rank is out of range, or
-            the model is wrapped. The model is not changed then.
+        SettingError: a target or a rank pattern matches nothing, a target is no ``nn.Linear``, a weight is tied, a rank
+            is out of range, ``share`` lists layers whose ranks differ, or the model is wrapped. The model is not
+            changed then.
     """
     for module in model.modules():
         if any(kind.__name__ in _WRAPPERS for kind in type(module).__mro__):
@@ -150,16 +162,21 @@ def project_backward(
         raise SettingError(f"merge={merge!r}: expected 'step' or 'refresh'")
     if select_from not in ("owner", "mean"):
         raise SettingError(f"select_from={select_from!r}: expected 'owner' or 'mean'")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise SettingError(f"rank={rank!r}: expected a whole number >= 1")
+    check_rank(rank)
+    pattern = RankPattern(rank_pattern)
     layers = select_linear(model, targets, exclude)
+    pattern.check_used([f"{name}.weight" for name in layers])
+    asked = {name: pattern.of(f"{name}.weight", rank) for name in layers}
+    ranks = {name: rank_of_side(asked[name], layer.in_features) for name, layer in layers.items()}
     owners: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(p), []).append(name)
     for name, layer in layers.items():
-        if rank > layer.in_features:
+        if ranks[name] > layer.in_features:
+            found = pattern.finds(f"{name}.weight")
             raise SettingError(
-                f"rank={rank}: above the {layer.in_features} input features of {name!r}; lower it, or exclude the layer"
+                f"{'rank' if found is None else f'rank_pattern[{found!r}]'}={ranks[name]}: above the {layer.in_features} "
+                f"input features of {name!r}; lower it, or exclude the layer"
             )
         if len(tied := owners[id(layer.weight)]) > 1:
             raise SettingError(
@@ -168,14 +185,21 @@ def project_backward(
             )
         if not layer.weight.requires_grad:
             raise SettingError(f"targets: the weight of {name!r} is frozen; exclude it")
+    groups, divided = of_one_rank(groups_of(model, layers, share), ranks, share)
+    if divided is not None:
+        logger.warning("%s", divided)
     projections = []
-    for names in groups_of(model, layers, share):
-        projection = Projection(rank, merge, select_from, process_group)
+    for names in groups:
+        patterned = [pattern.finds(f"{name}.weight") is not None for name in names]
+        first = names[patterned.index(False)] if not all(patterned) else names[0]
+        projection = Projection(
+            ranks[first], merge, select_from, process_group, asked=asked[first], by_pattern=all(patterned)
+        )
         for name in names:
             layer = layers[name]
             layer.__class__ = BackwardLinear
             assert isinstance(layer, BackwardLinear)
             layer.join(projection, f"{name}.weight")
         projections.append(projection)
-    logger.info("backward-side: %d linear layers at rank %d share %d bases", len(layers), rank, len(projections))
-    return Handle(projections)
+    logger.info("backward-side: %d linear layers at rank %s share %d bases", len(layers), rank, len(projections))
+    return Handle(projections, divided)

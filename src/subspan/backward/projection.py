@@ -10,6 +10,7 @@ from subspan.backward.autograd import Box, LayerPass, gather
 from subspan.distributed import averages, is_sharded, local, running_wrapper
 from subspan.parts import Selector
 from subspan.step.carriers import CarriedLayer, Driver, Plan
+from subspan.step.layout import Rank
 from subspan.storage.allocation import State
 from subspan.storage.stochastic_rounding import add_rounded_
 
@@ -22,6 +23,9 @@ class Projection:
 
     Attributes:
         layers: the layers that share the basis, in the order of the model.
+        rank: number of columns of ``Q``.
+        asked: what the rank was made of: itself, or a share of the inputs.
+        by_pattern: whether a pattern of names has set it, and not the rank of all layers.
         plan: what the next pass does with the basis. The optimizer sets it after each of its steps.
         formed: whether a gradient has chosen the basis since the last step. Until the next step every pass then saves
             ``x``, as that one did. So a forward pass that is repeated for its activations (checkpointing) saves the
@@ -32,8 +36,19 @@ class Projection:
             DistributedDataParallel whose forward pass reaches the layers.
     """
 
-    def __init__(self, rank: int, merge: str, select_from: str, process_group: Any = None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        merge: str,
+        select_from: str,
+        process_group: Any = None,
+        *,
+        asked: Rank | None = None,
+        by_pattern: bool = False,
+    ) -> None:
         self.rank, self.merge, self.select_from = rank, merge, select_from
+        self.asked: Rank = rank if asked is None else asked
+        self.by_pattern = by_pattern
         self.process_group, self._given = process_group, process_group is not None
         self._wrapper: weakref.ref[Any] | None = None
         self.layers: list[Any] = []  # each a CarriedLayer

@@ -40,6 +40,44 @@ def groups_of(model: nn.Module, layers: Mapping[str, nn.Linear], share: Share) -
     return _named(layers, share)
 
 
+def of_one_rank(
+    groups: Sequence[list[str]], ranks: Mapping[str, int], share: Share
+) -> tuple[list[list[str]], str | None]:
+    """Divide ``groups`` of layers with one input, because layers of different rank share no basis.
+
+    Args:
+        groups: those of ``groups_of``.
+        ranks: the rank of each layer.
+        share: what made the groups.
+
+    Returns:
+        The groups, and a sentence on those that are divided, if there are any.
+
+    Raises:
+        SettingError: layers that ``share`` lists together have different ranks.
+    """
+    found: list[list[str]] = []
+    divided: list[str] = []
+    for names in groups:
+        parts: dict[int, list[str]] = {}
+        for name in names:
+            parts.setdefault(ranks[name], []).append(name)
+        found += parts.values()
+        if len(parts) > 1:
+            divided.append("; ".join(f"{', '.join(own)} (rank {rank})" for rank, own in parts.items()))
+    if not divided:
+        return found, None
+    if not isinstance(share, str | Mapping):
+        raise SettingError(
+            f"rank_pattern: layers that share lists together get different ranks, and so no common basis: {divided[0]}; give "
+            "them one rank, or list them apart"
+        )
+    return found, (
+        "rank_pattern: layers with the same input share a basis and one x Q only where they have one rank; apart are, "
+        f"for example, {divided[0]}"
+    )
+
+
 def _seen(model: nn.Module, layers: Mapping[str, nn.Linear], inputs: Mapping[str, Any]) -> list[list[str]]:
     """Run the model once, and see which layers get the same tensor."""
     calls: list[tuple[Tensor, list[str]]] = []  # the tensors are kept alive, so that no two are at one address

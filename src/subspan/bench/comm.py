@@ -18,6 +18,7 @@ from subspan.bench.setting import Setting, build_model
 from subspan.costs.collectives import CountCollectives, Sent, fake_world
 from subspan.costs.traffic import PERIOD, WAYS, Traffic, Way, amortised
 from subspan.factory import create
+from subspan.groups import check_rank
 from subspan.optimizer import SubspaceOptimizer
 from subspan.training.models.presets import PRESETS, llama_of
 from subspan.training.processes import Processes
@@ -35,8 +36,10 @@ class CommSetting:
     """Number of ranks (processes)."""
     model: str = "llama-60m"
     """Preset of the model, from `subspan list models`."""
-    rank: int = 128
-    """Rank of the subspaces."""
+    rank: int | float = 128
+    """Rank of the subspaces, or its share of each compressed side, such as 0.25."""
+    rank_pattern: dict[str, int | float] | None = None
+    """Other ranks by name, such as {q_proj: 32, mlp: 0.5}."""
     select_from: Literal["owner", "mean"] = "owner"
     """Gradient that chooses the basis of backward-side layers: that of one rank (owner), or the mean over all ranks,
     which must then be sent."""
@@ -48,7 +51,8 @@ class CommSetting:
             raise SettingError(f"world={self.world}: expected 2 ranks or more; one rank sends nothing")
         if self.model not in PRESETS:
             raise SettingError(f"model={self.model!r}: {near_names(self.model, PRESETS)}")
-        if not 1 <= self.rank < PRESETS[self.model].hidden:
+        check_rank(self.rank, self.rank_pattern)
+        if self.rank >= PRESETS[self.model].hidden:
             raise SettingError(
                 f"rank={self.rank}: expected 1 to {PRESETS[self.model].hidden - 1}, below the width of {self.model}; "
                 f"its own is {PRESETS[self.model].rank}"
@@ -77,7 +81,12 @@ def measure(setting: CommSetting) -> dict[str, Any]:
 def row_of(setting: CommSetting, way: Way, step: Sent, refresh: Sent) -> dict[str, Any]:
     """Write what was counted of a way beside its closed forms."""
     expected = Traffic(
-        llama_of(PRESETS[setting.model]), setting.rank, setting.world, way, select_from=setting.select_from
+        llama_of(PRESETS[setting.model]),
+        setting.rank,
+        setting.world,
+        way,
+        select_from=setting.select_from,
+        rank_pattern=setting.rank_pattern,
     )
     return {
         "step": step.report(setting.world),
@@ -90,12 +99,13 @@ def row_of(setting: CommSetting, way: Way, step: Sent, refresh: Sent) -> dict[st
 
 def count(setting: CommSetting, way: Way) -> tuple[Sent, Sent]:
     """Count what an ordinary step and a refresh send, in the process group that is there."""
-    small = Setting(setting.model, tokens=32, rank=setting.rank, sequence_length=16)
+    small = Setting(setting.model, tokens=32, rank=setting.rank, rank_pattern=setting.rank_pattern, sequence_length=16)
     model, handle = build_model(small, way.backward_side, setting.select_from)
     forward: Callable[..., Any] = model
     if way.sharded:
         Processes("fsdp", size=setting.world).place(model, "cpu")
-    optimizer = create(way.optimizer, model, rank=setting.rank, update_proj_gap=PERIOD, stagger=False,
+    optimizer = create(way.optimizer, model, rank=setting.rank, rank_pattern=setting.rank_pattern,
+                       update_proj_gap=PERIOD, stagger=False,
                        proj_type="std" if way.backward_side else way.proj_type)  # fmt: skip
     if not way.sharded:
         forward = _data_parallel(model, optimizer, way.hook)

@@ -11,9 +11,11 @@ from subspan.bench.setting import Setting, Trained, build
 from subspan.costs.live_bytes import LiveBytes
 from subspan.costs.saved_activations import SavedBytes
 from subspan.costs.state_costs import StateCosts
+from subspan.costs.traffic import Traffic, Way
 from subspan.groups import EXCLUDED, select_linear
 from subspan.optimizer import SubspaceOptimizer
 from subspan.storage.allocation import state_bytes
+from subspan.training.models.presets import PRESETS, llama_of
 
 ROWS = {
     "adamw": ("adamw", False),
@@ -102,33 +104,27 @@ def _basis_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _formula(setting: Setting, name: str, trained: Trained, layers: Iterable[nn.Linear]) -> dict[str, int]:
-    """These are the same bytes, computed from shapes in fp32: weights W (out, in), tokens T, rank r.
+    """These are the same bytes, computed from shapes in fp32: weights W (out, in), tokens T, ranks r.
 
-    Layers that share an input count it once.
+    Layers that share an input count it once, and those that share a basis count ``x Q`` once.
     """
-    T, r = setting.tokens, setting.rank
+    T, llama = setting.tokens, llama_of(PRESETS[setting.model])
+    way = Way(name, backward_side=trained.handle is not None)
+    traffic = Traffic(llama, setting.rank, 1, way, rank_pattern=setting.rank_pattern)
     projected = {id(layer.weight) for layer in layers}
     shapes = [(tuple(p.shape), id(p)) for key, p in trained.model.named_parameters() if not key.endswith(".carrier")]
     elements = {identity: torch.Size(shape).numel() for shape, identity in shapes}
     full = sum(count for identity, count in elements.items() if identity not in projected)
-    low = sum(layer.out_features * r for layer in layers)
     every = sum(elements.values())
-    backward_side = trained.handle is not None
-    inputs = _inputs(setting)
+    low = sum(one.layer.out * one.r for one in traffic.projected)
+    kept = [group[0].r for group in traffic.bases]
+    inputs = [group[0].inputs for group in llama.sharing] * llama.layers
     held = StateCosts.of_recipe(name).bytes_held(trained.optimizer.param_groups)
     return {
         "weight_bytes": 4 * every,
-        "carrier_bytes": 4 * low if backward_side else 0,
-        "gradient_bytes": 4 * (full + low if backward_side else every),
+        "carrier_bytes": 4 * low if way.backward_side else 0,
+        "gradient_bytes": 4 * (full + low if way.backward_side else every),
         "state_bytes": held["states"],
         "basis_bytes": held["bases"],
-        "linear_activation_bytes": 4 * T * (len(inputs) * r if backward_side else sum(inputs)),
+        "linear_activation_bytes": 4 * T * sum(kept if way.backward_side else inputs),
     }
-
-
-def _inputs(setting: Setting) -> list[int]:
-    """The widths of the distinct inputs of a LLaMA's linear layers: q, k, v; o; gate, up; down."""
-    from subspan.training.models.presets import PRESETS
-
-    preset = PRESETS[setting.model]
-    return preset.layers * [preset.hidden, preset.hidden, preset.hidden, preset.mlp]

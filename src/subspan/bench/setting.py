@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from subspan.backward import Handle, project_backward
 from subspan.costs.llama import VOCABULARY
 from subspan.factory import create
+from subspan.groups import check_rank
 from subspan.training.models.presets import PRESETS, llama_of
 from subspan.utils.errors import SettingError
 from subspan.utils.suggestions import near_names
@@ -22,8 +23,10 @@ class Setting:
     """Preset of the model, from `subspan list models`."""
     tokens: int = 4096
     """Number of tokens in a step."""
-    rank: int = 128
-    """Rank of the subspaces."""
+    rank: int | float = 128
+    """Rank of the subspaces, or its share of each compressed side, such as 0.25."""
+    rank_pattern: dict[str, int | float] | None = None
+    """Other ranks by name, such as {q_proj: 32, mlp: 0.5}."""
     sequence_length: int = 256
     """Number of tokens in a sequence."""
     seed: int = 0
@@ -34,7 +37,8 @@ class Setting:
     def __post_init__(self) -> None:
         if self.model not in PRESETS:
             raise SettingError(f"model={self.model!r}: {near_names(self.model, PRESETS)}")
-        for name in ("tokens", "rank", "sequence_length"):
+        check_rank(self.rank, self.rank_pattern)
+        for name in ("tokens", "sequence_length"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name}={getattr(self, name)}: expected a whole number >= 1")
         if self.tokens % self.sequence_length:
@@ -72,7 +76,9 @@ def build_model(
 
     torch.manual_seed(setting.seed)
     model = LlamaForCausalLM(llama_of(PRESETS[setting.model]).config(setting.sequence_length)).train()
-    return model, project_backward(model, rank=setting.rank, select_from=select_from) if backward_side else None
+    if not backward_side:
+        return model, None
+    return model, project_backward(model, rank=setting.rank, rank_pattern=setting.rank_pattern, select_from=select_from)
 
 
 def build(setting: Setting, optimizer: str, backward_side: bool = False, fused: bool = False) -> Trained:
@@ -80,4 +86,5 @@ def build(setting: Setting, optimizer: str, backward_side: bool = False, fused: 
     model, handle = build_model(setting, backward_side)
     if fused:
         return Trained(model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True), None)
-    return Trained(model, create(optimizer, model, rank=setting.rank, seed=setting.seed), handle)
+    made = create(optimizer, model, rank=setting.rank, rank_pattern=setting.rank_pattern, seed=setting.seed)
+    return Trained(model, made, handle)

@@ -107,9 +107,14 @@ def _command(what: str, setting: Any, quick: bool, pairs: int) -> str:
     changed = {
         field.name: value for field in fields(setting) if (value := getattr(setting, field.name)) != field.default
     }
-    words = [f"--{name}={list(value) if isinstance(value, tuple) else value}" for name, value in changed.items()]
+    words = [f"--{name}={_word(value)}" for name, value in changed.items()]
     words += ["--quick"] * quick + [f"--pairs={pairs}"] * (what == "train" and pairs != PAIRS)
     return shlex.join(["subspan", "bench", what, *words, "--json"])
+
+
+def _word(value: Any) -> str:
+    """A value as a flag takes it."""
+    return json.dumps(value) if isinstance(value, dict | tuple) else str(value)
 
 
 def _file(name: str, value: str | None) -> Path | None:

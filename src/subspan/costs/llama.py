@@ -12,6 +12,8 @@ VOCABULARY = 32_000  # that of T5, which the papers' models have
 class Layer:
     """A linear layer of a block, with the weight ``W (out, inputs)``."""
 
+    name: str
+    """Its name in a block."""
     out: int
     inputs: int
 
@@ -56,10 +58,10 @@ class Llama:
         """The linear layers of a block. Those that are fed by one tensor are together: q, k, v; o; gate, up; down."""
         d, f, kv = self.d, self.f, self.kv
         return [
-            [Layer(d, d), Layer(kv, d), Layer(kv, d)],
-            [Layer(d, d)],
-            [Layer(f, d), Layer(f, d)],
-            [Layer(d, f)],
+            [Layer("self_attn.q_proj", d, d), Layer("self_attn.k_proj", kv, d), Layer("self_attn.v_proj", kv, d)],
+            [Layer("self_attn.o_proj", d, d)],
+            [Layer("mlp.gate_proj", f, d), Layer("mlp.up_proj", f, d)],
+            [Layer("mlp.down_proj", d, f)],
         ]
 
     @property

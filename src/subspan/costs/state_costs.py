@@ -152,9 +152,9 @@ class StateCosts:
         if p.weight is None:
             weights, carriers = size, 0
             rank = None if self.selector is None else group.get("rank")
-            layout = layout_of(p.shape, rank, group.get("proj_type", "std"), group.get("flatten", False))
+            layout = layout_of(p.shape, rank, group.get("proj_type", "std"), group.get("flatten", False), sharded)
             layout = layout.of_rows(rows) if sharded else layout
-            stored = self._stored(states_of_parts(self._parts(group), local, layout, rank))
+            stored = self._stored(states_of_parts(self._parts(group), local, layout))
         else:
             frozen = p.weight.local(rows)
             weights, carriers = frozen.numel() * frozen.element_size(), size
@@ -190,7 +190,7 @@ class StateCosts:
     # --- parameters whose sizes stand for symbols ---------------------------------------------------------------------
 
     def _projected(self, local: Tensor, side: Side | None, rank: int | None) -> dict[str, list[Stored]]:
-        return self._stored(states_of_parts(self._parts({}), local, Layout(tuple(local.shape), side), rank))
+        return self._stored(states_of_parts(self._parts({}), local, Layout(tuple(local.shape), side, rank)))
 
     def _vector(self, k: int) -> list[Stored]:
         return _all(self._projected(_empty(k), None, None))

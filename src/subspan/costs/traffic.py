@@ -1,19 +1,20 @@
-"""The bytes that a training step sends, in closed form. They follow from shapes, rank and world.
+"""The bytes that a training step sends, in closed form. They follow from shapes, ranks and world.
 
 Weights are ``W (out, inputs)``. A basis compresses the side ``n`` to rank ``r``.
 """
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 import torch
 
 from subspan.costs.collectives import Sent
 from subspan.costs.llama import Layer, Llama, padded
+from subspan.groups import RankPattern
 from subspan.linalg import spectral_dtype
-from subspan.step.layout import layout_of
+from subspan.step.layout import Rank, layout_of, rank_of_side
 
 PERIOD = 200
 """Steps between two refreshes, over which what a refresh costs is averaged."""
@@ -47,12 +48,23 @@ WAYS = {
 }
 
 
+class Projected(NamedTuple):
+    """A linear layer whose weight is projected."""
+
+    layer: Layer
+    n: int
+    """Length of the side that is compressed."""
+    r: int
+    """The rank."""
+
+
 @dataclass(frozen=True)
 class Traffic:
     """The collective operations of a step, and their payloads."""
 
     model: Llama
-    rank: int
+    rank: Rank
+    """The rank, as a whole number or as a share of each compressed side."""
     world: int
     way: Way
     width: int = 4
@@ -63,6 +75,8 @@ class Traffic:
     """Gradient that chooses the basis of backward-side layers: that of one rank, or the mean over all."""
     device: torch.device = torch.device("cpu")
     """Where a Gram matrix is made, which decides its precision."""
+    rank_pattern: Mapping[str, Rank] | None = None
+    """Other ranks by name, as ``create`` takes them."""
 
     def step(self) -> Sent:
         """What an ordinary step sends."""
@@ -81,15 +95,14 @@ class Traffic:
         if self.way.optimizer == "adamw":
             return sent
         if self.way.backward_side:
-            for group in self.model.sharing * self.model.layers:
+            for group in self.bases:
                 if self.select_from == "mean":  # the gradients of all layers of the group
-                    sent.add("all_reduce", self.width * sum(layer.numel for layer in group))
-                sent.add("broadcast", self._basis(group[0].inputs))
+                    sent.add("all_reduce", self.width * sum(one.layer.numel for one in group))
+                sent.add("broadcast", _basis(group[0]))
         elif self.way.sharded:
-            for layer in self.model.block * self.model.layers:
-                if (n := self.compressed(layer)) is not None:
-                    sent.add("all_reduce", spectral_dtype(self.device, n).itemsize * n * n)
-                    sent.add("broadcast", self._basis(n))
+            for [one] in self.bases:
+                sent.add("all_reduce", spectral_dtype(self.device, one.n).itemsize * one.n * one.n)
+                sent.add("broadcast", _basis(one))
         else:  # gradients are sent whole, and each rank chooses the same basis from them
             sent.bytes["all_reduce"] = self.width * self.model.numel
         return sent
@@ -99,30 +112,44 @@ class Traffic:
 
         Carriers hold zeros. They are parameters, so ``fully_shard`` gathers them too.
         """
-        carriers = sum(padded((layer.out, self.rank), self.world) for layer in self.model.block)
         gathered = self.way.sharded and self.way.backward_side
-        return 2 * self.gathered_width * carriers * self.model.layers if gathered else 0
+        return 2 * self.gathered_width * self._carriers() if gathered else 0
 
-    def compressed(self, layer: Layer) -> int | None:
-        """Length of the side that the optimizer compresses; ``None`` for a layer that it does not project."""
-        side = layout_of((layer.out, layer.inputs), self.rank, self.way.proj_type).side
-        return None if side is None else layer.inputs if side == "right" else layer.out
+    @cached_property
+    def bases(self) -> list[list[Projected]]:
+        """The projected layers of all blocks. Those that share a basis are together."""
+        pattern, found = RankPattern(self.rank_pattern), []
+        for block in range(self.model.layers):
+            for group in self.model.sharing:
+                shared: dict[int, list[Projected]] = {}
+                for layer in group:
+                    asked = pattern.of(f"model.layers.{block}.{layer.name}.weight", self.rank)
+                    if self.way.backward_side:
+                        one = Projected(layer, layer.inputs, rank_of_side(asked, layer.inputs))
+                        shared.setdefault(one.r, []).append(one)
+                        continue
+                    layout = layout_of((layer.out, layer.inputs), asked, self.way.proj_type)
+                    if layout.rank is not None:
+                        found.append(
+                            [Projected(layer, layer.inputs if layout.side == "right" else layer.out, layout.rank)]
+                        )
+                found += shared.values()
+        return found
 
-    def _basis(self, n: int) -> int:
-        """Bytes of a basis, of its product with the basis before, and of two integers."""
-        return 4 * n * self.rank + 4 * self.rank**2 + 16
+    @property
+    def projected(self) -> list[Projected]:
+        """The projected layers of all blocks."""
+        return [one for group in self.bases for one in group]
+
+    def _carriers(self) -> int:
+        """Number of entries of all carriers, filled up as ``fully_shard`` does."""
+        return sum(padded((one.layer.out, one.r), self.world) for one in self.projected)
 
     def _gradients(self) -> int:
         """Number of entries that data-parallel ranks average: those of G, or of R in its place."""
-        model = self.model
-        outside = sum(map(math.prod, model.outside)) + model.layers * sum(map(math.prod, model.block_vectors))
-        return outside + model.layers * sum(map(self._gradient, model.block))
-
-    def _gradient(self, layer: Layer) -> int:
-        if self.way.backward_side:
-            return layer.out * self.rank
-        n = self.compressed(layer) if self.way.hook else None
-        return layer.numel if n is None else layer.numel // n * self.rank
+        if not (self.way.backward_side or self.way.hook):
+            return self.model.numel
+        return self.model.numel - sum(one.layer.numel - one.layer.numel // one.n * one.r for one in self.projected)
 
     def _sharded(self) -> Iterator[tuple[str, int]]:
         """What ``fully_shard`` sends.
@@ -133,12 +160,16 @@ class Traffic:
         model = self.model
         vectors = sum(padded(shape, self.world) for shape in model.block_vectors)
         weights = sum(padded((layer.out, layer.inputs), self.world) for layer in model.block)
-        carriers = (
-            sum(padded((layer.out, self.rank), self.world) for layer in model.block) if self.way.backward_side else 0
-        )
+        carriers = self._carriers() if self.way.backward_side else 0
         outside = sum(padded(shape, self.world) for shape in model.outside)
-        yield "all_gather", self.gathered_width * (2 * model.layers * (weights + carriers + vectors) + outside)
-        yield "reduce_scatter", self.width * (model.layers * ((carriers or weights) + vectors) + outside)
+        inside = model.layers * (weights + vectors)
+        yield "all_gather", self.gathered_width * (2 * (inside + carriers) + outside)
+        yield "reduce_scatter", self.width * ((carriers + model.layers * vectors if carriers else inside) + outside)
+
+
+def _basis(one: Projected) -> int:
+    """Bytes of a basis, of its product with the basis before, and of two integers."""
+    return 4 * one.n * one.r + 4 * one.r**2 + 16
 
 
 def amortised(step: float, refresh: float, period: float = PERIOD) -> float:

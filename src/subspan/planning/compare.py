@@ -9,6 +9,7 @@ from subspan.planning.many_machines import groups
 from subspan.planning.model import with_vocabulary
 from subspan.planning.plan import Planner
 from subspan.planning.setting import PlanSetting
+from subspan.step.layout import Rank
 from subspan.training.models.presets import PRESETS
 from subspan.utils.errors import SettingError
 
@@ -58,12 +59,13 @@ def compare(setting: PlanSetting) -> dict[str, Any]:
             "backward_side": backward_side,
             "bytes": costs.bytes | {"activations": planner.saved(planner.rank, own.batch), "total": costs.total},
             "fits": None if own.budget is None else costs.total <= own.budget,
-            "papers_way_bytes": papers_way(own.model, name, planner.rank),
-            "reported_bytes": _reported(own.model, name, planner.rank),
+            "papers_way_bytes": None if own.rank_pattern else papers_way(own.model, name, planner.rank),
+            "reported_bytes": None if own.rank_pattern else _reported(own.model, name, planner.rank),
         })  # fmt: skip
     return {
         "model": setting.model,
         "rank": planner.rank,
+        "rank_pattern": setting.rank_pattern,
         "batch": setting.batch,
         "seq": planner.seq,
         "accumulate": setting.accumulate,
@@ -79,7 +81,7 @@ def compare(setting: PlanSetting) -> dict[str, Any]:
     }
 
 
-def papers_way(model: str, optimizer: str, rank: int) -> int | None:
+def papers_way(model: str, optimizer: str, rank: Rank) -> int | None:
     """Count weights, moments and bases as GaLore's table does, two bytes for each number.
 
     Returns ``None`` where moments have one byte, and for a model that is no preset.
@@ -91,6 +93,6 @@ def papers_way(model: str, optimizer: str, rank: int) -> int | None:
     return (held["weights"] + held["states"] + held["bases"]) // 2  # they are counted in fp32
 
 
-def _reported(model: str, optimizer: str, rank: int) -> int | None:
+def _reported(model: str, optimizer: str, rank: Rank) -> int | None:
     size = REPORTED.get(optimizer, {}).get(model)
     return None if size is None or rank != PRESETS[model].rank else round(size * 1e9)

@@ -15,17 +15,31 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from subspan.groups import RankPattern
 from subspan.training.models.blocks import blocks_of
 
 FEW = 4
 Key = TypeVar("Key")
 
 
-def shortened(config: Any, model: nn.Module) -> int | None:
-    """The number of blocks of ``model``, or ``None`` if all of them must be run: they differ, or are too few."""
+def shortened(config: Any, model: nn.Module, pattern: RankPattern | None = None) -> int | None:
+    """The number of blocks of ``model``, or ``None`` if all of them must be run: they differ, or are too few.
+
+    Args:
+        pattern: the ranks by name. Blocks in which another part of it gives the ranks differ.
+    """
     blocks = blocks_of(model)
     number = getattr(config, "num_hidden_layers", None)
-    kinds = {str([(name, tuple(p.shape)) for name, p in block.named_parameters()]) for block in blocks}
+    names = {p: name for name, p in model.named_parameters()}
+    kinds = {
+        str(
+            [
+                (name, tuple(p.shape), pattern.finds(names[p]) if pattern is not None else None)
+                for name, p in block.named_parameters()
+            ]
+        )
+        for block in blocks
+    }
     kinds_of_layer = set(getattr(config, "layer_types", None) or ["one"])
     if number != len(blocks) or number <= FEW or len(kinds) > 1 or len(kinds_of_layer) > 1:
         return None

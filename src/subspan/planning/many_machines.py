@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from subspan.costs.llama import Layer, Llama
+from subspan.costs.llama import Llama
 from subspan.costs.state_costs import ParameterShape, StateCosts
-from subspan.costs.traffic import WAYS, Traffic, Way, amortised
+from subspan.costs.traffic import WAYS, Projected, Traffic, Way, amortised
 from subspan.linalg import gram_flops
+from subspan.step.layout import Rank, rank_of_side
 from subspan.utils.errors import SettingError
 
 MODELS = {  # the shapes of LLaMA-2; the rank is a quarter of the width
@@ -129,33 +130,33 @@ def matmul_flops(traffic: Traffic, batch: Any) -> float:
         12 * T * batch.sequence_length * model.d
     )  # QKᵀ and its product with V, and twice that in the backward pass
     weights = sum(layer.numel for layer in model.block)
-    block = 6 * T * weights
+    blocks = model.layers * (6 * T * weights + attention)
     if traffic.way.backward_side:  # dyᵀ (x Q) in place of dyᵀ x
-        block = 4 * T * weights + 2 * T * traffic.rank * sum(layer.out for layer in model.block)
-    return model.layers * (block + attention) + 6 * T * model.v * model.d + into_bases_flops(traffic, batch)
+        blocks -= 2 * T * sum(one.layer.out * (one.n - one.r) for one in traffic.projected)
+    return blocks + 6 * T * model.v * model.d + into_bases_flops(traffic, batch)
 
 
 def into_bases_flops(traffic: Traffic, batch: Any) -> float:
     """The part of these FLOPs that is ``x Q`` of backward-side layers, once for the layers that share it."""
     if not traffic.way.backward_side:
         return 0.0
-    inputs = sum(group[0].inputs for group in traffic.model.sharing)
-    return 2.0 * batch.tokens * traffic.rank * traffic.model.layers * inputs
+    return 2.0 * batch.tokens * sum(group[0].n * group[0].r for group in traffic.bases)
 
 
 def optimizer_flops(traffic: Traffic, period: int) -> float:
     """FLOPs of products with bases in a step, and its share of the Gram matrices of a period."""
-    model, way, r = traffic.model, traffic.way, traffic.rank
+    way, projected = traffic.way, traffic.projected
     if way.optimizer == "adamw":
         return 0.0
-    local = model.layers / (traffic.world if way.sharded else 1)
+    sharing = traffic.world if way.sharded else 1
     if way.backward_side:  # W <- W - U Qᵀ. Only the owner of a basis makes the Gram matrix, and the others wait
-        grams = sum(_gram(sum(layer.numel for layer in group), _smaller(group)) for group in model.sharing)
-        return 2 * r * sum(layer.numel for layer in model.block) * local + grams * model.layers / period
-    projected = [(layer.numel, n) for layer in model.block if (n := traffic.compressed(layer)) is not None]
+        grams = sum(_gram(sum(one.layer.numel for one in group), _smaller(group)) for group in traffic.bases)
+        return 2 * sum(one.layer.numel * one.r for one in projected) / sharing + grams / period
     products = 8 if way.hook else 4  # G Q and U Qᵀ; the hook makes a G Q and an R Qᵀ of its own before
-    refresh = sum(_gram(numel, n) + 2 * n * r * r for numel, n in projected)  # and the new basis on the old one
-    return local * (sum(products * numel * r for numel, _ in projected) + refresh / period)
+    refresh = sum(
+        _gram(layer.numel, n) + 2 * n * r * r for layer, n, r in projected
+    )  # and the new basis on the old one
+    return (sum(products * layer.numel * r for layer, _, r in projected) + refresh / period) / sharing
 
 
 def _gram(numel: int, n: int) -> int:
@@ -168,20 +169,20 @@ def eigh_flops(traffic: Traffic) -> float:
     Data-parallel ranks each factorise every matrix. For backward-side layers one rank factorises after the other, and
     the backward pass waits. Sharded matrices are factorised at the same time, each by another rank.
     """
-    model, way, at_once = traffic.model, traffic.way, 1
+    way, at_once = traffic.way, 1
     if way.optimizer == "adamw":
         return 0.0
     if way.backward_side:
-        sides = [_smaller(group) for group in model.sharing]
+        sides = [_smaller(group) for group in traffic.bases]
     else:
-        sides = [n for layer in model.block if (n := traffic.compressed(layer)) is not None]
+        sides = [one.n for one in traffic.projected]
         at_once = traffic.world if way.sharded else 1
-    return sum(9.0 * n**3 for n in sorted(sides * model.layers, reverse=True)[::at_once])
+    return sum(9.0 * n**3 for n in sorted(sides, reverse=True)[::at_once])
 
 
-def _smaller(group: list[Layer]) -> int:
+def _smaller(group: list[Projected]) -> int:
     """The smaller side of the gradient of layers that share a basis."""
-    return min(group[0].inputs, sum(layer.out for layer in group))
+    return min(group[0].n, sum(one.layer.out for one in group))
 
 
 # --- bytes of a rank --------------------------------------------------------------------------------------------------
@@ -200,12 +201,14 @@ def memory(traffic: Traffic) -> dict[str, int]:
         world=traffic.world,
     )
     if way.sharded:
-        block = sum(layer.numel + (layer.out * traffic.rank if way.backward_side else 0) for layer in model.block)
+        block = sum(layer.numel for layer in model.block)
+        if way.backward_side:
+            block += sum(one.layer.out * one.r for one in traffic.projected) // model.layers
         held["gathered"] = 2 * (2 * block + sum(map(math.prod, model.outside)))
     return held | {"total": sum(held.values())}
 
 
-def groups(model: Llama, rank: int, way: Way) -> list[dict[str, Any]]:
+def groups(model: Llama, rank: Rank, way: Way) -> list[dict[str, Any]]:
     """The groups that an optimizer would have, with shapes in place of parameters."""
     others = [ParameterShape(shape) for shape in model.outside + model.layers * model.block_vectors]
     projected = []
@@ -213,7 +216,7 @@ def groups(model: Llama, rank: int, way: Way) -> list[dict[str, Any]]:
         for number, layer in enumerate(layers):
             p = ParameterShape((layer.out, layer.inputs))
             if way.backward_side:  # the first of the layers that share a basis keeps it
-                p = ParameterShape((layer.out, rank), weight=p, keeps_basis=number == 0)
+                p = ParameterShape((layer.out, rank_of_side(rank, layer.inputs)), weight=p, keeps_basis=number == 0)
             projected.append(p)
     own = None if way.optimizer == "adamw" else rank
     return [{"params": projected, "rank": own, "proj_type": way.proj_type}, {"params": others, "rank": None}]

@@ -1,5 +1,8 @@
 """The model and its optimizer on ``meta``, and what they hold."""
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,14 @@ from subspan.backward import Handle, project_backward
 from subspan.costs.llama import VOCABULARY, Llama
 from subspan.costs.state_costs import StateCosts
 from subspan.factory import create
+from subspan.groups import RankPattern
 from subspan.optimizer import SubspaceOptimizer
 from subspan.planning.many_machines import MODELS
 from subspan.planning.setting import PlanSetting
 from subspan.planning.shapes import ShapesOnly
 from subspan.recipes import find
-from subspan.step.layout import layout_of
+from subspan.step.layout import Rank
+from subspan.step.work import Slot, whole_layout
 from subspan.training.data.tokenizer import load_tokenizer
 from subspan.training.models.build import UNUSABLE, positions_of, preset_of
 from subspan.training.models.presets import PRESETS, Preset, llama_of
@@ -24,6 +29,7 @@ from subspan.utils.errors import InputError, first_line, named
 
 LARGER = {"llama-70b": MODELS["70B"]}
 """Models that are no presets of a run: their shapes, and a rank."""
+_PROJECTING = logging.getLogger(project_backward.__module__)
 _STEPS = 10_000  # length of the run, which a hybrid asks for; its memory does not depend on it
 
 
@@ -32,7 +38,7 @@ class Chosen:
     """A model's config, and the values of the settings that were left to the model."""
 
     config: Any
-    rank: int
+    rank: Rank
     seq: int
 
 
@@ -100,28 +106,47 @@ def shapes_of(setting: PlanSetting, config: Any) -> nn.Module:
     return model.train()
 
 
+@contextlib.contextmanager
+def _unsaid(logger: logging.Logger) -> Iterator[None]:
+    """Let a logger say nothing for a moment, because a plan makes the same model several times."""
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 class Planned:
-    """A model and its optimizer at one rank, on ``meta``.
+    """A model and its optimizer at one rank, or one share, on ``meta``.
 
     Attributes:
         held: bytes that one rank holds, by kind (``StateCosts.bytes_held``), and those of the buffers.
         step: the most bytes that a step of the optimizer on one parameter adds.
         refresh: the most bytes that it adds where a basis is chosen; 0 if none is.
-        sides: for each matrix that is to be projected, the largest rank at which it still is.
+        sides: for each matrix that is to be projected, the largest rank at which it still is; without the matrices that
+            get their rank by name.
     """
 
-    def __init__(self, setting: PlanSetting, config: Any, rank: int) -> None:
+    def __init__(self, setting: PlanSetting, config: Any, rank: Rank) -> None:
         self.setting, self.rank = setting, rank
         self.model = shapes_of(setting, config)
         self.handle: Handle | None = None
         if setting.is_backward_side:
-            self.handle = project_backward(self.model, rank=rank)
+            with _unsaid(_PROJECTING):  # it is among the notes of the plan
+                self.handle = project_backward(self.model, rank=rank, rank_pattern=setting.rank_pattern)
         given: dict[str, Any] = {"8bit": {"state_dtype": "int8"}, "32bit": {"state_dtype": "float32"}}.get(
             setting.state or "", {}
         )
         if find(setting.optimizer).selector is not None and setting.sharded:
             given["proj_type"] = "right"
-        self.optimizer = create(setting.optimizer, self.model, rank=rank, total_steps=_STEPS, **given)
+        self.optimizer = create(
+            setting.optimizer,
+            self.model,
+            rank=rank,
+            rank_pattern=setting.rank_pattern,
+            total_steps=_STEPS,
+            **given,
+        )
         self.held = self._held()
         self.sides = self._sides()
         self.step, self.refresh = self._transients()
@@ -145,17 +170,26 @@ class Planned:
         return held | {"buffers": sum(b.numel() * b.element_size() for b in self.model.buffers())}
 
     def _sides(self) -> list[int]:
-        """For each matrix that is to be projected, the largest rank at which it still is."""
         if self.handle is not None:
-            return [layer.in_features for layer in self.handle.layers]
-        groups = [group for group in self.optimizer.param_groups if group.get("rank") is not None]
-        shapes = [layout_of(p.shape, None, "std", group["flatten"]).shape for group in groups for p in group["params"]]
-        return [min(shape[-2:]) - 1 for shape in shapes]
+            return [layer.in_features for layer in self.handle.layers if not layer.projection.by_pattern]
+        pattern = RankPattern(self.setting.rank_pattern)
+        return [min(slot.layout.shape[-2:]) - 1 for slot in self._projected() if pattern.finds(slot.name) is None]
+
+    def _projected(self) -> list[Slot]:
+        """The matrices that are to be projected, and are unless the rank reaches a side."""
+        if not isinstance(self.optimizer, SubspaceOptimizer):
+            return []
+        return [slot for slot in self.optimizer.slots() if slot.group["rank"] is not None]
 
     def counts(self) -> dict[str, int]:
-        """All counts that are linear in the number of blocks."""
-        full = sum(side < self.rank for side in self.sides)
-        return self.held | {"step": self.step, "refresh": self.refresh, "full": full, "matrices": len(self.sides)}
+        """All counts that are linear in the number of blocks. The number of matrices of a rank has the rank as key."""
+        if self.handle is not None:
+            found: list[int | None] = [layer.projection.rank for layer in self.handle.layers]
+        else:
+            found = [slot.layout.rank for slot in self._projected()]
+        ranks = {str(rank): found.count(rank) for rank in sorted({rank for rank in found if rank is not None})}
+        counted = {"full": found.count(None), "matrices": len(found)}
+        return self.held | {"step": self.step, "refresh": self.refresh} | counted | ranks
 
     # --- what comes and goes ------------------------------------------------------------------------------------------
 
@@ -184,7 +218,7 @@ class Planned:
         found: dict[Any, tuple[Tensor, bool]] = {}
         for number, group in enumerate(self.optimizer.param_groups):
             for p in group["params"]:
-                side = layout_of(p.shape, group["rank"], group["proj_type"], group["flatten"]).side
+                side = whole_layout(p, group).side
                 found.setdefault((number, p.shape), (p, side is not None and self.handle is None))
         return list(found.values())
 
@@ -211,7 +245,8 @@ class Planned:
         assert self.handle is not None
         kinds: dict[Any, list[Any]] = {}
         for projection in self.handle.projections:
-            kinds.setdefault(tuple(layer.weight.shape for layer in projection.layers), []).append(projection)
+            shapes = tuple(layer.weight.shape for layer in projection.layers)
+            kinds.setdefault((projection.rank, shapes), []).append(projection)
         return list(kinds.values())
 
     def costly_projections(self) -> list[Any]:

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from subspan.groups import RankPattern
 from subspan.planning.depth import FEW, extended, peak_of, shortened, with_blocks
 from subspan.planning.model import LARGER, Planned, choose, shapes_of
 from subspan.planning.passes import Passes
 from subspan.planning.setting import PlanSetting
 from subspan.recipes import find
+from subspan.step.layout import Rank, rank_of_side
 from subspan.training.models.presets import PRESETS
 
 ALWAYS = ("weights", "carriers", "states", "bases", "buffers", "communication")
@@ -58,17 +60,18 @@ class Planner:
         self.setting = setting
         chosen = choose(setting)
         self.rank, self.seq, self._config = chosen.rank, chosen.seq, chosen.config
-        self.blocks = shortened(self._config, shapes_of(setting, self._config))
+        pattern = RankPattern(setting.rank_pattern)
+        self.blocks = shortened(self._config, shapes_of(setting, self._config), pattern)
         self._passes = {} if passes is None else passes
-        self._at: dict[int, _AtRank] = {}
+        self._at: dict[Rank, _AtRank] = {}
 
-    def at(self, rank: int) -> "_AtRank":
+    def at(self, rank: Rank) -> "_AtRank":
         """The setting at a rank: everything that does not depend on the batch."""
         if rank not in self._at:
             self._at[rank] = _AtRank(self.setting, self._config, rank, self.seq, self.blocks)
         return self._at[rank]
 
-    def costs(self, rank: int, batch: int) -> Costs:
+    def costs(self, rank: Rank, batch: int) -> Costs:
         """The bytes of the first rank of the world."""
         setting, planned = self.setting, self.at(rank)
         peak = self._once(("peak", batch, rank), lambda: planned.peak(batch))
@@ -89,11 +92,11 @@ class Planner:
         found = held | {"gradients": gradients, "refresh_peak": refresh, "communication": sending}
         return Costs(found, backward, there + gradients + stepping)
 
-    def saved(self, rank: int, batch: int) -> int:
+    def saved(self, rank: Rank, batch: int) -> int:
         """Bytes that autograd keeps for the backward pass of an ordinary step."""
         return self._once(("saved", batch, rank), lambda: self.at(rank).saved(batch))
 
-    def _once(self, what: tuple[str, int, int], count: Callable[[], int]) -> int:
+    def _once(self, what: tuple[str, int, Rank], count: Callable[[], int]) -> int:
         setting = self.setting
         # Where gradients are the backward pass's own, methods and ranks do not differ in it.
         kind = (setting.optimizer, what[2]) if setting.is_backward_side else ()
@@ -107,12 +110,16 @@ class Planner:
         return largest(lambda batch: self.costs(self.rank, batch).total, budget, self.setting.batch, _MOST_SEQUENCES)
 
     def largest_rank(self, budget: int) -> int | None:
-        """The largest rank that fits and projects something; 0 if none fits, ``None`` for a full-rank method."""
-        if find(self.setting.optimizer).selector is None:
-            return None
+        """The largest whole number that fits as rank and projects something; 0 if none fits.
+
+        It is ``None`` for a full-rank method, and where every matrix gets its rank by name.
+        """
         sides = self.at(self.rank).sides
+        if not sides:
+            return None
         top = min(sides) if self.setting.is_backward_side else max(sides)
-        return largest(lambda rank: self.costs(rank, self.setting.batch).total, budget, min(self.rank, top), top)
+        start = min(rank_of_side(self.rank, top), top)
+        return largest(lambda rank: self.costs(rank, self.setting.batch).total, budget, start, top)
 
     def report(self) -> dict[str, Any]:
         """The plan as ``subspan plan --json`` prints it."""
@@ -124,6 +131,8 @@ class Planner:
             "model": setting.model,
             "optimizer": setting.optimizer,
             "rank": None if full_rank else self.rank,
+            "rank_pattern": None if full_rank else setting.rank_pattern,
+            "ranks": self.at(self.rank).ranks,
             "backward_side": setting.is_backward_side,
             "dtype": setting.dtype,
             "batch": setting.batch,
@@ -143,14 +152,17 @@ class Planner:
         }
 
     def notes(self) -> list[str]:
-        """Remarks on what became of the rank."""
-        full, matrices = (self.at(self.rank).counts[key] for key in ("full", "matrices"))
-        if not full or self.setting.is_backward_side:
-            return []
+        """Remarks on what became of the ranks."""
+        found = self.at(self.rank)
+        full, matrices = (found.counts[key] for key in ("full", "matrices"))
+        divided = [] if found.divided is None else [found.divided]
+        if not full:
+            return divided
         rest = "none is left: this is full-rank training" if full == matrices else f"{matrices - full} are projected"
+        which = f"rank {self.rank}" + (", or one of rank_pattern," if self.setting.rank_pattern else "")
         return [
-            f"rank {self.rank} is no smaller than a side of {full} of {matrices} matrices, which are trained full "
-            f"rank; {rest}"
+            *divided,
+            f"{which} is no smaller than a side of {full} of {matrices} matrices, which are trained full rank; {rest}",
         ]
 
     def assumptions(self) -> list[str]:
@@ -194,15 +206,18 @@ class Planner:
 
 
 class _AtRank:
-    """A setting at one rank, from all blocks of its model or from a few of them."""
+    """A setting at one rank or share, from all blocks of its model or from a few of them."""
 
-    def __init__(self, setting: PlanSetting, config: Any, rank: int, seq: int, blocks: int | None) -> None:
+    def __init__(self, setting: PlanSetting, config: Any, rank: Rank, seq: int, blocks: int | None) -> None:
         self._blocks, self._seq = blocks, seq
         depths = [None] if blocks is None else [FEW, FEW - 1]
         self._planned = [Planned(setting, config if n is None else with_blocks(config, n), rank) for n in depths]
         counts = [one.counts() for one in self._planned]
         self.counts = counts[0] if blocks is None else extended(counts[0], counts[1], blocks)
         self.sides = self._planned[0].sides
+        self.ranks = {key: self.counts[key] for key in self.counts if key.isdecimal()}
+        handle = self._planned[0].handle
+        self.divided = None if handle is None else handle.divided
         self._made: dict[int, Passes] = {}
 
     def _passes(self, number: int = 0) -> Passes:

@@ -27,7 +27,7 @@ _ABOUT = {
 def text(found: Mapping[str, Any]) -> str:
     """Write one plan."""
     method = found["optimizer"] + (", backward-side" if found["backward_side"] else "")
-    method += "" if found["rank"] is None else f", rank {found['rank']}"
+    method += "" if found["rank"] is None else f", {_ranks(found)}"
     cells = [["GiB", ""]]
     for kind, size in found["bytes"].items():
         if size or kind in ("weights", "gradients", "states", "activations"):
@@ -53,6 +53,15 @@ def _head(found: Mapping[str, Any], method: str) -> str:
     each = found["per_rank"]
     step += f"; each of {each['world']} ranks, {each['parallel']}" if each["parallel"] else ""
     return f"{found['model']}, {method}, {found['dtype']}, {step} (*computed*)"
+
+
+def _ranks(found: Mapping[str, Any]) -> str:
+    """The rank, the patterns, and where one of them leaves it open the ranks that the matrices have."""
+    rank, pattern = found["rank"], found["rank_pattern"]
+    words = f"rank {rank}" + (f", rank_pattern {pattern}" if pattern else "")
+    if not found.get("ranks") or (rank >= 1 and not pattern):
+        return words
+    return f"{words} ({', '.join(f'{own} for {count} matrices' for own, count in found['ranks'].items())})"
 
 
 def _verdict(found: Mapping[str, Any]) -> str:
@@ -83,7 +92,7 @@ def name_of(row: Mapping[str, Any]) -> str:
 
 def comparison(found: Mapping[str, Any]) -> str:
     """Write the table over methods, bars, and what papers report beside the same sum as computed."""
-    head = _head(found, f"rank {found['rank']}")
+    head = _head(found, _ranks(found))
     kinds = [
         "weights",
         "carriers",

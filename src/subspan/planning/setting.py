@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from subspan.groups import check_rank
 from subspan.recipes import find
 from subspan.utils.errors import SettingError
 
@@ -19,8 +20,11 @@ class PlanSetting:
     hub."""
     optimizer: str = "sara_adamw"
     """Name of an optimizer from `subspan list optimizers`."""
-    rank: int | None = None
-    """Rank of the subspaces; null takes the preset's, or 128."""
+    rank: int | float | None = None
+    """Rank of the subspaces, or its share of each compressed side, such as 0.25; null takes the preset's, or 128."""
+    rank_pattern: dict[str, int | float] | None = None
+    """Other ranks by name, such as {q_proj: 32, mlp: 0.5}. The first regular expression that is found in the name of a
+    matrix gives its rank."""
     backward_side: bool | None = None
     """Let the backward pass make the low-rank gradient; null takes the optimizer's default."""
     batch: int = 1
@@ -46,7 +50,8 @@ class PlanSetting:
 
     def __post_init__(self) -> None:
         recipe = find(self.optimizer)
-        for name in ("rank", "batch", "seq", "accumulate", "world"):
+        check_rank(1 if self.rank is None else self.rank, self.rank_pattern)
+        for name in ("batch", "seq", "accumulate", "world"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingError(f"{name}={value}: expected a whole number >= 1")

@@ -19,7 +19,7 @@ from torch import Tensor
 from subspan import distributed, linalg
 from subspan.step import refresh
 from subspan.step.carriers import CarriedLayer, CarriedProjection, Plan, layer_of
-from subspan.step.layout import PROJ_TYPES, layout_of
+from subspan.step.layout import PROJ_TYPES, Rank, layout_of, rank_of_side
 from subspan.step.method import Method
 from subspan.step.proximal import Proximal
 from subspan.step.weights import Inside, rounding_generator
@@ -187,8 +187,11 @@ def check_carrier(method: Method, p: Tensor) -> None:
         )
 
 
-def check_ranks(slots: Iterable[Slot], rank: int | None) -> None:
-    """Refuse what would be ignored: where only backward-side layers are projected, their rank and side are given."""
+def check_ranks(slots: Iterable[Slot], rank: Rank | None) -> None:
+    """Refuse what would be ignored: where only backward-side layers are projected, their rank and side are given.
+
+    ``rank`` is that of the optimizer, which is not for layers whose rank a pattern has set.
+    """
     projected = [
         slot
         for slot in slots
@@ -198,12 +201,13 @@ def check_ranks(slots: Iterable[Slot], rank: int | None) -> None:
     for slot in projected if all(layer_of(slot.p) is not None for slot in projected) else []:
         layer, own = layer_of(slot.p), slot.p.shape[1]
         assert layer is not None
-        asked = {rank, slot.group["rank"]} - {None, own}
-        if asked:
-            raise SettingError(
-                f"rank={asked.pop()}: the backward-side layer of {layer.weight_name} was made with rank={own}; give that, "
-                f"or another rank to project_backward"
-            )
+        made = layer.projection
+        for asked in (slot.group["rank"], None if made.by_pattern else rank):
+            if asked is not None and rank_of_side(asked, layer.weight.shape[1]) != own:
+                raise SettingError(
+                    f"rank={asked}: the backward-side layer of {layer.weight_name} was made with rank={made.asked}; give "
+                    f"that, or another rank to project_backward"
+                )
         proj_type = slot.group["proj_type"]
         compresses_rows = layout_of(layer.weight.shape, own, proj_type, False).side == "left"
         if PROJ_TYPES[proj_type] != "short" and compresses_rows:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from subspan.step.layout import Rank
 from subspan.storage.allocation import State
 
 Plan = Literal["keep", "draw", "form"]
@@ -18,6 +19,11 @@ class CarriedProjection(Protocol):
     """One basis, and the layers that share it (``backward.projection``)."""
 
     layers: list[Any]
+    rank: int
+    asked: Rank
+    """What ``rank`` was made of: itself, or a share of the inputs."""
+    by_pattern: bool
+    """Whether a pattern of names has set ``asked``, and not the rank of all layers."""
     plan: Plan
     merge: str
     select_from: str

@@ -1,14 +1,36 @@
-"""``Layout``: how a parameter of any shape is seen as oriented matrices, and which of their sides is compressed."""
+"""``Layout``: how a parameter of any shape is seen as oriented matrices, which side is compressed, to which rank."""
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeGuard
 
 from torch import Tensor
 
 Side = Literal["right", "left"]
 PROJ_TYPES = {"std": "short", "reverse_std": "long", "right": "right", "left": "left", "short": "short", "long": "long"}
 """The names of galore_torch, and what they mean: which side of the matrix is compressed to the rank."""
+Rank = int | float
+"""The dimension of subspaces: a whole number, or a share of the side that is compressed, above 0 and below 1."""
+RANKS = "a whole number >= 1, or a share of each compressed side, above 0 and below 1"
+"""What a rank may be, in words for messages."""
+
+
+def is_rank(value: object) -> TypeGuard[Rank]:
+    """Whether ``value`` is a whole number >= 1 or a share above 0 and below 1."""
+    if isinstance(value, float):
+        return 0 < value < 1
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def rank_of_side(rank: Rank, side: int) -> int:
+    """Return the number of directions in a side of this length: ``rank``, or its share of them, at least 1.
+
+    A share is rounded to the nearest whole number, and a half upwards.
+
+    >>> rank_of_side(16, 172), rank_of_side(0.25, 172), rank_of_side(0.25, 10), rank_of_side(0.25, 1)
+    (16, 43, 3, 1)
+    """
+    return rank if isinstance(rank, int) else max(1, math.floor(rank * side + 0.5))
 
 
 class Layout(NamedTuple):
@@ -18,6 +40,8 @@ class Layout(NamedTuple):
     """``(..., rows, columns)``; leading dimensions are a stack. Vectors keep their own shape."""
     side: Side | None
     """``right`` compresses the columns (``R = G Q``), ``left`` the rows (``R = Gᵀ Q``), ``None`` is full rank."""
+    rank: int | None = None
+    """Number of columns of ``Q`` and ``R``, ``None`` for full rank."""
 
     @property
     def row_dim(self) -> int:
@@ -32,7 +56,7 @@ class Layout(NamedTuple):
 
     def of_rows(self, rows: int) -> "Layout":
         """Return the layout of some of the rows. The columns are compressed, because no rank has all rows."""
-        return Layout((rows, *self.shape[1:]), self.side and "right")
+        return Layout((rows, *self.shape[1:]), self.side and "right", self.rank)
 
     def enter(self, A: Tensor) -> Tensor:
         """Return ``A``, which has the parameter's shape, as oriented matrices, whose last side is compressed."""
@@ -44,20 +68,32 @@ class Layout(NamedTuple):
         return (D.mT if self.side == "left" else D).reshape(shape)
 
 
-def layout_of(shape: Sequence[int], rank: int | None, proj_type: str, flatten: bool = False) -> Layout:
+def layout_of(
+    shape: Sequence[int], rank: Rank | None, proj_type: str, flatten: bool = False, sharded: bool = False
+) -> Layout:
     """Return the layout of a parameter in a group with these settings.
 
     A parameter of three dimensions is a stack of matrices, such as experts. One with more dimensions, or with three and
     ``flatten``, is a convolution and is flattened to ``(out, -1)``. A matrix with a side no larger than the rank is not
     compressed.
+
+    Args:
+        shape: the shape of the whole parameter.
+        rank: the rank, or its share of the side that is compressed; ``None`` for full rank.
+        proj_type: one of ``PROJ_TYPES``.
+        flatten: whether three dimensions are those of a convolution.
+        sharded: whether its rows are sharded over ranks. Then the columns are compressed where ``proj_type`` leaves the
+            side to the shape.
     """
     shape = tuple(shape)
     if len(shape) > 3 or (flatten and len(shape) == 3):
         shape = (shape[0], math.prod(shape[1:]))
-    if rank is None or len(shape) < 2 or rank >= min(shape[-2:]):
+    if rank is None or len(shape) < 2:
         return Layout(shape, None)
-    side = PROJ_TYPES[proj_type]
-    if side in ("right", "left"):
-        return Layout(shape, side)  # type: ignore[arg-type]  # narrowed by the line above
-    wide = shape[-2] < shape[-1]
-    return Layout(shape, "left" if wide == (side == "short") else "right")
+    rows, columns = shape[-2:]
+    named = PROJ_TYPES[proj_type]
+    side: Side = "right"
+    if named == "left" or (named != "right" and not sharded and (rows < columns) == (named == "short")):
+        side = "left"
+    own = rank_of_side(rank, columns if side == "right" else rows)
+    return Layout(shape, None) if own >= min(rows, columns) else Layout(shape, side, own)

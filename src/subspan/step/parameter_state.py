@@ -48,22 +48,21 @@ def state_of(method: Method, p: Tensor, group: Mapping[str, Any]) -> State:
     return distributed.shard_state(p, state, grown) if distributed.is_sharded(p) else state
 
 
-def states_of_parts(parts: Parts, local: Tensor, layout: Layout, rank: int | None) -> dict[str, State]:
+def states_of_parts(parts: Parts, local: Tensor, layout: Layout) -> dict[str, State]:
     """Allocate what each part holds for an ordinary parameter, on the device of ``local``, which may be ``meta``.
 
     Args:
         parts: the parts, whose names are the keys of what is returned.
         local: the rows of the parameter that are on this rank.
         layout: how they are seen.
-        rank: the dimension of the subspace, if the parameter is projected.
     """
-    if layout.side is None or rank is None or parts.selector is None:
+    if layout.rank is None or parts.selector is None:
         return {"rule": parts.rule.init(local, layout.shape, layout.row_dim)}
     G = layout.enter(local)
-    shape = (*G.shape[:-1], rank)
+    shape = (*G.shape[:-1], layout.rank)
     return {
         "rule": parts.rule.init(local, shape, layout.row_dim),
-        "selector": parts.selector.init(G, rank),
+        "selector": parts.selector.init(G, layout.rank),
         "residual": parts.residual.init(G),
         "proximal term": parts.proximal.init(local, shape),
     }
@@ -90,7 +89,7 @@ def _whole(method: Method, p: Tensor, local: Tensor, group: Mapping[str, Any]) -
     if (layer := layer_of(p)) is not None:
         states = states_of_carrier(parts, local, layer.weight if layer.number == 0 else None)
     else:
-        states = states_of_parts(parts, local, local_layout(p, group, local), group["rank"])
+        states = states_of_parts(parts, local, local_layout(p, group, local))
     if "selector" in states:
         states["schedule"] = dict(SCHEDULE)
     return _joined(states, parts.rule)

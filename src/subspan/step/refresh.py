@@ -162,4 +162,5 @@ def _wanted(work: Work, number: int, count: int, ranks: Ranks, states: Mapping[T
     row = G.new_zeros(1, G.shape[-1])
     S = ranks.add_rows_(linalg.gram(G))
     whole = Gram(S, row, slot.p.shape[0]) if owner == ranks.index else None  # the other ranks let the sum go
-    return Wanted(states[slot.p], work.key, slot.group["rank"], row, owner, whole)
+    assert slot.layout.rank is not None
+    return Wanted(states[slot.p], work.key, slot.layout.rank, row, owner, whole)

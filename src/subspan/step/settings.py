@@ -14,7 +14,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 
 from torch import Tensor
 
-from subspan.step.layout import PROJ_TYPES
+from subspan.step.layout import PROJ_TYPES, RANKS, Rank, is_rank
 from subspan.storage import eight_bit
 from subspan.storage.allocation import StateDtype
 from subspan.utils.checks import DIVISORS, LARGEST, is_divisor, is_factor
@@ -52,7 +52,8 @@ class StepSettings:
 
     Attributes:
         lr: learning rate, a float or a tensor; it is read at every step.
-        rank: dimension of the subspace, >= 1; ``None`` stands for full rank.
+        rank: dimension of the subspace, >= 1, or its share of each compressed side, such as 0.25; ``None`` stands for
+            full rank.
         update_proj_gap: steps between refreshes, >= 1.
         scale: factor on the step of projected matrices. ``lr * scale`` is their learning rate: halve one, double the
             other.
@@ -70,9 +71,7 @@ class StepSettings:
     """
 
     lr: float | Tensor = _setting(1e-2, _is_rate, f"a number >= 0, as a float if beyond {LARGEST:g}")
-    rank: int | None = _setting(
-        None, lambda value: value is None or _is_count(value), "a whole number >= 1, or None for full rank"
-    )
+    rank: Rank | None = _setting(None, lambda value: value is None or is_rank(value), f"{RANKS}, or None for full rank")
     update_proj_gap: int = _setting(200, _is_count, "a whole number of steps >= 1")
     scale: float = _setting(0.25, is_factor, f"a number >= 0, and at most {LARGEST:g}")
     proj_type: str = _choice("std", *PROJ_TYPES, expected=f"one of {', '.join(PROJ_TYPES)}; 'std' is usual")

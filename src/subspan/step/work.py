@@ -8,6 +8,7 @@ from torch import Tensor
 
 from subspan import distributed
 from subspan.parts import Key, Rows, Rule
+from subspan.step.carriers import layer_of
 from subspan.step.layout import Layout, layout_of
 from subspan.step.method import Method
 from subspan.storage import eight_bit
@@ -69,9 +70,17 @@ def open_(p: Tensor, rule: Rule, state: State, group: Mapping[str, Any], dimensi
     return Held(distributed.local(p), own, moments, distributed.rows_of(p, dimensions))
 
 
+def whole_layout(p: Tensor, group: Mapping[str, Any]) -> Layout:
+    """Return how all rows of ``p`` are seen, wherever they are. A carrier is not compressed: its gradient is ``R``."""
+    if layer_of(p) is not None:
+        return Layout(tuple(p.shape), None)
+    sharded = distributed.is_sharded(p)
+    return layout_of(p.shape, group["rank"], group["proj_type"], group["flatten"], sharded)
+
+
 def local_layout(p: Tensor, group: Mapping[str, Any], local: Tensor | None = None) -> Layout:
     """Return how the local rows of ``p`` are seen. If they are not all rows, the columns are compressed."""
-    layout = layout_of(p.shape, group["rank"], group["proj_type"], group["flatten"])
+    layout = whole_layout(p, group)
     if not distributed.is_sharded(p) or p.ndim == 0:
         return layout
     return layout.of_rows(len(distributed.local(p) if local is None else local))

@@ -91,6 +91,8 @@ class Cell:
         A setting that a later version adds leaves the keys of old runs as they are.
         """
         settings = asdict(resolve_run(self.config)) | {name: getattr(self.config, name) for name in _AS_GIVEN}
+        if (pattern := settings["rank_pattern"]) is not None:  # its order counts, and keys are sorted below
+            settings["rank_pattern"] = list(pattern.items())
         if "tokens" in settings["evaluation"]:  # in fine-tuning ``every`` decides which checkpoint is the best
             settings["evaluation"] = {"tokens": settings["evaluation"]["tokens"]}
         kept = without_defaults({key: value for key, value in settings.items() if key not in _NOT_COMPUTED})

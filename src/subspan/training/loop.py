@@ -95,6 +95,7 @@ class Training(ABC, Generic[R]):
             project_backward(
                 model,
                 rank=config.rank,
+                rank_pattern=config.rank_pattern,
                 targets=config.optim.targets,
                 share=config.optim.share,
                 merge=config.optim.merge,
@@ -353,7 +354,8 @@ class Training(ABC, Generic[R]):
         summary = getattr(self.optimizer, "summary", None)
         say(f"{config.optimizer}: " + (summary() if summary else "torch.optim.AdamW on every parameter"))
         if full := uncompressed(self.optimizer):
-            say(f"rank={config.rank}: reaches the shorter side of {full} matrices, which are trained at full rank")
+            asked = f"rank={config.rank}" + (f", rank_pattern={config.rank_pattern}" if config.rank_pattern else "")
+            say(f"{asked}: reaches the shorter side of {full} matrices, which are trained at full rank")
         if self.step:
             say(f"{'continues' if self.step < config.steps else 'already complete'} at step {self.step}")
         if processes.size > 1:

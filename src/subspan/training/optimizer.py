@@ -7,7 +7,7 @@ from torch import nn
 
 from subspan.factory import create
 from subspan.step.carriers import layer_of
-from subspan.step.layout import layout_of
+from subspan.step.work import whole_layout
 from subspan.training.config.resolve import ResolvedConfig
 from subspan.training.config.resolve_finetuning import ResolvedFinetune
 
@@ -23,6 +23,7 @@ def build_optimizer(config: ResolvedConfig | ResolvedFinetune, model: nn.Module)
         model,
         lr=config.lr,
         rank=config.rank,
+        rank_pattern=config.rank_pattern,
         update_proj_gap=config.update_proj_gap,
         scale=config.scale,
         weight_decay=config.weight_decay,
@@ -34,11 +35,11 @@ def build_optimizer(config: ResolvedConfig | ResolvedFinetune, model: nn.Module)
 
 def uncompressed(optimizer: torch.optim.Optimizer) -> int:
     """Count the matrices that should be projected, but have a side that is no longer than the rank."""
-    shapes = [
-        layout_of(p.shape, group["rank"], group["proj_type"], group["flatten"])
+    layouts = [
+        whole_layout(p, group)
         for group in optimizer.param_groups
         if group.get("rank") is not None
         for p in group["params"]
         if layer_of(p) is None
     ]
-    return sum(layout.side is None and len(layout.shape) > 1 for layout in shapes)
+    return sum(layout.side is None and len(layout.shape) > 1 for layout in layouts)

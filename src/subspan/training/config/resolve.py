@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from subspan.groups import check_rank
 from subspan.parts import Rule
 from subspan.recipes import Recipe, find
 from subspan.training.config.settings import (
@@ -49,7 +50,7 @@ class Resolved(RunConfig):
     batch_size: int = 0
     micro_batch_size: int = 0
     lr: float = 0.0
-    rank: int = 0
+    rank: int | float = 0
     backward_side: bool = False
     update_proj_gap: int = 0
     schedule: ResolvedSchedule = ResolvedSchedule()
@@ -75,7 +76,7 @@ class Defaults:
     batch_size: int
     lr: float
     scale: float
-    rank: int
+    rank: int | float
     update_proj_gap: int
 
 
@@ -217,7 +218,6 @@ def check(config: Resolved, counts: Mapping[str, int | None]) -> None:
         "steps": config.steps,
         "batch_size": config.batch_size,
         "micro_batch_size": config.micro_batch_size,
-        "rank": config.rank,
         "update_proj_gap": config.update_proj_gap,
         "log_every": config.log_every,
         "threads": config.threads,
@@ -228,6 +228,7 @@ def check(config: Resolved, counts: Mapping[str, int | None]) -> None:
     for name, value in at_least_one.items():
         if value is not None and value < 1:
             raise InputError(f"{name}={value}: expected a whole number >= 1")
+    check_rank(config.rank, config.rank_pattern)
     if config.threads is not None and config.threads > _MOST_THREADS:
         raise InputError(f"threads={config.threads}: expected at most {_MOST_THREADS:,}; null leaves it to torch")
     if config.batch_size % config.micro_batch_size:

@@ -151,8 +151,12 @@ class RunConfig:
     lr: float | None = None
     """Peak learning rate. The optimizer defines the default; when a pretrained model is fine-tuned, it is in most cases
     3e-5."""
-    rank: int | None = None
-    """Dimension of the subspaces. The default is that of the preset, or 4 when a pretrained model is fine-tuned."""
+    rank: int | float | None = None
+    """Dimension of the subspaces: a whole number, or a share of the compressed side of each matrix, such as 0.25. The
+    default is that of the preset, or 4 when a pretrained model is fine-tuned."""
+    rank_pattern: dict[str, int | float] | None = None
+    """Other ranks by name, such as {q_proj: 32, mlp: 0.5}, whole numbers or shares. The first regular expression that
+    is found in the name of a projected matrix gives its rank. By default all have `rank`."""
     update_proj_gap: int | None = None
     """Steps between refreshes of the subspaces. The default is that of the preset; when a pretrained model is
     fine-tuned, it is a tenth of the run, but at most 500."""
