@@ -8,7 +8,7 @@ residual draws for this step, if it has a sketch. All that such a step needs of 
 so this is what backward-side layers make, and what micro-batches and ranks add up.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from subspan import linalg
 from subspan.parts import Key, Residual, Selector
+from subspan.step.carriers import layer_of
 from subspan.step.method import Method
 from subspan.step.work import Slot
 from subspan.storage.allocation import State
@@ -58,11 +59,15 @@ class Frame(NamedTuple):
         if self.O is None:
             W.addcmul_(seen, phi, value=-1)
             return
-        step = phi * seen
-        if W.ndim == 2 and W.dtype == step.dtype:
-            W.addmm_(step, self.O.mT, alpha=-1)
+        self.subtract_sketch_(W, phi * seen)
+
+    def subtract_sketch_(self, W: Tensor, S: Tensor) -> None:
+        """Compute ``W <- W - S Oᵀ``, without another tensor of the size of ``W`` if that is possible."""
+        assert self.O is not None
+        if W.ndim == 2 and W.dtype == S.dtype:
+            W.addmm_(S, self.O.mT, alpha=-1)
         else:
-            W.sub_(step @ self.O.mT)
+            W.sub_(S @ self.O.mT)
 
 
 def draw_frame(
@@ -89,5 +94,26 @@ def draw_frame(
 
 def frame_of(method: Method, slot: Slot, state: State) -> Frame:
     """Return the frame of the coming step on an ordinary weight."""
+    assert slot.layout.rank is not None
     key = method.key(slot.name, slot.group["clock"])
-    return draw_frame(method.selector, method.residual, state, slot.layout.oriented, slot.group["rank"], key, slot.p)
+    return draw_frame(method.selector, method.residual, state, slot.layout.oriented, slot.layout.rank, key, slot.p)
+
+
+def whole_sketches(method: Method, slots: Iterable[Slot]) -> str | None:
+    """Return a sentence on the parameters whose sketch is all of what is outside the basis, if there are any."""
+    found = []
+    for slot in slots:
+        name, n, rank = slot.name, slot.layout.shape[-1], slot.layout.rank
+        if (layer := layer_of(slot.p)) is not None:
+            name, n, rank = layer.weight_name, layer.in_features, layer.projection.rank
+        elif rank is not None:
+            n = slot.layout.oriented[-1]
+        if rank is not None and 0 < n - rank == method.residual.sketch_width(n, rank):
+            found.append((name, n - rank))
+    if not found:
+        return None
+    (name, width), count = found[0], len(found)
+    return (
+        f"residual={method.residual!r}: the sketch is all that is outside the basis for {count} of the matrices, such as "
+        f"{name!r}, where there are only {width} directions; nothing is left to chance there"
+    )
