@@ -150,7 +150,7 @@ def test_step_in_backward_equals_one_process(tmp_path: Path) -> None:
     """Two micro-batches, each gradient stepped on and freed in the backward pass: the weights of
     stepping afterwards.
     """
-    names = {name: METHODS[name] for name in ("sara", "golore", "fira", "full")}
+    names = {name: METHODS[name] for name in ("sara", "golore", "fira", "sketch", "full")}
     for name, ranks in run(tmp_path, [2], names, in_backward={"accumulate": 2}).items():
         weights, states, _ = one_process(*METHODS[name])
         check_equal(name, ranks, weights, states)

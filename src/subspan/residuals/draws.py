@@ -6,7 +6,9 @@ I - Q Qᵀ``. Laws, for each basis:
 
     Qᵀ O = 0,    E[O Oᵀ] = P
 
-so ``G O Oᵀ`` is what lies outside the basis, on average.
+so ``G O Oᵀ`` is what lies outside the basis, on average. For a row ``g`` that lies outside, the variance
+``E||g O Oᵀ - g||²`` is ``((n - r) / s - 1) ||g||²`` with ``gaussian``, and at most ``(n / s - 1) ||g||²`` with the
+others.
 """
 
 import math
@@ -37,7 +39,8 @@ def gaussian(like: Tensor, rank: int, outside: Callable[[Tensor], Tensor], gener
 def coordinates(like: Tensor, rank: int, outside: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
     """Draw ``s`` of the ``n`` coordinates without replacement, each as likely as any other: ``O = sqrt(n / s) P E``.
 
-    As ``E[E Eᵀ] = (s / n) I``, ``E[O Oᵀ] = P P = P``. Nothing is orthonormalised.
+    As ``E[E Eᵀ] = (s / n) I``, ``E[O Oᵀ] = P P = P``. As ``||O Oᵀ gᵀ|| <= (n / s) ||Eᵀ gᵀ||`` for a row ``g`` outside,
+    the variance is at most ``(n / s - 1) ||g||²``. Nothing is orthonormalised.
     """
     n, s = like.shape[-2:]
     index = torch.rand(*like.shape[:-2], n, generator=generator).topk(s).indices.to(like.device)

@@ -103,12 +103,13 @@ def whole_sketches(method: Method, slots: Iterable[Slot]) -> str | None:
     """Return a sentence on the parameters whose sketch is all of what is outside the basis, if there are any."""
     found = []
     for slot in slots:
-        name, n, rank = slot.name, slot.layout.shape[-1], slot.layout.rank
         if (layer := layer_of(slot.p)) is not None:
             name, n, rank = layer.weight_name, layer.in_features, layer.projection.rank
-        elif rank is not None:
-            n = slot.layout.oriented[-1]
-        if rank is not None and 0 < n - rank == method.residual.sketch_width(n, rank):
+        elif slot.layout.rank is not None:
+            name, n, rank = slot.name, slot.layout.oriented[-1], slot.layout.rank
+        else:
+            continue
+        if 0 < n - rank == method.residual.sketch_width(n, rank):
             found.append((name, n - rank))
     if not found:
         return None
