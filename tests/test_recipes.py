@@ -13,7 +13,7 @@ import subspan
 from subspan import create, list_optimizers, state_bytes
 from subspan.costs.describe import describe
 from subspan.recipes import RECIPES
-from subspan.residuals import Discard, ErrorFeedback, Fira
+from subspan.residuals import Discard, ErrorFeedback, Fira, Sketch
 from subspan.rules import SGD, Adafactor, AdamMini, AdamW, Lion
 from subspan.selectors import (
     Coordinates,
@@ -37,6 +37,8 @@ TABLE = {
     "golore_hybrid": (Switch(Dominant(), Random(), at=0.8), "rotate", Discard(), 1.0, ("adamw", "sgd", "adamw_8bit")),
     "fira": (Dominant(), "keep", Fira("orthogonal", 1.01), 0.25, ("adamw", "adamw_8bit")),
     "fira_sara": (Importance(), "keep", Fira("orthogonal", 1.01), 0.25, ("adamw", "adamw_8bit")),
+    "sara_sketch": (Importance(), "keep", Sketch(None, "norms", "unbiased", 1.01), 0.25, ("adamw", "adamw_8bit")),
+    "golore_sketch": (Random(), "rotate", Sketch(None, "norms", "unbiased", 1.01), 1.0, ("adamw", "adamw_8bit")),
     "galore_lazy": (Lazy(Dominant()), "keep", Discard(), 0.25, ("adamw",)),
     "online_pca": (OnlinePCA(5e-3), "keep", Discard(), 0.25, ("adamw",)),
     "flora": (Gaussian(), "rotate", Discard(), 1.0, ("adamw", "adafactor", "sgd")),

@@ -23,6 +23,7 @@ PUBLIC = (
     "subspan.rules.base",
     "subspan.residuals",
     "subspan.residuals.base",
+    "subspan.residuals.draws",
     "subspan.parts",
     "subspan.step.plain",
     "subspan.step.method",

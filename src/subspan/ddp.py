@@ -5,6 +5,8 @@ Between refreshes a method without a residual uses only ``R = G Q``, and ``Q`` i
     sends      the mean over ranks of R (m, r), in place of that of G (m, n)
     hands on   G <- R Qᵀ to the optimizer, whose projection gives R again, since QᵀQ = I
 
+With ``residuals.Sketch`` it sends ``[R T] = G [Q O]``, and hands on the smallest ``G`` that has this ``[R T]``.
+
 At a refresh, and for parameters that are not projected, the whole gradient is sent. There is no error to feed back,
 because nothing is lost that the step would have used. The basis and the schedule belong to the optimizer, and are saved
 with it. The hook has no state.
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from subspan import distributed
 from subspan.optimizer import SubspaceOptimizer
+from subspan.step.frame import frame_of
 from subspan.step.refresh import low_rank_suffices
 from subspan.step.work import Slot
 from subspan.utils.errors import SettingError
@@ -103,26 +106,27 @@ def register(model: Any, optimizer: SubspaceOptimizer) -> LowRankAllReduce:
 
 def hook(state: LowRankAllReduce, bucket: Any) -> Any:
     """Send one bucket of gradients. This is the hook that ``register_comm_hook`` is given."""
-    low_rank, selector, states = state.low_rank(bucket), state.optimizer.selector, state.optimizer.state
+    low_rank, method, states = state.low_rank(bucket), state.optimizer.method, state.optimizer.state
     parts = []
     for p, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
         slot = low_rank.get(p)
-        R = grad if slot is None else selector.project(slot.layout.enter(grad), states[p])
-        parts.append((grad, slot, R))
+        frame = None if slot is None else frame_of(method, slot, states[p])
+        R = grad if slot is None or frame is None else frame.project(slot.layout.enter(grad))
+        parts.append((grad, slot, frame, R))
     whole: Tensor = bucket.buffer()
-    dense = all(slot is None for _, slot, _ in parts)
-    sent = whole if dense else torch.cat([R.reshape(-1).to(whole.dtype) for _, _, R in parts])
+    dense = all(slot is None for _, slot, _, _ in parts)
+    sent = whole if dense else torch.cat([R.reshape(-1).to(whole.dtype) for *_, R in parts])
     state.bytes += sent.numel() * sent.element_size()
     state.dense_bytes += whole.numel() * whole.element_size()
 
     def lift(mean: Tensor) -> Tensor:
         if dense:
             return mean
-        for (grad, slot, R), piece in zip(parts, mean.split([R.numel() for _, _, R in parts]), strict=True):
-            if slot is None:
+        for (grad, slot, frame, R), piece in zip(parts, mean.split([R.numel() for *_, R in parts]), strict=True):
+            if slot is None or frame is None:
                 grad.copy_(piece.view_as(grad))
             else:
-                G = selector.project_back(piece.view_as(R).to(R.dtype), states[slot.p])
+                G = frame.project_back(piece.view_as(R).to(R.dtype))
                 grad.copy_(slot.layout.leave(G, grad.shape))
         return whole
 

@@ -139,7 +139,7 @@ def create(
         None if full_rank else rank,
         selector=chosen,
         rule=chosen_rule,
-        residual=_with(recipe.residual, residual, RESIDUALS, "residual"),
+        residual=residual_of(name, residual),
         transfer=transfer or recipe.transfer,
         stagger=stagger,
         seed=seed,
@@ -148,6 +148,15 @@ def create(
         **settings,
     )
     return _with_known_overrides(optimizer, overrides)
+
+
+def residual_of(name: str, residual: str | Residual | Mapping[str, Any] | None = None) -> Residual:
+    """Return the residual of the optimizer of this name, which ``project_backward`` takes.
+
+    Args:
+        name, residual: as in ``create``.
+    """
+    return _with(find(name).residual, residual, RESIDUALS, "residual")
 
 
 def _rank_of_carriers(groups: list[dict[str, Any]]) -> Rank | None:

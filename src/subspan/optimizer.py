@@ -29,6 +29,7 @@ from subspan.parts import Residual, Rule, Selector, Transfer
 from subspan.state_dict import Restorable
 from subspan.step.backward_side import Carriers, check_carrier, check_ranks
 from subspan.step.carriers import layer_of
+from subspan.step.frame import whole_sketches
 from subspan.step.in_backward import Clip, StepInBackward, check
 from subspan.step.layout import Rank
 from subspan.step.method import Method
@@ -124,6 +125,8 @@ class SubspaceOptimizer(Restorable):
         if rank is not None and all(p.ndim < 2 for p in self._parameters()):
             raise SettingError(_no_matrix(rank))
         summary.announce(self.summary())
+        if words := whole_sketches(self.method, self.slots()):
+            logger.warning("%s", words)
         asked = any(group["rank"] is not None for group in self.param_groups)
         if asked and not any("refresh_step" in state for state in self.state.values()):
             self.warn_of_full_rank()
@@ -300,7 +303,7 @@ class SubspaceOptimizer(Restorable):
         The table says what is projected, to which rank, the bytes of the state, and what AdamW would hold.
         """
         parts = f"{self.selector!r}, {self.rule!r}, {self.residual!r}, transfer={self.transfer!r}"
-        return f"{parts}\n{summary.table(self.param_groups, self.state)}"
+        return f"{parts}\n{summary.table(self.param_groups, self.state, self.residual)}"
 
 
 def _no_matrix(rank: Rank) -> str:

@@ -50,13 +50,15 @@ ALL_HERE = Rows()
 
 
 class Key(NamedTuple):
-    """What a refresh may depend on besides the gradient. The same key gives the same draw on every rank and device."""
+    """What a draw may depend on besides the gradient and the state. The same key gives the same draw on every rank and
+    device.
+    """
 
     seed: int
     name: str
     """Name of the parameter."""
     step: int
-    """How many steps the optimizer had taken when the refresh fell due."""
+    """How many steps the optimizer had taken when the basis, or the sketch, fell due."""
 
 
 class Momentum(NamedTuple):
@@ -200,7 +202,24 @@ class Residual(Protocol):
     @property
     @abstractmethod
     def needs_gradient(self) -> bool:
-        """Whether it reads more of the gradient than ``R``. Law: if not, ``combine`` is ``(scale * U, None)``."""
+        """Whether it reads all of the gradient. Law: if it does not, and has no sketch, ``combine`` is ``(scale * U,
+        None)``.
+        """
+
+    @abstractmethod
+    def sketch_width(self, columns: int, rank: int) -> int:
+        """Return the number ``s`` of directions outside the basis in which it looks at a gradient with ``columns``
+        columns; 0 if it has no sketch. Law: at most ``columns - rank``, and 0 if it ``needs_gradient``.
+        """
+
+    @abstractmethod
+    def sketch(self, like: Tensor, rank: int, outside: Callable[[Tensor], Tensor], key: Key) -> Tensor:
+        """Draw the directions ``O (..., n, s)`` of one step, in the shape, dtype and device of ``like``. Called if
+        ``sketch_width`` is not 0.
+
+        ``outside`` maps ``(..., k, n)`` to what of it lies outside the basis. Law: ``Qᵀ O = 0``. The result depends
+        only on the basis and the key, so that all ranks and all micro-batches of a step have the same.
+        """
 
     @property
     @abstractmethod
@@ -220,6 +239,9 @@ class Residual(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """Return ``A (..., m, r)`` and ``phi (..., m, 1)`` of the update ``D = back(A) + phi * G``; without ``phi`` it
         is ``D = back(A)``.
+
+        A residual with a sketch gets ``T = G O (..., m, s)`` for ``G``, and the update is ``D = back(A) + (phi * T)
+        Oᵀ``.
 
         ``back`` is the selector's ``project_back``. Law: ``A`` is a fresh tensor, or ``U``, which it may overwrite. The
         caller lifts both into a weight of the step's precision without a tensor of its size.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from subspan.parts import Residual, Rule, Selector, Transfer
-from subspan.residuals import Discard, ErrorFeedback, Fira
+from subspan.residuals import Discard, ErrorFeedback, Fira, Sketch
 from subspan.rules import RULES
 from subspan.selectors import (
     Coordinates,
@@ -74,6 +74,14 @@ _FAMILIES: dict[str, Family] = {
     ),
     "fira_sara": Family(
         "Fira with SARA's subspace", f"{_FIRA}; {_SARA}", Importance(), residual=Fira(), rules="adamw adamw_8bit"
+    ),
+    "sara_sketch": Family(
+        "SARA's subspace, and Fira's residual in directions drawn at every step", f"{_SARA}; {_FIRA}", Importance(),
+        residual=Sketch(), rules="adamw adamw_8bit",
+    ),
+    "golore_sketch": Family(
+        "A random subspace, and Fira's residual in directions drawn at every step", f"{_GOLORE}; {_FIRA}", Random(),
+        "rotate", Sketch(), scale=1.0, rules="adamw adamw_8bit",
     ),
     "galore_lazy": Family(
         "GaLore, refreshed less often where the subspace stands still", f"{_GALORE}; Zhang et al. 2024, arXiv 2407.08296",

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from subspan.distributed import local
+from subspan.parts import Residual
 from subspan.step.carriers import layer_of
 from subspan.step.layout import Rank
 from subspan.step.work import whole_layout
@@ -15,9 +16,10 @@ from subspan.storage.allocation import State, tensor_bytes
 from subspan.utils.tables import aligned
 
 
-def table(groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, State]) -> str:
+def table(groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, State], residual: Residual) -> str:
     """Return the table of groups, ranks, counts, sizes and bytes of state.
 
+    Where the residual has a sketch, its width stands beside the rank, as in ``16 + 16``.
     Bytes are those that this rank holds, and those that it would hold with torch's AdamW.
     """
     rows: dict[tuple[str, str], list[int]] = {}
@@ -28,10 +30,11 @@ def table(groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, State]) ->
             if layer is not None:
                 held, asked = layer.weight, layer.projection.asked
                 kind = f"backward-side, refreshed every {group['update_proj_gap']} steps"
-                rank = _in_words(layer.projection.rank, asked, held.shape[1])
+                rank = _in_words(layer.projection.rank, asked, held.shape[1], layer.projection.sketch_width)
             elif layout.rank is not None:
                 kind = f"projected, refreshed every {group['update_proj_gap']} steps"
-                rank = _in_words(layout.rank, asked, layout.shape[-1 if layout.side == "right" else -2])
+                n = layout.oriented[-1]
+                rank = _in_words(layout.rank, asked, n, residual.sketch_width(n, layout.rank))
             elif len(layout.shape) < 2:
                 kind, rank = "vectors", "-"
             else:  # a rank that reaches the shorter side compresses nothing
@@ -48,9 +51,10 @@ def table(groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, State]) ->
     return aligned(cells)
 
 
-def _in_words(rank: int, asked: Rank, side: int) -> str:
-    """Write a rank, and how it follows from a share of a side."""
-    return str(rank) if isinstance(asked, int) else f"{rank} ({asked:g} of {side})"
+def _in_words(rank: int, asked: Rank, side: int, sketch: int) -> str:
+    """Write a rank, how it follows from a share of a side, and the width of the sketch, if there is one."""
+    words = str(rank) if isinstance(asked, int) else f"{rank} ({asked:g} of {side})"
+    return f"{words} + {sketch}" if sketch else words
 
 
 def announce(text: str) -> None:

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 import subspan
+from subspan.factory import residual_of
 
 STEPS, RANK = 8, 8
 
@@ -30,7 +31,7 @@ def batches():
 
 def optimizer_of(name, model, execution, select_from):
     if execution == "backward":
-        subspan.project_backward(model, rank=RANK, select_from=select_from)
+        subspan.project_backward(model, rank=RANK, select_from=select_from, residual=residual_of(name))
     return subspan.create(name, model, lr=1e-2, rank=RANK, update_proj_gap=3, stagger=False)
 
 

@@ -28,7 +28,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run(tmp_path_factory.mktemp("dense"), "sara_adamw", "dense", "owner")[0]
 
 
-CASES = [("golore_adamw", "owner"), ("rso_adamw", "owner"), ("sara_adamw", "mean"), ("galore_adamw", "owner")]
+CASES = [("golore_adamw", "owner"), ("rso_adamw", "owner"), ("sara_adamw", "mean"), ("galore_adamw", "owner"),
+         ("sara_sketch_adamw", "mean"), ("golore_sketch_adamw", "owner")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "select_from"), CASES)
@@ -52,6 +53,7 @@ def test_two_ranks(tmp_path: Path, name: str, select_from: str, dense: dict[str,
 
     layers = select_linear(build(), "all-linear", EXCLUDED).values()
     weights = sum(8 * layer.weight.numel() for layer in layers)
-    carriers = sum(8 * layer.weight.numel() * RANK // layer.in_features for layer in layers)
+    columns = RANK * (1 + ("sketch" in name))  # R, and a sketch of that width
+    carriers = sum(8 * layer.weight.numel() * columns // layer.in_features for layer in layers)
     for ours, theirs in zip(report["bytes"], dense["bytes"], strict=True):
         assert theirs - ours == weights - carriers

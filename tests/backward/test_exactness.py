@@ -16,6 +16,7 @@ from subspan.backward import project_backward
 NAMES = [
     "galore_adamw", "sara_adamw", "golore_adamw", "golore_hybrid_adamw", "gosare_adamw", "gasare_sgd", "flora_adafactor",
     "galore_sgd", "sara_adam_mini", "sara_lion", "sara_adamw_8bit", "galore_lazy_adamw", "grass_adamw", "rso_sgd",
+    "sara_sketch_adamw", "golore_sketch_adamw_8bit",
 ]  # fmt: skip
 SHARES = {"auto": "auto", "none": "none", "a list": [["q_proj", "k_proj", "v_proj"]]}
 

@@ -126,7 +126,9 @@ def test_the_bench_agrees_with_closed_forms() -> None:
         row["name"]: row
         for row in memory.measure(Setting("llama-nano", tokens=512, rank=16, sequence_length=64))["rows"]
     }
-    assert list(rows) == ["adamw", "galore_adamw", "sara_adamw", "sara_adamw_backward", "rso_adamw"]
+    assert list(rows) == [
+        "adamw", "galore_adamw", "sara_adamw", "sara_adamw_backward", "rso_adamw", "sara_sketch_adamw_backward"
+    ]  # fmt: skip
     for row in rows.values():
         for key, value in row["formula"].items():
             assert row[key] == value, (row["name"], key)
@@ -134,6 +136,11 @@ def test_the_bench_agrees_with_closed_forms() -> None:
     d, f, layers, tokens, r = 64, 172, 4, 512, 16
     assert rows["adamw"]["linear_activation_bytes"] == 4 * tokens * layers * (3 * d + f)
     assert rows["sara_adamw_backward"]["linear_activation_bytes"] == 4 * tokens * layers * 4 * r
+    sketched, plain = rows["sara_sketch_adamw_backward"], rows["sara_adamw_backward"]
+    for key in ("linear_activation_bytes", "carrier_bytes"):  # r + s columns, where s = r
+        assert sketched[key] == 2 * plain[key]
+    assert sketched["state_bytes"] - plain["state_bytes"] == 4 * 7 * layers  # one number for each matrix
+    assert sketched["basis_bytes"] == plain["basis_bytes"]
     saved = rows["sara_adamw"]["saved_activation_bytes"] - rows["rso_adamw"]["saved_activation_bytes"]
     assert saved >= 4 * tokens * layers * (2 * d + f - 4 * r)  # o's input is kept by the attention too
     for name in ("sara_adamw_backward", "rso_adamw"):

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 import subspan
+from subspan.factory import residual_of
 
 
 class Silent:
@@ -35,7 +36,8 @@ def train(recipe, settings, mesh, backward, in_backward):
     watch = CommDebugMode if dist.get_rank() == 0 else Silent
     model = build()
     if backward is not None:
-        subspan.project_backward(model, **{"rank": RANK, **backward})
+        residual = residual_of(recipe, settings.get("residual"))
+        subspan.project_backward(model, **{"rank": RANK, "residual": residual, **backward})
     for block in model:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

@@ -14,6 +14,7 @@ from support.sharded_model import RANK, SMALLEST, batches, build, loss_of
 from torch import Tensor
 
 import subspan
+from subspan.factory import residual_of
 
 pytestmark = pytest.mark.distributed
 
@@ -24,6 +25,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "golore": ("golore_adamw", {}),
     "hybrid": ("golore_hybrid_adamw", {"total_steps": 30, "selector": {"at": 14}}),
     "fira": ("fira_adamw", {"weight_decay": 0.1}),
+    "sketch": ("sara_sketch_adamw", {"weight_decay": 0.1, "residual": {"width": 4}}),
     "adafactor": ("sara_adafactor", {}),
     "adam_mini": ("sara_adam_mini", {"transfer": "moments"}),
     "8bit": ("sara_adamw_8bit", {"rank": 8}),
@@ -38,13 +40,14 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "share": ("sara_adamw", {"rank": 0.2}),
     "pattern": ("fira_adamw", {"rank": 0.2, "rank_pattern": {r"1\.1": 3}}),
 }
-NO_COLLECTIVE = METHODS.keys() - {"fira", "adafactor", "lazy", "full", "pattern"}
+NO_COLLECTIVE = METHODS.keys() - {"fira", "sketch", "adafactor", "lazy", "full", "pattern"}
 
 
 def one_process(recipe: str, settings: dict[str, Any], backward: dict[str, Any] | None = None) -> Any:
     model = build()
     if backward is not None:
-        subspan.project_backward(model, **{"rank": RANK, **backward})
+        residual = residual_of(recipe, settings.get("residual"))
+        subspan.project_backward(model, **{"rank": RANK, "residual": residual, **backward})
     right: dict[str, Any] = {} if recipe in ("adafactor",) or backward is not None else {"proj_type": "right"}
     given = {"lr": 1e-2, "rank": RANK, "update_proj_gap": 7, **right, "min_8bit_size": SMALLEST, **settings}
     optimizer = subspan.create(recipe, model, **given)
@@ -122,6 +125,8 @@ BACKWARD: dict[str, tuple[str, dict[str, Any]]] = {
     "sara": ("sara_adamw", {"stagger": False, "transfer": "rotate"}),
     "rso": ("rso_adamw", {"eta": 10.0}),
     "8bit": ("golore_adamw_8bit", {"weight_decay": 0.1}),
+    "sketch": ("sara_sketch_adamw", {"stagger": False, "residual": {"width": 4}}),
+    "sketch without a limiter": ("golore_sketch_adamw", {"residual": {"width": 0.3, "limiter": None}}),
 }
 
 
@@ -143,7 +148,7 @@ def test_backward_side_shares_equal_one_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mesh", [[2], [3], [2, 2]], ids=str)
 def test_backward_side_equals_one_process(tmp_path: Path, mesh: list[int]) -> None:
     """Weight and carrier sharded, the basis on every rank; an ordinary step sends nothing beyond
-    what fully_shard does.
+    what fully_shard does, except the norm for a limiter.
     """
     settings = {"select_from": "mean", "share": "none"}
     names = BACKWARD if mesh == [2] else {"sara": BACKWARD["sara"]}
@@ -151,7 +156,9 @@ def test_backward_side_equals_one_process(tmp_path: Path, mesh: list[int]) -> No
         weights, states, _ = one_process(*BACKWARD[name], backward=settings)
         check_equal(name, ranks, weights, states)
         report = ranks[0][1]
-        assert all(step == {} for step, _ in report["sent"])
+        limited = name == "sketch"  # whose limiter needs the norm of all rows
+        assert all(step.keys() <= {"c10d_functional.all_reduce", "c10d.allreduce_"} for step, _ in report["sent"])
+        assert all((step != {}) == limited for step, _ in report["sent"])
         sharding = {op for _, passed in report["sent"] for op in passed} - {"c10d.allreduce_", "c10d.broadcast_"}
         assert all("scatter" in op or "gather" in op for op in sharding), sharding
 
@@ -160,7 +167,7 @@ def test_step_in_backward_equals_one_process(tmp_path: Path) -> None:
     """Two micro-batches, each gradient stepped on and freed in the backward pass: the weights of
     stepping afterwards.
     """
-    names = {name: METHODS[name] for name in ("sara", "golore", "fira", "full")}
+    names = {name: METHODS[name] for name in ("sara", "golore", "fira", "sketch", "full")}
     for name, ranks in run(tmp_path, [2], names, in_backward={"accumulate": 2}).items():
         weights, states, _ = one_process(*METHODS[name])
         check_equal(name, ranks, weights, states)

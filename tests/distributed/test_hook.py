@@ -13,13 +13,17 @@ from support.sharded_model import RANK, batches, build, loss_of
 import subspan
 from subspan.ddp import register
 
-CASES = [("sara_adamw", {}), ("golore_sgd", {"proj_type": "left"}), ("galore_adafactor", {"stagger": True})]
+CASES = [
+    ("sara_adamw", {}), ("golore_sgd", {"proj_type": "left"}), ("galore_adafactor", {"stagger": True}),
+    ("sara_sketch_adamw", {"residual": {"width": 4}}),
+    ("golore_sketch_adamw", {"residual": {"width": 4, "draw": "coordinates"}, "proj_type": "left"}),
+]  # fmt: skip
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("recipe", "settings"), CASES)
 def test_equals_one_process(tmp_path: Path, recipe: str, settings: dict[str, Any]) -> None:
-    """Thirty steps across refreshes; in an ordinary step a projected matrix costs R alone."""
+    """Thirty steps across refreshes; in an ordinary step a projected matrix costs R alone, and T with a sketch."""
     launch(hook_worker.main, 2, recipe, json.dumps(settings), str(tmp_path / "run"))
     runs = [torch.load(f"{tmp_path}/run.{rank}.pt") for rank in (0, 1)]
     model = build()
@@ -34,7 +38,8 @@ def test_equals_one_process(tmp_path: Path, recipe: str, settings: dict[str, Any
 
     matrices = [p for p in model.parameters() if p.ndim > 1]
     side = (lambda p: p.shape[1]) if settings.get("proj_type") == "left" else (lambda p: max(p.shape))
-    saved = sum(8 * (p.numel() - RANK * side(p)) for p in matrices)
+    columns = RANK + settings.get("residual", {}).get("width", 0)
+    saved = sum(8 * (p.numel() - columns * side(p)) for p in matrices)
     dense = sum(8 * p.numel() for p in model.parameters())
     ordinary = [(sent, whole) for refreshed, sent, whole in runs[0]["sent"] if not refreshed]
     assert len(ordinary) >= 10

@@ -12,11 +12,18 @@ from support.helpers import EVERY_RULE, EVERY_SELECTOR, NoSync, assert_same
 from support.pairs import cover, every_pair, pairs
 
 from subspan import SubspaceOptimizer
-from subspan.residuals import Discard, ErrorFeedback, Fira
+from subspan.residuals import Discard, ErrorFeedback, Fira, Sketch
 from subspan.rules import SGD
 
 TRANSFERS = ("keep", "rotate", "moments", "reset")
-RESIDUALS = [Discard(), Fira(), Fira("official", None), ErrorFeedback()]
+RESIDUALS = [
+    Discard(),
+    Fira(),
+    Fira("official", None),
+    ErrorFeedback(),
+    Sketch(),
+    Sketch(0.3, None, "root", None, "cosines"),
+]
 RULES = [*EVERY_RULE, SGD(0.0)]
 AXES = (EVERY_SELECTOR, RULES, RESIDUALS, TRANSFERS, ("float32", "int8"))
 TABLE = [

@@ -16,6 +16,7 @@ RECIPES = [
     "sara_adamw",
     "golore_sgd",
     "fira_adamw",
+    "sara_sketch_adamw",
     "ldadam_adamw",
     "galore_adafactor",
     "online_pca_adamw",

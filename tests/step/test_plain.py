@@ -10,7 +10,7 @@ from support.pairs import cover
 
 from subspan import SubspaceOptimizer
 from subspan.parts import Key
-from subspan.residuals import Discard, ErrorFeedback, Fira
+from subspan.residuals import Discard, ErrorFeedback, Fira, Sketch
 from subspan.rules import SGD
 from subspan.step.plain import plain_full_rank_step, plain_step
 from subspan.storage.allocation import allocate
@@ -19,12 +19,16 @@ SHAPES = {"tall": (24, 10), "wide": (10, 24), "square": (12, 12), "full rank": (
 RANK, GAP, STEPS = 4, 3, 8
 LR, SCALE, DECAY = 3e-2, 0.5, 0.1
 PROXIMAL = {"none": (None, "coupled"), "coupled": (1.5, "coupled"), "decoupled": (1.5, "decoupled")}
+RESIDUALS = [
+    Discard(), Fira(), Fira("official", None, scaled=True), ErrorFeedback(), Sketch(), Sketch(0.3, draw="cosines"),
+    Sketch(3, None, "root", None, "coordinates"), Sketch(100, weight="one", limiter=1.1),
+]  # fmt: skip
 ROWS = [
     row
     for row in itertools.product(
         EVERY_SELECTOR,
         [*EVERY_RULE, SGD(0.0)],
-        [Discard(), Fira(), Fira("official", None, scaled=True), ErrorFeedback()],
+        RESIDUALS,
         ("keep", "rotate", "moments", "reset"),
         PROXIMAL,
         (torch.float64, torch.float32),

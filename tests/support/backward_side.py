@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import subspan
 from subspan.backward.layer import BackwardLinear
+from subspan.recipes import RECIPES
 
 RANK = 8
 
@@ -23,7 +24,9 @@ def backward_side(
     model: nn.Module, name: str = "sara_adamw", share: Any = "auto", merge: str = "step", **settings: Any
 ) -> Any:
     """The model with backward-side layers, its optimizer and its handle."""
-    handle = subspan.project_backward(model, rank=RANK, share=share, merge=merge)
+    own = RECIPES[name].residual
+    residual = None if own.needs_gradient else own  # what is refused is refused by the optimizer
+    handle = subspan.project_backward(model, rank=RANK, share=share, merge=merge, residual=residual)
     chosen = {"lr": 1e-2, "update_proj_gap": 5, "stagger": False, "total_steps": 20, **settings}
     return subspan.create(name, model, **chosen), handle
 

@@ -1,7 +1,8 @@
 """``y = x Wᵀ + b`` with a backward pass that makes ``R = dyᵀ (x Q)`` and not ``G = dyᵀ x``.
 
 Shapes: input ``x (..., in)``, weight ``W (out, in)``, basis ``Q (in, r)``, ``h = x Q (..., r)``, and carrier
-``B (out, r)``.
+``B (out, r)``. Where the residual has a sketch ``O (in, s)``, ``[Q O]`` takes the place of ``Q``, and ``[R T]`` that of
+``R``; then a carrier has ``r + s`` columns, of which only ``r`` can be a displacement.
 
 Layers with the same input ``x`` meet in one ``gather`` node, which stands between their carriers and them:
 
@@ -96,7 +97,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(layer_pass.kept, weight, moved)
         y = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if moved is not None:  # ``kept`` is h then, because displacements are merged before gradients are formed
-            y = y + torch.nn.functional.linear(layer_pass.kept, moved.to(x.dtype))
+            y = y + torch.nn.functional.linear(layer_pass.kept[..., : moved.shape[1]], moved.to(x.dtype))
         return y
 
     @staticmethod

@@ -12,7 +12,7 @@ from subspan.backward.projection import Projection
 from subspan.backward.sharing import Share, groups_of, of_one_rank
 from subspan.distributed import is_sharded
 from subspan.groups import EXCLUDED, RankPattern, check_rank, select_linear
-from subspan.parts import Key, Selector
+from subspan.parts import Key, Residual, Selector, check_part
 from subspan.step.layout import Rank, rank_of_side
 from subspan.utils.errors import SettingError
 
@@ -56,11 +56,16 @@ class Handle:
             The carriers.
 
         Raises:
-            SettingError: the selector needs a gradient.
+            SettingError: the selector needs a gradient, or the layers have a sketch.
         """
         if selector.needs_gradient:
             raise SettingError(
                 f"selector={selector!r}: chooses from a gradient; give one that draws, such as selectors.Random()"
+            )
+        if any(projection.sketch_width for projection in self.projections):
+            raise SettingError(
+                "enter(): these layers were made with a residual that has a sketch, which only an optimizer of subspan "
+                "draws; leave residual out of project_backward"
             )
         self._check_whole("enter")
         for projection in self.projections:
@@ -69,7 +74,7 @@ class Handle:
             state = selector.init(first.weight, projection.rank)
             like = first.weight.new_ones(1, first.in_features)
             selector.refresh_(like, state, Key(seed, first.weight_name, step))
-            projection.bind(selector, state, self)
+            projection.bind(selector, None, state, self)
             projection.plan, projection.displaced = "keep", True
         return [layer.carrier for layer in self.layers]
 
@@ -112,6 +117,7 @@ def project_backward(
     merge: Literal["step", "refresh"] = "step",
     select_from: Literal["owner", "mean"] = "owner",
     process_group: Any = None,
+    residual: Residual | None = None,
 ) -> Handle:
     """Let the backward pass make the low-rank gradient of linear layers, ``R = dyᵀ (x Q)``, and nothing larger.
 
@@ -141,6 +147,9 @@ def project_backward(
         process_group: the data-parallel ranks of this model, for a program that averages gradients without
             DistributedDataParallel. With ``None`` they are those of the DistributedDataParallel that wraps the model
             when it runs. Without a wrapper the model is on this process only, whatever other processes there are.
+        residual: that of the optimizer, if it has a sketch, such as ``subspan.residuals.Sketch()``. Then ``x [Q O]`` is
+            saved in place of ``x Q``, a carrier is ``(out, r + s)``, and its gradient is ``[R T]``, whose squared norm,
+            with the unbiased weight, is on average that of the whole gradient.
 
     Returns:
         A handle, to merge the displacement or to undo everything.
@@ -162,6 +171,13 @@ def project_backward(
         raise SettingError(f"merge={merge!r}: expected 'step' or 'refresh'")
     if select_from not in ("owner", "mean"):
         raise SettingError(f"select_from={select_from!r}: expected 'owner' or 'mean'")
+    if residual is not None:
+        check_part(residual, Residual, "residual", "residuals.Sketch()")
+        if residual.needs_gradient:
+            raise SettingError(
+                f"residual={residual!r}: needs every gradient, and backward-side layers form none; give one with a "
+                "sketch, such as residuals.Sketch(), or none"
+            )
     check_rank(rank)
     pattern = RankPattern(rank_pattern)
     layers = select_linear(model, targets, exclude)
@@ -192,8 +208,10 @@ def project_backward(
     for names in groups:
         patterned = [pattern.finds(f"{name}.weight") is not None for name in names]
         first = names[patterned.index(False)] if not all(patterned) else names[0]
+        r = ranks[first]
+        s = 0 if residual is None else residual.sketch_width(layers[first].in_features, r)
         projection = Projection(
-            ranks[first], merge, select_from, process_group, asked=asked[first], by_pattern=all(patterned)
+            r, merge, select_from, process_group, sketch_width=s, asked=asked[first], by_pattern=all(patterned)
         )
         for name in names:
             layer = layers[name]

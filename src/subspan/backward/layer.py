@@ -17,6 +17,9 @@ class BackwardLinear(nn.Linear):
     The gradient of ``B`` is ``R = dyᵀ (x Q)``, the projection of the gradient of ``W``. To compute it, neither ``x`` is
     saved nor the full gradient formed. ``project_backward`` makes such a layer of an ``nn.Linear``, in place.
 
+    With a sketch the carrier has ``s`` more columns, for whose sake its gradient is ``[R T] = dyᵀ (x [Q O])``. They are
+    always zero.
+
     A ``state_dict`` holds no carrier. It holds the weight under its own name, with the displacement added.
     """
 
@@ -32,7 +35,7 @@ class BackwardLinear(nn.Linear):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         self.weight.requires_grad_(False)
         self.carrier = nn.Parameter(
-            torch.zeros(self.out_features, projection.rank, dtype=dtype, device=self.weight.device)
+            torch.zeros(self.out_features, projection.columns, dtype=dtype, device=self.weight.device)
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -60,7 +63,7 @@ class BackwardLinear(nn.Linear):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):
             entered, layer_pass = self.projection.join_pass(self.number, x, dtype)
-            moved = self.carrier if self.projection.displaced else None
+            moved = self.projection.displaced_by(self) if self.projection.displaced else None
             return linear(entered, self.weight, self.bias, layer_pass, moved, self.projection.back)
 
     # --- as a plain linear layer --------------------------------------------------------------------------------------
@@ -105,4 +108,5 @@ class BackwardLinear(nn.Linear):
         mark(self.carrier, self)  # a copied parameter has lost the mark
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.projection.rank}, share={len(self.projection.layers)}"
+        sketch = f", sketch={self.projection.sketch_width}" if self.projection.sketch_width else ""
+        return f"{super().extra_repr()}, rank={self.projection.rank}{sketch}, share={len(self.projection.layers)}"

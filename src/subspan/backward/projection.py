@@ -1,4 +1,8 @@
-"""One basis, and the layers that share it because they have the same input."""
+"""One basis, and the layers that share it because they have the same input.
+
+If the residual has a sketch, it stands beside the basis: ``O (in, s)`` of each step is drawn where it is used, in the
+passes and in the step. It is the same each time, because it depends only on the basis and on a key of the step.
+"""
 
 import weakref
 from typing import Any
@@ -8,22 +12,23 @@ from torch import Tensor
 
 from subspan.backward.autograd import Box, LayerPass, gather
 from subspan.distributed import averages, is_sharded, local, running_wrapper
-from subspan.parts import Selector
+from subspan.parts import Key, Residual, Selector
 from subspan.step.carriers import CarriedLayer, Driver, Plan
+from subspan.step.frame import Frame, draw_frame
 from subspan.step.layout import Rank
 from subspan.storage.allocation import State
 from subspan.storage.stochastic_rounding import add_rounded_
 
 
 class Projection:
-    """The basis ``Q (in, r)`` of the layers with one input ``x``, and ``h = x Q``, which they share.
+    """The basis ``Q (in, r)`` of the layers with one input ``x``, and ``h = x [Q O]``, which they share.
 
     An optimizer that is built for the carriers binds the projection to itself. Before that there is no basis, and so no
     gradient.
 
     Attributes:
         layers: the layers that share the basis, in the order of the model.
-        rank: number of columns of ``Q``.
+        rank, sketch_width: number of columns of ``Q`` and of ``O``.
         asked: what the rank was made of: itself, or a share of the inputs.
         by_pattern: whether a pattern of names has set it, and not the rank of all layers.
         plan: what the next pass does with the basis. The optimizer sets it after each of its steps.
@@ -31,7 +36,9 @@ class Projection:
             ``x``, as that one did. So a forward pass that is repeated for its activations (checkpointing) saves the
             same tensors again.
         displaced: whether carriers may hold a displacement that the weights lack.
-        selector, state: those of the optimizer, which keeps the state together with the state of the first carrier.
+        selector, residual, state: those of the optimizer, which keeps the state together with the state of the first
+            carrier.
+        key: what the sketch of the coming step is drawn from.
         process_group: the data-parallel ranks that share the basis. If none are given, they are those of the
             DistributedDataParallel whose forward pass reaches the layers.
     """
@@ -43,10 +50,12 @@ class Projection:
         select_from: str,
         process_group: Any = None,
         *,
+        sketch_width: int = 0,
         asked: Rank | None = None,
         by_pattern: bool = False,
     ) -> None:
         self.rank, self.merge, self.select_from = rank, merge, select_from
+        self.sketch_width = sketch_width
         self.asked: Rank = rank if asked is None else asked
         self.by_pattern = by_pattern
         self.process_group, self._given = process_group, process_group is not None
@@ -55,22 +64,30 @@ class Projection:
         self.plan: Plan = "keep"
         self.formed = self.displaced = False
         self.selector: Selector | None = None
+        self.residual: Residual | None = None
+        self.key: Key | None = None
         self.state: State = {}
         self._driver: weakref.ref[Any] | None = None
         self._pass: _Pass | None = None
+        self._stepping: Frame | None = None
         self._rounding: dict[int, torch.Generator] = {}
 
-    def bind(self, selector: Selector, state: State, driver: Driver) -> None:
+    @property
+    def columns(self) -> int:
+        """Number of columns of ``[Q O]``, and so of a carrier and its gradient."""
+        return self.rank + self.sketch_width
+
+    def bind(self, selector: Selector, residual: Residual | None, state: State, driver: Driver) -> None:
         """Make ``driver`` the optimizer that this basis belongs to."""
         self.fold()  # a displacement is one in the old basis
         for layer in self.layers:  # after ``to_empty`` a carrier may hold anything
             layer.carrier.detach().zero_()
-        self.selector, self.state, self._driver = selector, state, weakref.ref(driver)
+        self.selector, self.residual, self.state, self._driver = selector, residual, state, weakref.ref(driver)
 
-    def expect(self, plan: Plan) -> None:
-        """Note that a step is over, and what the next pass does."""
-        self.plan, self.formed = plan, False
-        self._pass = None  # layers that have not run must not keep the input alive
+    def expect(self, plan: Plan, key: Key | None = None) -> None:
+        """Note that a step is over, what the next pass does, and what the next sketch is drawn from."""
+        self.plan, self.key, self.formed = plan, key or self.key, False
+        self._pass = self._stepping = None  # layers that have not run must not keep the input alive
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it asks Python, not tensors
     def note_wrapper(self) -> None:
@@ -104,7 +121,7 @@ class Projection:
         if self.displaced and self.selector is not None:
             selector, weight = self.selector, self.layers[0].weight
             state = {key: self.state[key] for key in selector.init(weight, self.rank)}
-        none = dict.fromkeys(("_driver", "_pass", "_wrapper", "process_group"))
+        none = dict.fromkeys(("_driver", "_pass", "_stepping", "_wrapper", "process_group", "residual", "key"))
         return self.__dict__ | none | {"selector": selector, "state": state, "_rounding": {}, "_given": False}
 
     # --- the forward pass ---------------------------------------------------------------------------------------------
@@ -143,23 +160,35 @@ class Projection:
         if self.plan == "form":
             self.driver.refresh_projection(self, torch.cat([box[number] for number in numbers]))
             self.formed = self.plan != "form"
-        return {number: self.down(box.pop(number)).to(self.layers[number].carrier.dtype) for number in numbers}
+        frame = self.frame()
+        return {number: _down(box.pop(number), frame).to(self.layers[number].carrier.dtype) for number in numbers}
 
     # --- the basis ----------------------------------------------------------------------------------------------------
 
-    def down(self, A: Tensor) -> Tensor:
-        """Return ``A Q (..., r)`` in the dtype of ``A``, outside of any graph."""
-        with torch.no_grad():
-            return self._down(A.detach())
-
-    def _down(self, A: Tensor) -> Tensor:
+    @torch.no_grad()
+    def frame(self) -> Frame:
+        """Return ``[Q O]`` of the coming step, for which the sketch is drawn."""
         assert self.selector is not None
-        rows = A.reshape(-1, A.shape[-1])  # with more dimensions it would be a stack of matrices
-        return self.selector.project(rows, self.state).to(A.dtype).reshape(*A.shape[:-1], self.rank)
+        if self.residual is None or self.sketch_width == 0:
+            return Frame(self.selector, self.state, self.rank, None)
+        assert self.key is not None
+        weight = self.layers[0].weight
+        return draw_frame(self.selector, self.residual, self.state, weight.shape, self.rank, self.key, weight)
+
+    def down(self, A: Tensor) -> Tensor:
+        """Return ``A [Q O] (..., r + s)`` in the dtype of ``A``, outside of any graph."""
+        with torch.no_grad():
+            return _down(A.detach(), self.frame())
 
     def moved(self, x: Tensor, layer: CarriedLayer) -> Tensor:
         """Return ``(x Q) Bᵀ``, which the displacement of a layer adds to its output."""
-        return torch.nn.functional.linear(self._down(x), layer.carrier.detach().to(x.dtype))
+        assert self.selector is not None
+        h = _down(x, Frame(self.selector, self.state, self.rank, None))
+        return torch.nn.functional.linear(h, self.displaced_by(layer).to(x.dtype))
+
+    def displaced_by(self, layer: CarriedLayer) -> Tensor:
+        """Return the displacement ``B (out, r)`` of a layer, in the memory of its carrier and outside of any graph."""
+        return layer.carrier.detach()[:, : self.rank]
 
     def back(self, A: Tensor) -> Tensor:
         """Return ``A Qᵀ (..., in)``, in fp32 at least."""
@@ -168,9 +197,18 @@ class Projection:
         return self.selector.project_back(rows, self.state).reshape(*A.shape[:-1], self.layers[0].in_features)
 
     def apply_(
-        self, layer: CarriedLayer, step: Tensor, keep: float | Tensor, generator: torch.Generator | None
+        self,
+        layer: CarriedLayer,
+        step: Tensor,
+        sketched: Tensor | None,
+        keep: float | Tensor,
+        generator: torch.Generator | None,
     ) -> None:
-        """Compute ``W <- keep * W - step Qᵀ``. With ``merge="refresh"`` the step stays in the carrier for now."""
+        """Compute ``W <- keep * W - step Qᵀ - sketched Oᵀ``.
+
+        With ``merge="refresh"`` the step inside the subspace stays in the carrier for now. What is outside cannot: it
+        is in other directions at every step.
+        """
         assert self.selector is not None
         if is_sharded(layer.carrier) != is_sharded(layer.weight):
             raise RuntimeError(
@@ -183,19 +221,35 @@ class Projection:
             if generator is not None:
                 self._rounding[layer.number] = generator
             if decays:
-                if generator is not None:
-                    add_rounded_(weight, torch.zeros_like(weight, dtype=torch.float32), keep, generator)
-                else:
-                    weight.mul_(keep)
                 carrier.mul_(keep)
-            carrier.sub_(step)
+            carrier[:, : self.rank].sub_(step)
             self.displaced = True
-        elif generator is not None:
-            add_rounded_(weight, self.back(-step), keep, generator)
-        else:
-            if decays:
-                weight.mul_(keep)
+        if generator is not None:
+            if self.merge == "step" or decays or sketched is not None:
+                add_rounded_(weight, self._update(layer, weight, step, sketched), keep, generator)
+            return
+        if decays:
+            weight.mul_(keep)
+        if self.merge == "step":
             self.selector.subtract_(weight, step, self.state)
+        if sketched is not None:
+            self._frame_of_step(layer).subtract_sketch_(weight, sketched)
+
+    def _update(self, layer: CarriedLayer, weight: Tensor, step: Tensor, sketched: Tensor | None) -> Tensor:
+        """Return what a step adds to the weight, in fp32: ``-step Qᵀ``, unless it stays in the carrier, and ``-sketched
+        Oᵀ``.
+        """
+        D = self.back(-step) if self.merge == "step" else torch.zeros_like(weight, dtype=torch.float32)
+        if sketched is not None:
+            self._frame_of_step(layer).subtract_sketch_(D, sketched)
+        return D
+
+    def _frame_of_step(self, layer: CarriedLayer) -> Frame:
+        """Return ``[Q O]`` of this step, which is drawn once for layers that step one after another."""
+        frame = self.frame() if self._stepping is None else self._stepping
+        last = max(other.number for other in self.layers if other.carrier.requires_grad)
+        self._stepping = None if layer.number == last else frame
+        return frame
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -219,7 +273,14 @@ class Projection:
     def displacement(self, layer: CarriedLayer) -> Tensor:
         """Return ``B Qᵀ (out, in)``."""
         with torch.autocast(layer.carrier.device.type, enabled=False):
-            return self.back(layer.carrier)
+            return self.back(self.displaced_by(layer))
+
+
+def _down(A: Tensor, frame: Frame) -> Tensor:
+    """Return ``A [Q O]`` in the dtype of ``A``."""
+    rows = A.reshape(-1, A.shape[-1])  # with more dimensions it would be a stack of matrices
+    h = frame.project(rows).to(A.dtype)
+    return h.reshape(*A.shape[:-1], h.shape[-1])
 
 
 class _Pass:

@@ -17,7 +17,7 @@ from torch import nn
 from subspan.bench.setting import Setting, build_model
 from subspan.costs.collectives import CountCollectives, Sent, fake_world
 from subspan.costs.traffic import PERIOD, WAYS, Traffic, Way, amortised
-from subspan.factory import create
+from subspan.factory import create, residual_of
 from subspan.groups import check_rank
 from subspan.optimizer import SubspaceOptimizer
 from subspan.training.models.presets import PRESETS, llama_of
@@ -100,7 +100,7 @@ def row_of(setting: CommSetting, way: Way, step: Sent, refresh: Sent) -> dict[st
 def count(setting: CommSetting, way: Way) -> tuple[Sent, Sent]:
     """Count what an ordinary step and a refresh send, in the process group that is there."""
     small = Setting(setting.model, tokens=32, rank=setting.rank, rank_pattern=setting.rank_pattern, sequence_length=16)
-    model, handle = build_model(small, way.backward_side, setting.select_from)
+    model, handle = build_model(small, way.backward_side, setting.select_from, residual_of(way.optimizer))
     forward: Callable[..., Any] = model
     if way.sharded:
         Processes("fsdp", size=setting.world).place(model, "cpu")

@@ -23,6 +23,7 @@ ROWS = {
     "sara_adamw": ("sara_adamw", False),
     "sara_adamw_backward": ("sara_adamw", True),
     "rso_adamw": ("rso_adamw", True),
+    "sara_sketch_adamw_backward": ("sara_sketch_adamw", True),
 }
 
 
@@ -104,9 +105,9 @@ def _basis_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _formula(setting: Setting, name: str, trained: Trained, layers: Iterable[nn.Linear]) -> dict[str, int]:
-    """These are the same bytes, computed from shapes in fp32: weights W (out, in), tokens T, ranks r.
+    """These are the same bytes, computed from shapes in fp32: weights W (out, in), tokens T, ranks r, sketches s.
 
-    Layers that share an input count it once, and those that share a basis count ``x Q`` once.
+    Layers that share an input count it once, and those that share a basis count ``x [Q O]`` once.
     """
     T, llama = setting.tokens, llama_of(PRESETS[setting.model])
     way = Way(name, backward_side=trained.handle is not None)
@@ -116,8 +117,8 @@ def _formula(setting: Setting, name: str, trained: Trained, layers: Iterable[nn.
     elements = {identity: torch.Size(shape).numel() for shape, identity in shapes}
     full = sum(count for identity, count in elements.items() if identity not in projected)
     every = sum(elements.values())
-    low = sum(one.layer.out * one.r for one in traffic.projected)
-    kept = [group[0].r for group in traffic.bases]
+    low = sum(one.layer.out * one.columns for one in traffic.projected)
+    kept = [group[0].columns for group in traffic.bases]
     inputs = [group[0].inputs for group in llama.sharing] * llama.layers
     held = StateCosts.of_recipe(name).bytes_held(trained.optimizer.param_groups)
     return {

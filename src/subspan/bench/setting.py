@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from subspan.backward import Handle, project_backward
 from subspan.costs.llama import VOCABULARY
-from subspan.factory import create
+from subspan.factory import create, residual_of
 from subspan.groups import check_rank
+from subspan.parts import Residual
 from subspan.training.models.presets import PRESETS, llama_of
 from subspan.utils.errors import SettingError
 from subspan.utils.suggestions import near_names
@@ -69,7 +70,10 @@ class Trained:
 
 
 def build_model(
-    setting: Setting, backward_side: bool, select_from: Literal["owner", "mean"] = "owner"
+    setting: Setting,
+    backward_side: bool,
+    select_from: Literal["owner", "mean"] = "owner",
+    residual: Residual | None = None,
 ) -> tuple[nn.Module, Handle | None]:
     """Build the model with fresh weights, and return the handle of its backward-side layers, if it has them, too."""
     from transformers import LlamaForCausalLM
@@ -78,12 +82,18 @@ def build_model(
     model = LlamaForCausalLM(llama_of(PRESETS[setting.model]).config(setting.sequence_length)).train()
     if not backward_side:
         return model, None
-    return model, project_backward(model, rank=setting.rank, rank_pattern=setting.rank_pattern, select_from=select_from)
+    return model, project_backward(
+        model,
+        rank=setting.rank,
+        rank_pattern=setting.rank_pattern,
+        select_from=select_from,
+        residual=residual,
+    )
 
 
 def build(setting: Setting, optimizer: str, backward_side: bool = False, fused: bool = False) -> Trained:
     """Build the model with fresh weights, and an optimizer by name, or torch's fused AdamW if ``fused``."""
-    model, handle = build_model(setting, backward_side)
+    model, handle = build_model(setting, backward_side, residual=residual_of(optimizer))
     if fused:
         return Trained(model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True), None)
     made = create(optimizer, model, rank=setting.rank, rank_pattern=setting.rank_pattern, seed=setting.seed)

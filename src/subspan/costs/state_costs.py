@@ -38,6 +38,8 @@ class ParameterShape:
     """The weight that a carrier stands for; ``None`` for an ordinary parameter."""
     keeps_basis: bool = False
     """Whether a carrier is the one that keeps the basis, which several layers may share."""
+    rank: int = 0
+    """The rank of a carrier, which is wider if there is a sketch."""
 
     @classmethod
     def of(cls, p: "Tensor | ParameterShape") -> "ParameterShape":
@@ -47,7 +49,8 @@ class ParameterShape:
         shape, layer = tuple(p.shape) or (1,), layer_of(p)
         if layer is None:
             return cls(shape, p.dtype)
-        return cls(shape, p.dtype, cls(tuple(layer.weight.shape), layer.weight.dtype), layer.number == 0)
+        weight = cls(tuple(layer.weight.shape), layer.weight.dtype)
+        return cls(shape, p.dtype, weight, layer.number == 0, layer.projection.rank)
 
     def local(self, rows: int) -> Tensor:
         """A tensor without memory for ``rows`` of the rows."""
@@ -93,7 +96,7 @@ class StateCosts:
         basis = {"basis": expression(("rows", "columns", "r"), self._basis)}
         if self.selector.tracks or self.residual.needs_gradient:
             return projected | found | basis
-        return projected | found | {"carrier": expression(("rows", "r"), self._matrix)} | basis
+        return projected | found | {"carrier": expression(("rows", "r"), self._carrier)} | basis
 
     def bytes_held(
         self,
@@ -164,7 +167,7 @@ class StateCosts:
                     "layers, which have one; count them with the costs of the method that trains them"
                 )
             whole = p.weight.local(p.weight.shape[0]) if p.keeps_basis else None
-            stored = self._stored(states_of_carrier(self._parts(group), local, whole))
+            stored = self._stored(states_of_carrier(self._parts(group), local, p.rank, whole))
         smallest, length = group.get("min_8bit_size", eight_bit.SMALLEST), p.shape[0] if sharded else None
         counted = {part: sum(tensor.bytes(smallest, length) for tensor in own) for part, own in stored.items()}
         bases = counted.pop("selector", 0)
@@ -203,6 +206,9 @@ class StateCosts:
 
     def _wide(self, m: int, n: int, r: int) -> list[Stored]:
         return _all(self._projected(_empty(n, m), "left", r))
+
+    def _carrier(self, rows: int, r: int) -> list[Stored]:
+        return _all(self._stored(states_of_carrier(self._parts({}), _empty(rows, r), r, None)))
 
     def _basis(self, rows: int, columns: int, r: int) -> list[Stored]:
         return self._projected(_empty(rows, columns), "right", r)["selector"]

@@ -1,6 +1,7 @@
 """The bytes that a training step sends, in closed form. They follow from shapes, ranks and world.
 
-Weights are ``W (out, inputs)``. A basis compresses the side ``n`` to rank ``r``.
+Weights are ``W (out, inputs)``. A basis compresses the side ``n`` to rank ``r``. Where the residual has a sketch of
+``s`` directions, ``[R T]`` is sent in place of ``R``.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from subspan.costs.collectives import Sent
 from subspan.costs.llama import Layer, Llama, padded
 from subspan.groups import RankPattern
 from subspan.linalg import spectral_dtype
+from subspan.recipes import find
 from subspan.step.layout import Rank, layout_of, rank_of_side
 
 PERIOD = 200
@@ -56,6 +58,13 @@ class Projected(NamedTuple):
     """Length of the side that is compressed."""
     r: int
     """The rank."""
+    s: int
+    """Number of directions in the sketch of the residual, 0 for none."""
+
+    @property
+    def columns(self) -> int:
+        """Number of columns of ``R``, and of the sketch beside it."""
+        return self.r + self.s
 
 
 @dataclass(frozen=True)
@@ -118,21 +127,21 @@ class Traffic:
     @cached_property
     def bases(self) -> list[list[Projected]]:
         """The projected layers of all blocks. Those that share a basis are together."""
-        pattern, found = RankPattern(self.rank_pattern), []
+        pattern, residual, found = RankPattern(self.rank_pattern), find(self.way.optimizer).residual, []
         for block in range(self.model.layers):
             for group in self.model.sharing:
                 shared: dict[int, list[Projected]] = {}
                 for layer in group:
                     asked = pattern.of(f"model.layers.{block}.{layer.name}.weight", self.rank)
                     if self.way.backward_side:
-                        one = Projected(layer, layer.inputs, rank_of_side(asked, layer.inputs))
+                        n, r = layer.inputs, rank_of_side(asked, layer.inputs)
+                        one = Projected(layer, n, r, residual.sketch_width(n, r))
                         shared.setdefault(one.r, []).append(one)
                         continue
                     layout = layout_of((layer.out, layer.inputs), asked, self.way.proj_type)
                     if layout.rank is not None:
-                        found.append(
-                            [Projected(layer, layer.inputs if layout.side == "right" else layer.out, layout.rank)]
-                        )
+                        n = layout.oriented[-1]
+                        found.append([Projected(layer, n, layout.rank, residual.sketch_width(n, layout.rank))])
                 found += shared.values()
         return found
 
@@ -143,13 +152,15 @@ class Traffic:
 
     def _carriers(self) -> int:
         """Number of entries of all carriers, filled up as ``fully_shard`` does."""
-        return sum(padded((one.layer.out, one.r), self.world) for one in self.projected)
+        return sum(padded((one.layer.out, one.columns), self.world) for one in self.projected)
 
     def _gradients(self) -> int:
         """Number of entries that data-parallel ranks average: those of G, or of R in its place."""
         if not (self.way.backward_side or self.way.hook):
             return self.model.numel
-        return self.model.numel - sum(one.layer.numel - one.layer.numel // one.n * one.r for one in self.projected)
+        return self.model.numel - sum(
+            one.layer.numel - one.layer.numel // one.n * one.columns for one in self.projected
+        )
 
     def _sharded(self) -> Iterator[tuple[str, int]]:
         """What ``fully_shard`` sends.

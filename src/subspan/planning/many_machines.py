@@ -21,6 +21,7 @@ from subspan.costs.llama import Llama
 from subspan.costs.state_costs import ParameterShape, StateCosts
 from subspan.costs.traffic import WAYS, Projected, Traffic, Way, amortised
 from subspan.linalg import gram_flops
+from subspan.recipes import find
 from subspan.step.layout import Rank, rank_of_side
 from subspan.utils.errors import SettingError
 
@@ -132,7 +133,7 @@ def matmul_flops(traffic: Traffic, batch: Any) -> float:
     weights = sum(layer.numel for layer in model.block)
     blocks = model.layers * (6 * T * weights + attention)
     if traffic.way.backward_side:  # dyᵀ (x Q) in place of dyᵀ x
-        blocks -= 2 * T * sum(one.layer.out * (one.n - one.r) for one in traffic.projected)
+        blocks -= 2 * T * sum(one.layer.out * (one.n - one.columns) for one in traffic.projected)
     return blocks + 6 * T * model.v * model.d + into_bases_flops(traffic, batch)
 
 
@@ -140,7 +141,7 @@ def into_bases_flops(traffic: Traffic, batch: Any) -> float:
     """The part of these FLOPs that is ``x Q`` of backward-side layers, once for the layers that share it."""
     if not traffic.way.backward_side:
         return 0.0
-    return 2.0 * batch.tokens * sum(group[0].n * group[0].r for group in traffic.bases)
+    return 2.0 * batch.tokens * sum(group[0].n * group[0].columns for group in traffic.bases)
 
 
 def optimizer_flops(traffic: Traffic, period: int) -> float:
@@ -151,12 +152,12 @@ def optimizer_flops(traffic: Traffic, period: int) -> float:
     sharing = traffic.world if way.sharded else 1
     if way.backward_side:  # W <- W - U Qᵀ. Only the owner of a basis makes the Gram matrix, and the others wait
         grams = sum(_gram(sum(one.layer.numel for one in group), _smaller(group)) for group in traffic.bases)
-        return 2 * sum(one.layer.numel * one.r for one in projected) / sharing + grams / period
+        return 2 * sum(one.layer.numel * one.columns for one in projected) / sharing + grams / period
     products = 8 if way.hook else 4  # G Q and U Qᵀ; the hook makes a G Q and an R Qᵀ of its own before
     refresh = sum(
-        _gram(layer.numel, n) + 2 * n * r * r for layer, n, r in projected
+        _gram(one.layer.numel, one.n) + 2 * one.n * one.r**2 for one in projected
     )  # and the new basis on the old one
-    return (sum(products * layer.numel * r for layer, _, r in projected) + refresh / period) / sharing
+    return (sum(products * one.layer.numel * one.columns for one in projected) + refresh / period) / sharing
 
 
 def _gram(numel: int, n: int) -> int:
@@ -203,7 +204,7 @@ def memory(traffic: Traffic) -> dict[str, int]:
     if way.sharded:
         block = sum(layer.numel for layer in model.block)
         if way.backward_side:
-            block += sum(one.layer.out * one.r for one in traffic.projected) // model.layers
+            block += sum(one.layer.out * one.columns for one in traffic.projected) // model.layers
         held["gathered"] = 2 * (2 * block + sum(map(math.prod, model.outside)))
     return held | {"total": sum(held.values())}
 
@@ -216,7 +217,9 @@ def groups(model: Llama, rank: Rank, way: Way) -> list[dict[str, Any]]:
         for number, layer in enumerate(layers):
             p = ParameterShape((layer.out, layer.inputs))
             if way.backward_side:  # the first of the layers that share a basis keeps it
-                p = ParameterShape((layer.out, rank_of_side(rank, layer.inputs)), weight=p, keeps_basis=number == 0)
+                r = rank_of_side(rank, layer.inputs)
+                columns = r + find(way.optimizer).residual.sketch_width(layer.inputs, r)
+                p = ParameterShape((layer.out, columns), weight=p, keeps_basis=number == 0, rank=r)
             projected.append(p)
     own = None if way.optimizer == "adamw" else rank
     return [{"params": projected, "rank": own, "proj_type": way.proj_type}, {"params": others, "rank": None}]

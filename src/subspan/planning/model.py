@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from subspan.backward import Handle, project_backward
 from subspan.costs.llama import VOCABULARY, Llama
 from subspan.costs.state_costs import StateCosts
-from subspan.factory import create
+from subspan.factory import create, residual_of
 from subspan.groups import RankPattern
 from subspan.optimizer import SubspaceOptimizer
 from subspan.planning.many_machines import MODELS
@@ -133,7 +133,12 @@ class Planned:
         self.handle: Handle | None = None
         if setting.is_backward_side:
             with _unsaid(_PROJECTING):  # it is among the notes of the plan
-                self.handle = project_backward(self.model, rank=rank, rank_pattern=setting.rank_pattern)
+                self.handle = project_backward(
+                    self.model,
+                    rank=rank,
+                    rank_pattern=setting.rank_pattern,
+                    residual=residual_of(setting.optimizer),
+                )
         given: dict[str, Any] = {"8bit": {"state_dtype": "int8"}, "32bit": {"state_dtype": "float32"}}.get(
             setting.state or "", {}
         )

@@ -12,6 +12,7 @@ from subspan.costs.saved_activations import SavedBytes
 from subspan.optimizer import SubspaceOptimizer
 from subspan.planning.model import Planned
 from subspan.planning.shapes import ShapesOnly
+from subspan.step.carriers import Plan
 from subspan.training.data.batches import Batch
 from subspan.training.evaluation import token_losses
 from subspan.training.models.blocks import blocks_of
@@ -171,7 +172,7 @@ class _Chooser:
     def __init__(self, planned: Planned) -> None:
         assert planned.handle is not None
         assert isinstance(planned.optimizer, SubspaceOptimizer)
-        self._projections, self._selector = planned.handle.projections, planned.optimizer.selector
+        self._projections, self._method = planned.handle.projections, planned.optimizer.method
         self.costly = planned.costly_projections()
         self._takes = {projection: planned.selecting(projection) for projection in self.costly}
 
@@ -179,20 +180,23 @@ class _Chooser:
         """Give every projection a basis."""
         bases = []
         for projection in self._projections:
-            state = self._selector.init(projection.layers[0].weight, projection.rank)
-            projection.bind(self._selector, state, self)
+            state = self._method.selector.init(projection.layers[0].weight, projection.rank)
+            projection.bind(self._method.selector, self._method.residual, state, self)
             bases += [value for value in state.values() if isinstance(value, Tensor)]
         return bases
 
     def keep(self) -> None:
         """Let the next pass keep all bases."""
         for projection in self._projections:
-            projection.expect("keep")
+            self._expect(projection, "keep")
 
     def choose(self, projection: Any) -> None:
         """Let the next pass choose this basis, and no other."""
         self.keep()
-        projection.expect("form" if self._selector.needs_gradient else "draw")
+        self._expect(projection, "form" if self._method.selector.needs_gradient else "draw")
+
+    def _expect(self, projection: Any, plan: Plan) -> None:
+        projection.expect(plan, self._method.key(projection.layers[0].weight_name, 0))
 
     def refresh_projection(self, projection: Any, G: Tensor | None) -> None:
         """Take the memory, and leave the basis as it is."""

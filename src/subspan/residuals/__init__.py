@@ -9,8 +9,14 @@ from subspan.parts import Residual
 from subspan.residuals.discard import Discard
 from subspan.residuals.error_feedback import ErrorFeedback
 from subspan.residuals.fira import Fira
+from subspan.residuals.sketch import Sketch
 
-RESIDUALS: dict[str, Callable[[], Residual]] = {"discard": Discard, "fira": Fira, "error_feedback": ErrorFeedback}
+RESIDUALS: dict[str, Callable[[], Residual]] = {
+    "discard": Discard,
+    "fira": Fira,
+    "sketch": Sketch,
+    "error_feedback": ErrorFeedback,
+}
 """Residuals by name, with the settings of their papers."""
 
-__all__ = ["RESIDUALS", "Discard", "ErrorFeedback", "Fira"]
+__all__ = ["RESIDUALS", "Discard", "ErrorFeedback", "Fira", "Sketch"]

@@ -31,16 +31,12 @@ Deviations from the paper:
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from subspan.parts import ALL_HERE, Rows
-from subspan.residuals.base import Plain
+from subspan.residuals.base import Plain, check_limiter, limit_, row_factors, row_norms
 from subspan.storage.allocation import State, allocate
-from subspan.utils.checks import DIVISORS, is_divisor
 from subspan.utils.errors import SettingError
-
-_TINY = 1e-8  # the value of the authors' code, which adds it to ||R_i||
 
 
 @dataclass(frozen=True)
@@ -65,10 +61,7 @@ class Fira(Plain):
             raise SettingError(
                 f"mode={self.mode!r}: expected 'orthogonal' (the paper) or 'official' (the authors' code)"
             )
-        if self.limiter is not None and not is_divisor(self.limiter):
-            raise SettingError(
-                f"limiter={self.limiter!r}: expected a growth factor {DIVISORS}, such as 1.01, or None to turn it off"
-            )
+        check_limiter(self.limiter)
 
     def init(self, G: Tensor) -> State:
         return {} if self.limiter is None else {"residual_norm": allocate(G, G.shape[:-2])}
@@ -84,28 +77,14 @@ class Fira(Plain):
         rows: Rows = ALL_HERE,
     ) -> tuple[Tensor, Tensor | None]:
         a = 1.0 if self.mode == "orthogonal" else scale
-        inside, whole = _row_norms(R, R.dtype), _row_norms(G, R.dtype)
-        phi = _row_norms(U, R.dtype) / torch.maximum(inside, _TINY * whole)
-        # Momentum may be so much larger than the gradient that the quotient overflows, and inf times 0 is not a number.
-        phi = phi.clamp_max(torch.finfo(phi.dtype).max).masked_fill(whole == 0, 0)
+        inside, whole = row_norms(R, R.dtype), row_norms(G, R.dtype)
+        phi = row_factors(U, inside, whole)
         if self.limiter is not None:
             # ||S_i|| by Pythagoras, so that no S is formed. The norms are in the precision of R: what cancels must not
             # be rounded before.
             outside = (whole.square() - (2 - a) * a * inside.square()).clamp_min(0).sqrt()
             norm = rows.total((phi * outside).square().sum((-2, -1))).sqrt()
-            phi = phi * self._limit_(norm, state["residual_norm"])[..., None, None]
+            phi = phi * limit_(norm, state["residual_norm"], self.limiter)[..., None, None]
         if self.scaled:
             phi = phi * scale
         return U.mul_(scale).addcmul_(phi, R, value=-a), phi
-
-    def _limit_(self, norm: Tensor, previous: Tensor) -> Tensor:
-        """Return the factor for this step, and store the limited norm unless it is zero or not finite (contract R4)."""
-        assert self.limiter is not None
-        factor = torch.where(previous > 0, (self.limiter * (previous / norm)).clamp_max(1), 1.0)
-        limited = norm * factor
-        previous.copy_(torch.where(limited.isfinite() & (limited > 0), limited, previous))
-        return factor
-
-
-def _row_norms(A: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.linalg.vector_norm(A, dim=-1, keepdim=True, dtype=dtype)

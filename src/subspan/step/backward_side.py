@@ -4,6 +4,9 @@ The gradient of a carrier is ``R`` already, so a step is
 
     U = rule(R),    W <- (1 - lr wd) W - lr scale U Qᵀ
 
+If the residual has a sketch, the gradient is ``[R T]`` with ``T = G O``, and the residual's part goes into the weight
+too. The carrier itself takes no part in that: it is only as wide as its gradient.
+
 The basis is chosen before. That is in the forward pass if the selector needs no gradient, and in the backward pass of
 the layers that share it if it does.
 """
@@ -30,15 +33,22 @@ from subspan.utils.errors import SettingError
 logger = logging.getLogger(__name__)
 
 
-def step_(work: Work, layer: CarriedLayer, held: Held, inside: Inside) -> None:
+def step_(method: Method, work: Work, layer: CarriedLayer, held: Held, inside: Inside) -> None:
     """Step on one carrier, whose state is ``held``; the layer's projection writes the update into its weight."""
-    group, proximal = work.slot.group, Proximal.of(work.slot.group)
-    U, factor = inside(work.rule, proximal.pull(work.grad, held.state), held.moments, held.rows)
+    group, proximal, projection = work.slot.group, Proximal.of(work.slot.group), layer.projection
+    R, sketched = work.grad[:, : projection.rank].contiguous(), None
+    U, factor = inside(work.rule, proximal.pull(R, held.state), held.moments, held.rows)
     proximal.move_(U, factor, held.state, group)
     held.store_(work.rule)
-    step = U.mul_(group["lr"] * group["scale"] * factor)
+    if projection.sketch_width:
+        T = work.grad[:, projection.rank :]
+        A, phi = method.residual.combine(T, R, U, group["scale"], projection.back, held.state, held.rows)
+        step = A.mul_(group["lr"] * factor)
+        sketched = None if phi is None else T * phi.mul_(group["lr"] * factor)
+    else:
+        step = U.mul_(group["lr"] * group["scale"] * factor)
     keep = 1 - group["lr"] * group["weight_decay"]
-    layer.projection.apply_(layer, step, keep, rounding_generator(work, layer.weight))
+    projection.apply_(layer, step, sketched, keep, rounding_generator(work, layer.weight))
 
 
 class Owner(Protocol):
@@ -95,14 +105,15 @@ class Carriers:
                     "the basis they share, is not; pass both, unfreeze it, or call project_backward with share='none'"
                 )
             if layer.number == 0:
-                layer.projection.bind(method.selector, states[p], self)
+                layer.projection.bind(method.selector, method.residual, states[p], self)
         self.schedule()
 
     def schedule(self) -> None:
         """Tell each projection what is due at the next gradient."""
         for order, p, layer, group in self:
             if layer.number == 0:
-                layer.projection.expect(self._plan(self.owner.state[p], group, order))
+                key = self.owner.method.key(layer.weight_name, group["clock"])
+                layer.projection.expect(self._plan(self.owner.state[p], group, order), key)
 
     def _say_that_it_is_alone(self) -> None:
         """Warn once where a gradient chooses a basis for this process only, while there are other processes."""
@@ -135,7 +146,7 @@ class Carriers:
         order, first, layer, group = next(one for one in self if one.layer is projection.layers[0])
         state, weight = states[first], layer.weight
         key = method.key(layer.weight_name, group["clock"])
-        rank, width = first.shape[1], weight.shape[1]
+        rank, width = projection.rank, weight.shape[1]
         if not method.selector.needs_gradient:
             G = weight.new_ones(1, width)
         elif G is None:
@@ -180,6 +191,13 @@ def check_carrier(method: Method, p: Tensor) -> None:
             f"residual={method.residual!r}: needs every gradient, and the backward-side layers of this model form none; "
             "use residuals.Discard(), or leave project_backward out"
         )
+    made, wanted = layer.projection.sketch_width, method.residual.sketch_width(layer.in_features, layer.projection.rank)
+    if made != wanted:
+        raise SettingError(
+            f"residual={method.residual!r}: has a sketch of {wanted} directions of the inputs of {layer.weight_name}, and "
+            f"the backward-side layer was made for one of {made}; give the optimizer's residual to project_backward too, "
+            "as in project_backward(..., residual=subspan.residuals.Sketch())"
+        )
     if method.selector.tracks:
         raise SettingError(
             f"selector={method.selector!r}: follows every gradient, and the backward-side layers of this model form one "
@@ -199,9 +217,9 @@ def check_ranks(slots: Iterable[Slot], rank: Rank | None) -> None:
         if layer_of(slot.p) is not None or slot.group["rank"] is not None
     ]
     for slot in projected if all(layer_of(slot.p) is not None for slot in projected) else []:
-        layer, own = layer_of(slot.p), slot.p.shape[1]
+        layer = layer_of(slot.p)
         assert layer is not None
-        made = layer.projection
+        made, own = layer.projection, layer.projection.rank
         for asked in (slot.group["rank"], None if made.by_pattern else rank):
             if asked is not None and rank_of_side(asked, layer.weight.shape[1]) != own:
                 raise SettingError(

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from subspan.parts import Key
 from subspan.step.layout import Rank
 from subspan.storage.allocation import State
 
@@ -20,6 +21,8 @@ class CarriedProjection(Protocol):
 
     layers: list[Any]
     rank: int
+    sketch_width: int
+    """Number ``s`` of directions beside the basis, for the residual of the optimizer; 0 for none."""
     asked: Rank
     """What ``rank`` was made of: itself, or a share of the inputs."""
     by_pattern: bool
@@ -30,17 +33,23 @@ class CarriedProjection(Protocol):
     process_group: Any
     """The data-parallel ranks that share the basis; ``None`` if there are no others."""
 
-    def bind(self, selector: Any, state: State, driver: "Driver") -> None:
+    def bind(self, selector: Any, residual: Any, state: State, driver: "Driver") -> None:
         """Take the basis in ``state``, and make ``driver`` the one that chooses it."""
 
-    def expect(self, plan: Plan) -> None:
-        """Note that a step is over, and what the next pass is to do."""
+    def expect(self, plan: Plan, key: Key | None = None) -> None:
+        """Note that a step is over, and what the next pass is to do.
+
+        The sketch of the next step is drawn from ``key``; ``None`` leaves it as it is.
+        """
 
     def fold(self) -> None:
         """Put the displacement of the carriers into the weights."""
 
-    def apply_(self, layer: Any, step: Tensor, keep: float | Tensor, generator: Any) -> None:
-        """Compute ``W <- keep * W - step Qᵀ`` for the weight of one of the layers."""
+    def back(self, A: Tensor) -> Tensor:
+        """Return ``A Qᵀ (..., in)``."""
+
+    def apply_(self, layer: Any, step: Tensor, sketched: Tensor | None, keep: float | Tensor, generator: Any) -> None:
+        """Compute ``W <- keep * W - step Qᵀ - sketched Oᵀ`` for the weight of one of the layers."""
 
 
 class CarriedLayer(Protocol):
@@ -56,7 +65,7 @@ class CarriedLayer(Protocol):
 
     @property
     def carrier(self) -> Tensor:
-        """The trained parameter ``(out, r)``, whose gradient is ``R``."""
+        """The trained parameter ``(out, r + s)``, whose gradient is ``R``, or ``[R T]`` if there is a sketch."""
 
     @property
     def projection(self) -> CarriedProjection:

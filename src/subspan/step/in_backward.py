@@ -1,8 +1,9 @@
 """Step in the backward pass: each gradient is used as soon as it is there and then freed, so only one is held.
 
-The low-rank gradients of several micro-batches of a projected weight are summed, ``R <- R + G Q``. The gradient itself
-is summed where a basis is due, where a residual needs all of it, and for parameters that are not projected. With the
-last micro-batch the parameter takes its step. ``optimizer.step()`` is called as usual; it moves the schedule on.
+The low-rank gradients of several micro-batches of a projected weight are summed, ``R <- R + G Q``, and so are the
+sketches of a residual that has them. The gradient itself is summed where a basis is due, where a residual needs all of
+it, and for parameters that are not projected. With the last micro-batch the parameter takes its step.
+``optimizer.step()`` is called as usual; it moves the schedule on.
 
 Sources: LOMO (Lv et al. 2023, arXiv 2306.09782) and GaLore's layer-wise mode (Zhao et al. 2024, arXiv 2403.03507).
 Deviations from GaLore's code: there is one optimizer and not one for each parameter, so schedulers, state and clipping
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from subspan import distributed
 from subspan.parts import Rule
+from subspan.step.frame import frame_of
 from subspan.step.method import Method
 from subspan.step.parameters import step_on_
 from subspan.step.refresh import low_rank_suffices
@@ -114,7 +116,8 @@ class StepInBackward:
             )
         method, states = self.optimizer.method, self.optimizer.state
         if low_rank_suffices(method, slot, states):
-            R = method.selector.project(slot.layout.enter(distributed.local_gradient(p, slot.name)), states[p])
+            frame = frame_of(method, slot, distributed.local_state(states[p]))
+            R = frame.project(slot.layout.enter(distributed.local_gradient(p, slot.name)))
             self._low_rank[p] = self._low_rank[p].add_(R) if p in self._low_rank else R
             p.grad = None
         if seen == self.accumulate:

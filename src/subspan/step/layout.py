@@ -48,6 +48,12 @@ class Layout(NamedTuple):
         """The dimension of the oriented matrix along which the rows of the weight lie."""
         return -1 if self.side == "left" else -2
 
+    @property
+    def oriented(self) -> tuple[int, ...]:
+        """The shape ``(..., m, n)`` of the oriented matrices, whose side ``n`` is compressed."""
+        *stack, rows, columns = self.shape
+        return (*stack, columns, rows) if self.side == "left" else (*stack, rows, columns)
+
     def of_rows(self, rows: int) -> "Layout":
         """Return the layout of some of the rows. The columns are compressed, because no rank has all rows."""
         return Layout((rows, *self.shape[1:]), self.side and "right", self.rank)

@@ -68,18 +68,23 @@ def states_of_parts(parts: Parts, local: Tensor, layout: Layout) -> dict[str, St
     }
 
 
-def states_of_carrier(parts: Parts, local: Tensor, weight: Tensor | None) -> dict[str, State]:
+def states_of_carrier(parts: Parts, local: Tensor, rank: int, weight: Tensor | None) -> dict[str, State]:
     """Allocate what each part holds for the carrier of a backward-side layer.
 
     Args:
         parts: the parts, whose names are the keys of what is returned.
         local: the rows of the carrier that are on this rank.
+        rank: the dimension of the subspace; a carrier is wider if there is a sketch.
         weight: the weight of the layer, if this carrier keeps the basis that its projection shares.
     """
-    shape = tuple(local.shape)
-    states = {"rule": parts.rule.init(local, shape, -2), "proximal term": parts.proximal.init(local, shape)}
+    shape = (local.shape[0], rank)
+    states = {
+        "rule": parts.rule.init(local, shape, -2),
+        "residual": parts.residual.init(local),
+        "proximal term": parts.proximal.init(local, shape),
+    }
     if weight is not None and parts.selector is not None:
-        states["selector"] = parts.selector.init(weight, shape[1])
+        states["selector"] = parts.selector.init(weight, rank)
     return states
 
 
@@ -87,7 +92,8 @@ def _whole(method: Method, p: Tensor, local: Tensor, group: Mapping[str, Any]) -
     """The state of ``p`` for those of its rows that are ``local``, in full precision."""
     parts = Parts(method.rule_of(group), method.selector, method.residual, Proximal.of(group))
     if (layer := layer_of(p)) is not None:
-        states = states_of_carrier(parts, local, layer.weight if layer.number == 0 else None)
+        weight = layer.weight if layer.number == 0 else None
+        states = states_of_carrier(parts, local, layer.projection.rank, weight)
     else:
         states = states_of_parts(parts, local, local_layout(p, group, local))
     if "selector" in states:

@@ -19,7 +19,7 @@ def step_on_(method: Method, states: Mapping[Tensor, State], works: Sequence[Wor
         slot = work.slot
         if (layer := layer_of(slot.p)) is not None:
             held = open_(slot.p, work.rule, states[slot.p], slot.group, 2)
-            backward_side.step_(work, layer, held, inside)
+            backward_side.step_(method, work, layer, held, inside)
         else:
             held = open_(slot.p, work.rule, states[slot.p], slot.group, len(slot.layout.shape))
             weights.step_(method, work, held, inside, changes)

@@ -4,6 +4,7 @@ The tests hold the optimizer to it: ``tests/step/test_plain.py`` trains both sid
 
 Shapes: weight and gradient ``W, G (m, n)``, basis ``Q (n, r)``, ``R, U, B (m, r)``. The side to compress is last. A
 weight whose rows are compressed is passed as its transpose. ``state`` holds what the parts' ``init`` have allocated.
+``O (n, s)`` are the directions that a residual with a sketch draws, and ``T = G O``.
 Where there is a proximal term, ``B`` (``displacement``) is how far the weight has moved since its basis was chosen.
 """
 
@@ -51,8 +52,15 @@ def plain_step(
     if not coupled:
         U = U + pull / factor
     B -= lr * scale * factor * U
-    A, phi = residual.combine(G, R, U, scale, lifted, state)
-    D = lifted(A) if phi is None else lifted(A) + phi * G
+    if s := residual.sketch_width(G.shape[-1], R.shape[-1]):
+        O = residual.sketch(
+            R.new_empty(G.shape[-1], s), R.shape[-1], lambda A: A - lifted(selector.project(A, state)), key
+        )
+        A, phi = residual.combine(G @ O, R, U, scale, lifted, state)
+        D = lifted(A) if phi is None else lifted(A) + phi * (G @ O @ O.T)
+    else:
+        A, phi = residual.combine(G, R, U, scale, lifted, state)
+        D = lifted(A) if phi is None else lifted(A) + phi * G
     return (1 - lr * weight_decay) * W - lr * factor * D
 
 

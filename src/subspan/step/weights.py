@@ -9,6 +9,7 @@ from torch import Tensor
 from subspan import distributed, linalg
 from subspan.parts import Rows, Rule
 from subspan.step import refresh
+from subspan.step.frame import frame_of
 from subspan.step.layout import Layout
 from subspan.step.method import Method
 from subspan.step.proximal import Proximal
@@ -44,33 +45,34 @@ def step_(method: Method, work: Work, held: Held, inside: Inside, changes: refre
 def _projected_(method: Method, work: Work, held: Held, inside: Inside, changes: refresh.Changes) -> None:
     """Step inside a subspace.
 
-    The equations are ``R = G Q``, ``U = rule(R)``, ``D = scale * U Qᵀ + residual(G, R, U)``, ``W <- W - lr * D``.
+    The equations are ``R = G Q``, ``U = rule(R)``, ``D = scale * U Qᵀ + residual(G, R, U)``, ``W <- W - lr * D``. A
+    residual with a sketch is given ``T = G O`` for ``G``.
     """
     (p, state, moments, rows), slot = held, work.slot
     group, layout, selector, proximal = slot.group, slot.layout, method.selector, Proximal.of(slot.group)
-    if work.low_rank:
-        G = R = work.grad
-    else:
-        G = method.residual.receive(layout.enter(work.grad), state)
+    G = work.grad
+    if not work.low_rank:
+        G = method.residual.receive(layout.enter(G), state)
         if slot.p in changes:
             refresh.carry_over(method, changes[slot.p], state, moments, work.rule)
         else:
             refresh.move_basis(method, G, held, work)
-        R = selector.project(G, state)
+    frame = frame_of(method, slot, state)
+    R, seen = frame.split(G) if work.low_rank else frame.look(G)
     U, factor = inside(work.rule, proximal.pull(R, state), moments, rows)
     held.store_(work.rule)
     proximal.move_(U, factor, state, group)
-    A, phi = method.residual.combine(G, R, U, group["scale"], lambda A: selector.project_back(A, state), state, rows)
+    A, phi = method.residual.combine(seen, R, U, group["scale"], lambda A: selector.project_back(A, state), state, rows)
     if _lifts_in_place(p, layout, group, phi):
         _decay_(p, group)
         W, step = layout.enter(p), group["lr"] * factor
         selector.subtract_(W, A.mul_(step), state)
         if phi is not None:
-            W.addcmul_(G, phi.mul_(step), value=-1)
+            frame.subtract_(W, seen, phi.mul_(step))
         return
     D = selector.project_back(A, state)
     if phi is not None:
-        D.addcmul_(G, phi)
+        frame.subtract_(D, seen, phi.neg_())
     _apply_(work, p, D, factor)
 
 

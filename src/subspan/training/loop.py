@@ -17,6 +17,7 @@ from subspan.backward import project_backward
 from subspan.checkpoints import directory as checkpoints
 from subspan.checkpoints.unshard import plain_model
 from subspan.costs.saved_activations import SavedBytes
+from subspan.factory import residual_of
 from subspan.optimizer import SubspaceOptimizer
 from subspan.training.config.resolve import ResolvedConfig
 from subspan.training.config.resolve_finetuning import ResolvedFinetune
@@ -100,6 +101,7 @@ class Training(ABC, Generic[R]):
                 share=config.optim.share,
                 merge=config.optim.merge,
                 select_from=config.optim.select_from,
+                residual=residual_of(config.optimizer, config.optim.residual),
             )
         self.model: nn.Module = processes.place(model, config.device).train()
         self.optimizer = build_optimizer(config, self.model)
