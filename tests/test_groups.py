@@ -353,3 +353,17 @@ def test_an_override_gives_a_filter_of_one_dimension_a_rank():
 def test_an_override_behind_another_is_named():
     with pytest.raises(ValueError, match=r"'0.weight' comes after '0', which matches '0.weight' first; put it before"):
         param_groups(nn.Sequential(nn.Linear(8, 8)), rank=4, overrides={"0": {"rank": 2}, "0.weight": {"rank": 3}})
+
+
+def test_full_rank_has_a_second_rate() -> None:
+    """``lr_full`` moves the same parameters at full rank as beside a subspace: all that ``targets`` does not name."""
+    model = nn.ModuleDict({"embed": nn.Embedding(8, 4), "linear": nn.Linear(4, 4), "head": nn.Linear(4, 8)})
+    rates = {
+        name: {p_name: group.get("lr") for group in create(name, model, lr=0.1, rank=2, lr_full=0.4).param_groups
+               for p_name in group.get("param_names", ())}
+        for name in ("adamw", "adamw_8bit", "galore_adamw")
+    }  # fmt: skip
+    assert rates["adamw"] == {
+        "linear.weight": 0.1, "embed.weight": 0.4, "head.weight": 0.4, "linear.bias": 0.4, "head.bias": 0.4
+    }  # fmt: skip
+    assert rates["adamw"] == rates["adamw_8bit"] == rates["galore_adamw"]

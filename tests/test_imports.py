@@ -9,8 +9,8 @@ from pathlib import Path
 import subspan
 
 OPTIONAL = (
-    "datasets", "fira", "galore_torch", "jsonargparse", "matplotlib", "numpy", "rich", "safetensors", "scipy", "tensorboard",
-    "tokenizers", "transformers", "wandb", "yaml",
+    "bitsandbytes", "datasets", "fira", "galore_torch", "jsonargparse", "matplotlib", "numpy", "rich", "safetensors",
+    "scipy", "tensorboard", "tokenizers", "transformers", "wandb", "yaml",
 )  # fmt: skip
 
 PROGRAM = f"""

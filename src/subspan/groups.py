@@ -113,7 +113,7 @@ def param_groups(
         model: a module, or pairs as ``module.named_parameters()`` gives them. Frozen parameters are left out. Carriers
             of backward-side layers (``subspan.project_backward``) are projected, at their own rank.
         rank: rank of the projected group, as a whole number or as a share of each compressed side; the others get
-            ``None``.
+            ``None``. With ``rank=None`` nothing is projected.
         rank_pattern: other ranks by regular expression, such as ``{r"q_proj": 32, r"mlp": 0.5}``, whole numbers or
             shares. The first one that is found in the canonical name of a projected matrix gives its rank.
         targets: which matrices are projected. ``"all-linear"`` means every matrix that ``exclude`` does not name; in a
@@ -123,8 +123,8 @@ def param_groups(
         exclude: regular expressions; a name in which one is found stays full rank.
         overrides: group settings by regular expression, such as ``{r"k_proj": {"rank": 64}}``; the first match wins.
             A rank among them wins over ``rank_pattern``.
-        lr_full: learning rate of parameters without a rank (embeddings, heads, norms, biases). ``None`` means that of
-            the optimizer.
+        lr_full: learning rate of the parameters that ``targets`` does not name (embeddings, heads, norms, biases), also
+            with ``rank=None``, so that full rank may have two rates as well. ``None`` means that of the optimizer.
         weight_decay: weight decay of matrices; parameters of one dimension (biases, norms) get 0. ``None`` leaves it to
             the optimizer.
         decayed: names of the parameters that get ``weight_decay``, if these are not the matrices.
@@ -163,8 +163,8 @@ def param_groups(
     # A target may name backward-side layers; these are projected already.
     made = {layer.weight_name for _, p in named if (layer := layer_of(p)) is not None}
     projected = set()
-    if rank is not None:
-        projected = _projected_names(model, others, targets, exclude, given_names, made)
+    if rank is not None or lr_full is not None:
+        projected = _projected_names(model, others, targets, exclude, given_names, made, needed=rank is not None)
     filters = _convolutions(model)
     decayed = None if decayed is None else {canonical_name(name) for name in decayed}
 
@@ -187,7 +187,7 @@ def param_groups(
             elif rank is not None:
                 own_rank = ranks.of(matrices[-1], rank)
         # Three dimensions look like a stack of matrices, but those of a convolution are none.
-        has_rank = kind == 0 or settings.get("rank") is not None
+        has_rank = own_rank is not None or settings.get("rank") is not None
         flatten = has_rank and p.ndim == 3 and id(p) in filters
         used.add(pattern)
         if (layer := carriers.get(name)) is not None:
@@ -242,7 +242,9 @@ def select_linear(model: nn.Module, targets: str | Sequence[str], exclude: Seque
     canonical = canonical_names(name for name, _ in raw)
     named: list[tuple[str, Tensor]] = [(canonical[name], p) for name, p in raw]
     found: dict[str, nn.Linear] = {}
-    chosen = _projected_names(model, named, targets, exclude, {short: name for name, short in canonical.items()})
+    chosen = _projected_names(
+        model, named, targets, exclude, {short: name for name, short in canonical.items()}, needed=True
+    )
     for (name, _), (raw_name, _) in zip(named, raw, strict=True):
         if name not in chosen:
             continue
@@ -273,8 +275,13 @@ def _projected_names(
     exclude: Sequence[str],
     given: Mapping[str, str],
     made: Collection[str] = (),
+    *,
+    needed: bool,
 ) -> set[str]:
-    """The canonical names of what is to be projected. A pattern may also mean a name as a wrapper has ``given`` it."""
+    """The canonical names of what is to be projected. A pattern may also mean a name as a wrapper has ``given`` it.
+
+    Where they are ``needed``, it is an error if all-linear finds none.
+    """
     matrices = [name for name, p in named if p.ndim > 1]
     if targets == "all-linear":
         if isinstance(parameters, nn.Module):
@@ -287,7 +294,7 @@ def _projected_names(
             matrices = [name for name, p in named if id(p) in linear]
         kept = [_compiled(pattern, "exclude") for pattern in exclude]
         found = {name for name in matrices if not any(_finds(pattern, name, given) for pattern in kept)}
-        if not found and not made:
+        if needed and not found and not made:
             why = "no weight of an nn.Linear is left" if any(p.ndim > 1 for _, p in named) else "there is no matrix"
             raise SettingError(
                 f"targets='all-linear': {why} to project among {len(named)} parameters; {_names_like('', named)}. "

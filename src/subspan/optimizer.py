@@ -39,7 +39,6 @@ from subspan.step.settings import FIELDS, AllStepOptions, StepSettings, check_na
 from subspan.step.shardable import check_shardable, check_sharded
 from subspan.step.weights import step_inside
 from subspan.step.work import work_of
-from subspan.storage import eight_bit
 from subspan.utils.errors import SettingError
 
 logger = logging.getLogger(__name__)
@@ -169,12 +168,8 @@ class SubspaceOptimizer(Restorable):
     def _check_group(self, settings: Mapping[str, Any]) -> None:
         """Raise unless the settings of a group are in range and go with the method."""
         own, rule = StepSettings.of(settings), self.method.rule_of(settings)
-        if own.state_dtype == "int8":
-            eight_bit.check_available()
-            if not rule.moments:
-                raise SettingError(
-                    f"state_dtype='int8': {rule} keeps no moments; use 'float32', or a rule with momentum"
-                )
+        if own.state_dtype == "int8" and not rule.moments:
+            raise SettingError(f"state_dtype='int8': {rule} keeps no moments; use 'float32', or a rule with momentum")
         if own.eta is not None and self.method.selector.tracks:
             raise SettingError(
                 f"eta={own.eta!r}: pulls towards where the weight was when its basis was chosen, and "

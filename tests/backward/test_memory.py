@@ -148,6 +148,18 @@ def test_the_bench_agrees_with_closed_forms() -> None:
         assert rows[name]["gradient_bytes"] < rows["sara_adamw"]["gradient_bytes"]
 
 
+@pytest.mark.parametrize("pattern", [None, {"q_proj": 32, r"layers\.1.*up_proj": 0.5, "o_proj": 0.1}], ids=str)
+def test_the_bench_agrees_with_closed_forms_of_shares(pattern: Any) -> None:
+    """A quarter of 64 inputs is 16, and of 172 it is 43; layers that a pattern parts keep an x Q each."""
+    setting = Setting("llama-nano", tokens=128, rank=0.25, rank_pattern=pattern, sequence_length=64)
+    rows = {row["name"]: row for row in memory.measure(setting)["rows"]}
+    for row in rows.values():
+        for key, value in row["formula"].items():
+            assert row[key] == value, (row["name"], key)
+    kept = 4 * (16 + 16 + 16 + 43) if pattern is None else 4 * (32 + 16 + 6 + 16 + 43) + 32
+    assert rows["sara_adamw_backward"]["linear_activation_bytes"] == 4 * 128 * kept
+
+
 def test_the_tracker_counts_what_lives() -> None:
     """Three live tensors of 4,000 bytes and a fourth that is freed; a view is no storage of its own."""
     held = torch.zeros(1000)

@@ -42,6 +42,13 @@ def test_counted_bytes_equal_closed_forms(eight: dict[str, Any]) -> None:
     assert not dist.is_initialized()
 
 
+@pytest.mark.parametrize("select_from", ["owner", "mean"])
+def test_ranks_by_share_and_by_pattern(select_from: Any) -> None:
+    """Layers that share no basis any more send one each; a share is of the inputs, or of the side without a basis."""
+    pattern = {"q_proj": 32, r"layers\.1\..*up_proj": 0.5}
+    check(measure(CommSetting(model="llama-nano", rank=0.25, rank_pattern=pattern, select_from=select_from)))
+
+
 def test_bytes_by_hand(eight: dict[str, Any]) -> None:
     """The bytes of llama-nano (32,000 words) at rank 16 in fp32 on 8 ranks, as sums over its shapes."""
     rows = {row["name"]: row for row in eight["rows"]}

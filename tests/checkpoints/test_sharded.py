@@ -143,19 +143,21 @@ def pretrain(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, *, 
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_our_optimizers_go_on_as_unbroken(tmp_path: Path, name: str) -> None:
-    if name.endswith("8bit"):
-        pytest.importorskip("bitsandbytes")
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [*((name, {}) for name in OURS), ("sara_adamw", {"rank": 0.25, "rank_pattern": {"q_proj": 32, "down": 0.5}})],
+    ids=str,
+)
+def test_our_optimizers_go_on_as_unbroken(tmp_path: Path, name: str, ranks: dict[str, Any]) -> None:
     model = llama()
-    optimizer = ours(name, model)
+    optimizer = ours(name, model, **ranks)
     pretrain(model, optimizer, BEFORE, first=0)
     reference = snapshot(model, optimizer)
     save_sharded(tmp_path / "one", model, optimizer)
     pretrain(model, optimizer, AFTER, first=BEFORE)
 
     other = llama()
-    resumed = ours(name, other)
+    resumed = ours(name, other, **ranks)
     pretrain(other, resumed, 1, first=50)
     load_sharded(tmp_path / "one", other, resumed)
     assert_same(snapshot(other, resumed), reference)
@@ -163,13 +165,14 @@ def test_our_optimizers_go_on_as_unbroken(tmp_path: Path, name: str) -> None:
     assert_same(snapshot(other, resumed), snapshot(model, optimizer))
 
 
-def test_backward_side_layers_go_on_as_unbroken(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [8, 0.25])
+def test_backward_side_layers_go_on_as_unbroken(tmp_path: Path, rank: float) -> None:
     """Carriers are parameters of the optimizer, but no tensors of the model's state_dict."""
 
     def start() -> tuple[nn.Module, torch.optim.Optimizer]:
         model = llama()
-        subspan.project_backward(model, rank=8)
-        return model, ours("golore_adamw", model, rank=8, transfer="keep")
+        subspan.project_backward(model, rank=rank)
+        return model, ours("golore_adamw", model, rank=rank, transfer="keep")
 
     model, optimizer = start()
     pretrain(model, optimizer, BEFORE, first=0)
@@ -183,7 +186,6 @@ def test_backward_side_layers_go_on_as_unbroken(tmp_path: Path) -> None:
 
 def test_names_in_the_files(tmp_path: Path) -> None:
     """Names are parameter names, by which other programs and later versions read."""
-    pytest.importorskip("bitsandbytes")
     model = llama()
     optimizer = ours("sara_adamw_8bit", model)
     pretrain(model, optimizer, 1, first=0)

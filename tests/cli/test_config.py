@@ -14,8 +14,16 @@ FLAGS = {
         "--backward-side",
         "--rank",
         "8",
+        '--rank_pattern={"q_proj": 32, "layers[.]1.*mlp": 0.5}',
     ],
-    "finetune": ["--lora.rank=4", "--evaluation.patience=3", "--optim.targets=[q_proj, v_proj]", "--lr", "0.01"],
+    "finetune": [
+        "--lora.rank=4",
+        "--evaluation.patience=3",
+        "--optim.targets=[q_proj, v_proj]",
+        "--lr",
+        "0.01",
+        "--rank=0.25",
+    ],
 }
 
 

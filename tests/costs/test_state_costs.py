@@ -18,6 +18,9 @@ WORLD, RANK = 8, 24
 SMALLEST = 1200  # moments of 50 x 24 are in 8 bits, though no shard is that large; those of 40 x 24 are not
 
 
+RANKS: list[dict[str, Any]] = [{"rank": RANK}, {"rank": 0.3, "rank_pattern": {r"1\.0": 0.5, r"0\.2": 11}}]
+
+
 def build() -> nn.Module:
     """A model whose rows eight ranks do not divide: of 50 rows the last rank has one, of 9 none."""
     torch.manual_seed(0)
@@ -32,13 +35,14 @@ def local_bytes(tensor: Any) -> int:
     return local.numel() * local.element_size()
 
 
+@pytest.mark.parametrize("ranks", RANKS, ids=["a number", "shares"])
 @pytest.mark.parametrize("index", [0, 5, 7])
 @pytest.mark.parametrize("backward_side", [False, True])
 @pytest.mark.parametrize(
     "name",
     ["sara_adamw", "sara_adamw_8bit", "galore_adafactor", "sara_adam_mini", "golore_adamw", "fira_adamw", "adamw"],
 )
-def test_shards(name: str, backward_side: bool, index: int) -> None:
+def test_shards(name: str, backward_side: bool, index: int, ranks: dict[str, Any]) -> None:
     """The shapes say how many bytes one rank of eight holds of weights, carriers, gradients, states and bases."""
     costs = StateCosts.of_recipe(name)
     if backward_side and "carrier" not in costs.formulas():
@@ -47,11 +51,11 @@ def test_shards(name: str, backward_side: bool, index: int) -> None:
     try:
         model = build()
         if backward_side:
-            subspan.project_backward(model, rank=RANK, share="none")
+            subspan.project_backward(model, share="none", **ranks)
         mesh = dist.device_mesh.init_device_mesh("cpu", (WORLD,))
         for module in (*model, model):
             fully_shard(module, mesh=mesh)
-        settings: dict[str, Any] = {} if name == "adamw" else {"rank": RANK, "min_8bit_size": SMALLEST}
+        settings: dict[str, Any] = {} if name == "adamw" else {**ranks, "min_8bit_size": SMALLEST}
         optimizer = subspan.create(name, model, **settings)
         model(torch.randn(6, 40)).square().mean().backward()
         held = costs.bytes_held(optimizer.param_groups, parallel="fsdp", world=WORLD, index=index)
@@ -70,12 +74,13 @@ def test_shards(name: str, backward_side: bool, index: int) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("ranks", RANKS, ids=["a number", "shares"])
 @pytest.mark.parametrize("proj_type", ["std", "right", "left", "reverse_std"])
 @pytest.mark.parametrize("name", ["sara_adamw", "sara_adamw_8bit", "sara_adafactor", "sara_adam_mini"])
-def test_whole_copies(name: str, proj_type: str) -> None:
+def test_whole_copies(name: str, proj_type: str, ranks: dict[str, Any]) -> None:
     """Data-parallel ranks hold everything, whatever the side and the world. Shapes without memory say the same."""
     model = build()
-    optimizer = subspan.create(name, model, rank=RANK, min_8bit_size=SMALLEST, proj_type=proj_type)
+    optimizer = subspan.create(name, model, min_8bit_size=SMALLEST, proj_type=proj_type, **ranks)
     costs = StateCosts.of_recipe(name)
     held = costs.bytes_held(optimizer.param_groups, parallel="ddp", world=WORLD, index=3)
     assert held["states"] + held["bases"] == state_bytes(optimizer)

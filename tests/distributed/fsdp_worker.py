@@ -37,7 +37,7 @@ def train(recipe, settings, mesh, backward, in_backward):
     model = build()
     if backward is not None:
         residual = residual_of(recipe, settings.get("residual"))
-        subspan.project_backward(model, rank=RANK, residual=residual, **backward)
+        subspan.project_backward(model, **{"rank": RANK, "residual": residual, **backward})
     for block in model:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

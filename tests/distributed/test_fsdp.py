@@ -37,15 +37,17 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lazy": ("galore_lazy_adamw", {}),
     "proximal": ("galore_sgd", {"eta": 10.0}),
     "full": ("adafactor", {}),
+    "share": ("sara_adamw", {"rank": 0.2}),
+    "pattern": ("fira_adamw", {"rank": 0.2, "rank_pattern": {r"1\.1": 3}}),
 }
-NO_COLLECTIVE = METHODS.keys() - {"fira", "sketch", "adafactor", "lazy", "full"}
+NO_COLLECTIVE = METHODS.keys() - {"fira", "sketch", "adafactor", "lazy", "full", "pattern"}
 
 
 def one_process(recipe: str, settings: dict[str, Any], backward: dict[str, Any] | None = None) -> Any:
     model = build()
     if backward is not None:
         residual = residual_of(recipe, settings.get("residual"))
-        subspan.project_backward(model, rank=RANK, residual=residual, **backward)
+        subspan.project_backward(model, **{"rank": RANK, "residual": residual, **backward})
     right: dict[str, Any] = {} if recipe in ("adafactor",) or backward is not None else {"proj_type": "right"}
     given = {"lr": 1e-2, "rank": RANK, "update_proj_gap": 7, **right, "min_8bit_size": SMALLEST, **settings}
     optimizer = subspan.create(recipe, model, **given)
@@ -106,7 +108,7 @@ def test_equals_one_process(tmp_path: Path, mesh: list[int]) -> None:
     """Thirty steps across refreshes: the weights and every state, also of shards that are uneven or empty, and of
     replicas.
     """
-    names = METHODS if mesh == [2] else {name: METHODS[name] for name in ("sara", "fira", "adafactor", "8bit")}
+    names = METHODS if mesh == [2] else {name: METHODS[name] for name in ("sara", "fira", "adafactor", "8bit", "share")}
     for name, ranks in run(tmp_path, mesh, names, torchrun=mesh == [2]).items():
         weights, states, _ = one_process(*METHODS[name])
         check_equal(name, ranks, weights, states)
@@ -126,6 +128,21 @@ BACKWARD: dict[str, tuple[str, dict[str, Any]]] = {
     "sketch": ("sara_sketch_adamw", {"stagger": False, "residual": {"width": 4}}),
     "sketch without a limiter": ("golore_sketch_adamw", {"residual": {"width": 0.3, "limiter": None}}),
 }
+
+
+def test_backward_side_shares_equal_one_process(tmp_path: Path) -> None:
+    """The share is of all inputs, whatever rows a rank has."""
+    ranks: dict[str, Any] = {"rank": 0.2, "rank_pattern": {r"1\.1": 3}}
+    settings = {"select_from": "mean", "share": "none", **ranks}
+    name, chosen = BACKWARD["sara"]
+    for label, found in run(tmp_path, [2], {"sara": (name, chosen | ranks)}, settings).items():
+        weights, states, _ = one_process(name, chosen | ranks, backward=settings)
+        check_equal(label, found, weights, states)
+        assert {key: value.shape[1] for key, value in states.items() if key.endswith("basis")} == {
+            "0.0.carrier.basis": 5,
+            "1.1.carrier.basis": 3,
+            "2.1.carrier.basis": 6,
+        }
 
 
 @pytest.mark.parametrize("mesh", [[2], [3], [2, 2]], ids=str)

@@ -123,6 +123,13 @@ def test_settings_of_the_tuple_win(llama: Any, text: Any, tmp_path: Path) -> Non
     assert projected(optimizer) == {name for name in PROJECTED if "q_proj" in name}
 
 
+def test_ranks_by_share_and_by_pattern(llama: Any, text: Any, tmp_path: Path) -> None:
+    optimizer = optimizer_of(llama(), text, arguments(tmp_path), rank=0.25, rank_pattern={"q_proj": 2})
+    found = {group["rank"]: len(group["params"]) for group in optimizer.param_groups}
+    assert found[2] == sum("q_proj" in name for name in PROJECTED)
+    assert found[0.25] == len(PROJECTED) - found[2]
+
+
 @pytest.mark.parametrize(
     ("chosen", "settings", "words"),
     [

@@ -96,6 +96,47 @@ def test_a_rank_above_a_side_is_full_rank(model: str) -> None:
     assert found["bytes"]["bases"] == 0
 
 
+def test_ranks_by_share_and_by_pattern(model: str) -> None:
+    """The plan says which ranks they are, what they make apart, and which common rank would fit beside the pattern."""
+    setting = PlanSetting(
+        model, rank=0.25, rank_pattern={"q_proj": 32}, seq=16, dtype="fp32", backward_side=True, gpu="1MB"
+    )
+    planner = Planner(setting)
+    found, d, f = planner.report(), 64, 176
+    assert (found["rank"], found["rank_pattern"], found["ranks"]) == (
+        0.25,
+        {"q_proj": 32},
+        {"16": 15, "32": 3, "44": 3},
+    )
+    assert "rank 0.25, rank_pattern {'q_proj': 32} (16 for 15 matrices, 32 for 3 matrices, 44 for 3 matrices)" in text(
+        found
+    )
+    assert found["bytes"]["carriers"] == 4 * 3 * (32 * d + 16 * (3 * d + 2 * f) + 44 * d)
+    assert found["bytes"]["bases"] == 4 * 3 * (32 * d + 16 * 3 * d + 44 * f)
+    assert found["notes"][0].startswith("rank_pattern: layers with the same input share a basis and one x Q only where")
+    rank = found["largest_rank"]
+    assert planner.costs(rank, 1).total <= 1_000_000 < planner.costs(rank + 1, 1).total
+    every = plan(replace(setting, rank_pattern={".": 0.5}))
+    assert (every["largest_rank"], every["notes"]) == (None, [])
+
+
+def test_a_share_of_a_longer_side_may_be_full_rank(model: str) -> None:
+    """Under fsdp the columns are compressed: half of 176 is more than 64 rows."""
+    found = plan(PlanSetting(model, rank=0.5, seq=16, world=2, parallel="fsdp"))
+    assert "rank 0.5 is no smaller than a side of 3 of 21 matrices" in found["notes"][0]
+    assert found["ranks"] == {"32": 18}
+    everywhere = plan(PlanSetting(model, rank=8, rank_pattern={"up": 64}, seq=16))["notes"]
+    assert "rank 8, or one of rank_pattern, is no smaller than a side of 3 of 21 matrices" in everywhere[0]
+
+
+def test_a_comparison_of_shares(model: str) -> None:
+    """Its rows have the bytes of their plans. Papers report nothing for shares or patterns."""
+    found = compare(PlanSetting("llama-60m", rank=0.25, rank_pattern={"q_proj": 32}, seq=16))
+    assert "rank 0.25, rank_pattern {'q_proj': 32}" in comparison(found).splitlines()[0]
+    assert {row["papers_way_bytes"] for row in found["rows"]} == {None}
+    assert papers_way("llama-60m", "sara_adamw", 0.25) == papers_way("llama-60m", "sara_adamw", 128)
+
+
 def test_ranks(model: str) -> None:
     """Each of two fsdp ranks holds half of the weights; ddp has a copy of the gradients to send."""
     alone, ddp, fsdp = (
@@ -131,6 +172,10 @@ def test_accumulation_and_steps_in_the_backward_pass(model: str) -> None:
         ({"batch": 0}, "batch=0: expected a whole number >= 1"),
         ({"seq": 100}, "seq=100: the model .* has 64 positions; give fewer tokens"),
         ({"rank": 65, "backward_side": True}, "rank=65: above the 64 input features"),
+        ({"rank": 0}, "rank=0: expected a whole number >= 1, or a share"),
+        ({"rank": 1.5}, "rank=1.5: expected a whole number >= 1, or a share"),
+        ({"rank_pattern": {"up": 0.0}}, r"rank_pattern\['up'\]=0.0: expected a whole number >= 1, or a share"),
+        ({"rank_pattern": {"upp": 4}}, "rank_pattern: 'upp' matches no projected matrix; the names look like"),
         ({"optimizer": "adamw", "backward_side": True}, "backward_side=True: adamw is full rank"),
         ({"optimizer": "fira_adamw", "backward_side": True}, "needs every gradient"),
         ({"optimizer": "adamw", "step_in_backward": True}, "step_in_backward=True: adamw is torch's own"),

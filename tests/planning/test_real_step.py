@@ -28,6 +28,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "rso": {"optimizer": "rso_adamw"},
     "fira": {"optimizer": "fira_adamw"},
     "adafactor": {"optimizer": "galore_adafactor"},
+    "share": {"rank": 0.25},
+    "share_backward": {"rank": 0.25, "backward_side": True},
+    "pattern": {"rank_pattern": {"q_proj": 8, "mlp": 0.5}},
+    "pattern_backward": {"rank_pattern": {"q_proj": 8, "mlp": 0.5}, "backward_side": True},
+    "pattern_of_a_block": {"rank_pattern": {r"layers\.2\..*(q|up)_proj": 0.5}, "backward_side": True},
 }
 
 
@@ -128,7 +133,15 @@ def test_checkpointing_keeps_inputs_of_blocks_and_one_block(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"backward_side": True}, {"checkpointing": True}, {"accumulate": 2}, {"batch": 9}, {"optimizer": "adamw"}],
+    [
+        {},
+        {"backward_side": True},
+        {"checkpointing": True},
+        {"accumulate": 2},
+        {"batch": 9},
+        {"optimizer": "adamw"},
+        {"rank": 0.25, "rank_pattern": {"q_proj": 0.5}, "backward_side": True},
+    ],
     ids=lambda settings: "-".join(map(str, settings.values())) or "sara",
 )
 def test_few_blocks_stand_for_all(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -136,7 +149,7 @@ def test_few_blocks_stand_for_all(settings: dict[str, Any], tmp_path: Path) -> N
 
     This holds where activations are more than gradients, and where they are less.
     """
-    setting = PlanSetting(llama_directory(tmp_path, 8), rank=24, seq=40, **settings)
+    setting = PlanSetting(llama_directory(tmp_path, 8), **{"rank": 24, "seq": 40, **settings})
     few_of_all(setting, 8)
 
 
@@ -157,6 +170,14 @@ def few_of_all(setting: PlanSetting, number: int) -> None:
     assert extended(counts[1], counts[2], number) == counts[0]
     few = [peak_of(segments, passes[1].of_a_block(), number) for segments in passes[1].peaks(setting.batch)]
     assert few == [max(segments) for segments in passes[0].peaks(setting.batch)]
+
+
+@pytest.mark.parametrize(("pattern", "blocks"), [({"q_proj": 8}, 6), ({"5.*q_proj": 8}, None), ({r"layers\.\d": 8}, 6)])
+def test_blocks_whose_ranks_differ_are_all_run(pattern: Any, blocks: int | None, tmp_path: Path) -> None:
+    """A pattern may name a block that the few blocks are not."""
+    planner = Planner(PlanSetting(llama_directory(tmp_path, 6), rank=24, seq=8, rank_pattern=pattern))
+    assert planner.blocks == blocks
+    assert planner.report()["ranks"]["8"] == {"q_proj": 6, "5.*q_proj": 1}.get(next(iter(pattern)), 42)
 
 
 def test_blocks_that_differ_are_all_run(tmp_path: Path) -> None:

@@ -18,15 +18,19 @@ dimensions = st.lists(st.integers(1, 7), min_size=0, max_size=5)
 
 
 @settings(max_examples=200, deadline=None)
-@given(dimensions, st.none() | st.integers(1, 5), st.sampled_from(sorted(PROJ_TYPES)), st.booleans())
+@given(
+    dimensions, st.none() | st.integers(1, 5) | st.floats(0.2, 0.9), st.sampled_from(sorted(PROJ_TYPES)), st.booleans()
+)
 def test_leave_undoes_enter(shape, rank, proj_type, flatten):
     A = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
     layout = layout_of(shape, rank, proj_type, flatten)
     G = layout.enter(A)
     assert torch.equal(layout.leave(G, A.shape), A)
-    if layout.side is not None:
-        assert rank is not None
-        assert rank < min(G.shape[-2:])
+    assert (layout.side is None) == (layout.rank is None)
+    if layout.rank is not None:
+        exact = rank if isinstance(rank, int) else rank * G.shape[-1]
+        assert layout.rank == 1 > exact or abs(layout.rank - exact) <= (0.5 if isinstance(rank, float) else 0)
+        assert layout.rank < min(G.shape[-2:])
         assert G.ndim == (3 if len(shape) == 3 and not flatten else 2)
 
 
@@ -35,6 +39,18 @@ def test_leave_undoes_enter(shape, rank, proj_type, flatten):
 def test_the_compressed_side(shape, proj_type):
     """As galore_torch names it."""
     assert layout_of(shape, 4, proj_type).side == oriented_side(shape, proj_type)
+
+
+@pytest.mark.parametrize("rank", [4, 0.2])
+@pytest.mark.parametrize("shape", [(48, 20), (20, 48), (32, 32)], ids=str)
+def test_sharded_rows_leave_the_columns(shape, rank):
+    """No rank has all rows, so std is right, also for what a share is of."""
+    assert layout_of(shape, rank, "std", sharded=True) == layout_of(shape, rank, "right")
+    assert layout_of(shape, rank, "right").of_rows(7) == (
+        (7, shape[1]),
+        "right",
+        4 if rank == 4 else round(shape[1] / 5),
+    )
 
 
 STACKED = product(

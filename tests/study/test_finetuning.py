@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.studies import record, write
+from support.studies import cell_of, record, write
 from transformers import LlamaConfig
 
 from subspan.study.records import append_records, read_records
@@ -49,15 +49,15 @@ def test_settings_are_those_of_the_command(tmp_path: Path) -> None:
 
 def test_how_often_is_evaluated_is_part_of_a_cell(tmp_path: Path) -> None:
     """It decides which checkpoint is the best; how often one is saved does not."""
-    first = prepared(tmp_path).rows[0].cell(1e-3, 0).key
-    assert study_of(tmp_path, checkpoint={"every": 7}).rows[0].cell(1e-3, 0).key == first
-    assert study_of(tmp_path, evaluation={"every": 2}).rows[0].cell(1e-3, 0).key != first
+    first = cell_of(prepared(tmp_path).rows[0], 1e-3, 0).key
+    assert cell_of(study_of(tmp_path, checkpoint={"every": 7}).rows[0], 1e-3, 0).key == first
+    assert cell_of(study_of(tmp_path, evaluation={"every": 2}).rows[0], 1e-3, 0).key != first
 
 
 def test_a_higher_score_closes_the_gap(tmp_path: Path) -> None:
     study, scores = prepared(tmp_path), {"full": 0.9, "galore": 0.7, "sara": 0.8}
     for row in study.rows:
-        cells = [row.cell(row.lr, seed) for seed in study.seeds]
+        cells = [cell_of(row, row.lr, seed) for seed in study.seeds]
         rest = {"status": "finished", "row": row.name, "val_loss": 1.0, "state_bytes": 1, "seconds": 1.0}
         append_records(
             study.results,
@@ -76,7 +76,7 @@ def test_what_is_saved(tmp_path: Path) -> None:
     for row in study.rows:
         for number, seed in enumerate(study.seeds):
             held = {"saved_activation_bytes": size[row.name] + 2 * number}
-            append_records(study.results, [record(row.cell(row.lr, seed), 1.0) | held])
+            append_records(study.results, [record(cell_of(row, row.lr, seed), 1.0) | held])
     assert len(study.seeds) == 2
     lines = as_text(compare(study)).splitlines()
     assert lines[1].split()[-1] == "saved"

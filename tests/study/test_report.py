@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.studies import make, record
+from support.studies import cell_of, make, record
 
 from subspan.cli import main
 from subspan.study.records import append_records
@@ -37,7 +37,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for row in study.rows:
         for seed, loss in enumerate(LOSSES[row.name]):
             curve = [[2, 5.0], [4, loss]] if loss else []
-            append_records(study.results, [record(row.cell(row.lr, seed), loss) | {"curve": curve, "commit": "abc"}])
+            append_records(
+                study.results, [record(cell_of(row, row.lr, seed), loss) | {"curve": curve, "commit": "abc"}]
+            )
     (folder / "memory.json").write_text(json.dumps(MEMORY))
     run = ["--model=llama-nano", "--steps=8", "--batch_size=2", "--sequence_length=16", "--rank=4", "--update_proj_gap=3",
            "--threads=1", "--device=cpu", "--evaluation.tokens=64", "--checkpoint.every=4", "--log_every=2"]  # fmt: skip
@@ -107,7 +109,7 @@ def test_a_run_that_diverged_is_in_no_curve(tmp_path: Path) -> None:
     for row in study.rows:
         for seed, loss in enumerate(LOSSES[row.name]):
             curve = [[2, 5.0], *([[4, loss]] if loss else [])]
-            append_records(study.results, [record(row.cell(row.lr, seed), loss) | {"curve": curve}])
+            append_records(study.results, [record(cell_of(row, row.lr, seed), loss) | {"curve": curve}])
     run = tmp_path / "runs/tuned"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("task: bundled\noptimizer: adamw\n")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from study.faulty_worker import fail
-from support.studies import SMALL, make, record, write
+from support.studies import SMALL, cell_of, make, record, write
 from support.waiting import Gate, started
 
 from subspan.cli import main
@@ -24,7 +24,7 @@ from subspan.study.records import append_records, read_records
 from subspan.study.runner import _MODULES, Runner, _Running
 from subspan.study.study_file import Study
 from subspan.training.monitor.metrics import read_metrics
-from subspan.utils.errors import SettingError
+from subspan.utils.errors import InputError, SettingError
 
 pytestmark = pytest.mark.xdist_group("runs of studies")  # which are forked from one server
 
@@ -48,7 +48,7 @@ def run(path: Path, *more: str) -> subprocess.CompletedProcess[str]:
 def folder_of(study: Study, row: str, seed: int) -> Path:
     """Return the directory of the run that has the row's own learning rate."""
     (found,) = [found for found in study.rows if found.name == row]
-    cell = found.cell(found.lr, seed)
+    cell = cell_of(found, found.lr, seed)
     return study.results.parents[1] / f"runs/studies/small/{row}/lr-{found.lr:.4g}-seed-{seed}-{cell.key[:8]}"
 
 
@@ -98,12 +98,12 @@ def test_what_another_study_has_is_written_down_as_soon_as_it_is_asked_for(tmp_p
     """Only when the sweep has chosen a learning rate is it known which cell of a row another study has."""
     changes: dict[str, Any] = {
         "seeds": [0],
-        "sweep": {"seed": 9, "factors": [1, 2]},
+        "sweep": {"seeds": [9], "stages": [{"lr": [1, 2]}]},
         "rows": {"full": {"optimizer": "adamw"}},
     }
     path, study = write(tmp_path, **changes), make(tmp_path, **changes)
     (row,) = study.rows
-    others = [row.cell(row.lr * factor, 0) for factor in (1, 2)]
+    others = [cell_of(row, row.lr * factor, 0) for factor in (1, 2)]
     append_records(study.results.with_name("other.jsonl"), [record(cell, 1.5) for cell in others])
     result = run(path)
     assert result.returncode == 0, result.stderr
@@ -162,7 +162,8 @@ def test_a_study_that_is_stopped_goes_on_and_loses_nothing(signum: int, to_all: 
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
-    rows = {"lost": {"optimizer": "adamw", "data": str(tmp_path / "absent.jsonl")}, "mute": {"optimizer": "sgd"},
+    (tmp_path / "broken.jsonl").write_text('{"body": "x"}\n')
+    rows = {"lost": {"optimizer": "adamw", "data": str(tmp_path / "broken.jsonl")}, "mute": {"optimizer": "sgd"},
             "full": {"optimizer": "adamw"}}  # fmt: skip
     path = write(tmp_path, rows=rows, seeds=[0])
     study = make(tmp_path, rows=rows, seeds=[0])
@@ -175,8 +176,25 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     assert "mute/lr-" in result.stderr
     (found,) = read_records(study.results).values()
     assert found["row"] == "full"
-    assert "absent.jsonl" in lost.read_text()
+    assert "broken.jsonl" in lost.read_text()
     assert "Traceback" not in lost.read_text()
+
+
+def test_a_content_that_is_not_there_is_named_before_anything_runs(tmp_path: Path) -> None:
+    rows = {"lost": {"optimizer": "adamw", "data": str(tmp_path / "absent.jsonl")}, "full": {"optimizer": "adamw"}}
+    with pytest.raises(InputError, match=r"absent\.jsonl.*no such file.*commit its hash in the study file"):
+        Runner(make(tmp_path, rows=rows, seeds=[0]), tmp_path / "runs", jobs=1).run()
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_run_of_code_in_no_commit_is_run_again(tmp_path: Path) -> None:
+    rows = {"full": SMALL["rows"]["full"]}
+    path, study = write(tmp_path, rows=rows, seeds=[0]), make(tmp_path, rows=rows, seeds=[0])
+    cell = cell_of(study.rows[0], study.rows[0].lr, 0)
+    append_records(study.results, [record(cell, 9.0) | {"commit": "0123abc-dirty"}])
+    result = run(path)
+    assert result.returncode == 0, result.stderr
+    assert read_records(study.results)[cell.key]["val_loss"] < 9.0  # the later line of a key counts
 
 
 @pytest.mark.parametrize(
@@ -201,7 +219,7 @@ def test_a_fault_of_the_program_is_not_the_users(
     assert ("Traceback" in log.read_text()) == (status == 70)
     study = make(tmp_path, seeds=[0])
     runner = Runner(study, tmp_path / "runs", jobs=1)
-    cell = study.rows[0].cell(study.rows[0].lr, 0)
+    cell = cell_of(study.rows[0], study.rows[0].lr, 0)
     runner._collect(_Running(cell, ended, tmp_path))
     assert runner.failed == ({cell.key: f"{told} {log}"} if told else {})
 

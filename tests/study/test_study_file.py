@@ -1,18 +1,17 @@
 """What a study file says, and what is wrong with one."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.studies import SMALL, make, write
+from support.studies import make, write
 
 from subspan.study.study_file import load_study
-from subspan.training.config.settings import CheckpointConfig, EvaluationConfig
+from subspan.training.config.settings import EvaluationConfig
 from subspan.utils.errors import InputError
 
-ROWS = SMALL["rows"]
+STAGES = {"seeds": [9], "stages": [{"lr": [1, 2]}]}
 
 
 def test_rows_have_the_base_and_their_own(tmp_path: Path) -> None:
@@ -39,20 +38,6 @@ def test_a_grid_is_a_row_for_each_point_compared_point_by_point(tmp_path: Path) 
     assert found["galore[rank=4,transfer=keep]"].versus == "full"
 
 
-def test_the_key_is_of_what_is_computed(tmp_path: Path) -> None:
-    study = make(tmp_path)
-    cell = study.rows[1].cell(0.01, 0)
-
-    def key(**changes: Any) -> str:
-        return replace(cell, config=replace(cell.config, **changes)).key
-
-    free = {"threads": 2, "checkpoint": CheckpointConfig(every=3), "log_every": 1, "out": "x", "update_proj_gap": 50}
-    assert key(**free) == cell.key  # 50 is the preset's own
-    assert cell.key == make(tmp_path, rows={"other": ROWS["galore"]}).rows[0].cell(0.01, 0).key
-    different = [{"seed": 1}, {"lr": 0.02}, {"steps": 5}, {"rank": 8}, {"evaluation": EvaluationConfig(tokens=32)}]
-    assert len({cell.key, *(key(**change) for change in different)}) == 6
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -77,9 +62,28 @@ def test_the_key_is_of_what_is_computed(tmp_path: Path) -> None:
         ({"rows": {"a": {"versus": [1]}}}, "rows.a.versus='[1]': no row of this name; known are a"),
         ({"rows": {"a": {"grid": {"rank": 3}}}}, "rows.a.grid={'rank': 3}: expected a list of values"),
         ({"reference": "ful"}, "reference='ful': no row of this name; did you mean full?"),
-        ({"sweep": {"seed": 0, "factors": [1, 2]}}, "sweep.seed=0: expected a whole number >= 0 that is none of seeds"),
-        ({"sweep": {"seed": 9, "factors": [2, 1]}}, "sweep.factors=[2, 1]: expected two or more rising numbers"),
-        ({"sweep": {"seed": 9}}, "sweep={'seed': 9}: expected seed, factors"),
+        (
+            {"sweep": STAGES | {"seeds": [0]}},
+            "sweep.seeds=[0]: expected a list of different whole numbers >= 0, none of",
+        ),
+        ({"sweep": STAGES | {"seeds": 9}}, "sweep.seeds=9: expected a list"),
+        ({"sweep": STAGES | {"stages": [{"lr": [2, 1]}]}}, "{'lr': [2, 1]}: expected two or more rising numbers > 0"),
+        ({"sweep": STAGES | {"stages": [{"lr": [2]}]}}, "{'lr': [2]}: expected two or more values"),
+        (
+            {"sweep": STAGES | {"stages": [{"optim.betaz": [1, 2]}]}},
+            "'optim.betaz' is no setting; did you mean optim.betas",
+        ),
+        (
+            {"sweep": STAGES | {"stages": [{"rank": [1, 2], "extend": 1}]}},
+            "extend=1: expected a whole number >= 0, for lr",
+        ),
+        ({"sweep": STAGES | {"stages": [{"rank": [1, 2], "lr": [1, 2]}]}}, "expected one setting with its values"),
+        ({"sweep": STAGES | {"stages": []}}, "sweep.stages=[]: expected a list"),
+        ({"sweep": STAGES | {"within": -1}}, "sweep.within=-1: expected a loss >= 0"),
+        ({"sweep": {"seed": 9, "factors": [1, 2]}}, "sweep={'seed': 9, 'factors': [1, 2]}: expected seeds, stages"),
+        ({"rows": {"a": {"sweep": ["lr"]}}}, "rows.a.sweep: 'lr' has no stage in the sweep"),
+        ({"rows": {"a": {"sweep": "lr"}}}, "rows.a.sweep='lr': expected a list of settings that have a stage"),
+        ({"hashes": ["x"]}, "hashes=['x']: expected names of files"),
         ({"base": {"seed": 1}}, "base.seed: belongs to seeds"),
     ],
 )
@@ -90,7 +94,15 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], words: str, tmp_path: P
     lines, (key, _) = path.read_text().splitlines(), next(iter(changes.items()))
     found = re.match(rf"{path}(:(\d+))?: ", str(caught.value))
     assert found
-    if key in ("seedz", "seeds", "reference", "base", "sweep", "rows"):  # the line of the key, or of one within
+    if key in (
+        "seedz",
+        "seeds",
+        "reference",
+        "base",
+        "sweep",
+        "rows",
+        "hashes",
+    ):  # the line of the key, or of one within
         at = int(found[2])
         begin = next(number for number, line in enumerate(lines, 1) if line.startswith(f"{key}:"))
         end = next(

@@ -1,16 +1,17 @@
 """The table: gaps, reductions, tests, and rows that are not whole."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.studies import make, record
+from support.studies import cell_of, make, record
 
 from subspan.cli import main
 from subspan.study.records import append_records
 from subspan.study.reported import perplexities
 from subspan.study.study_file import Study
-from subspan.study.table import as_latex, as_text, compare
+from subspan.study.table import as_latex, as_text, compare, tokens_at
 
 ROWS = {
     "full": {"optimizer": "adamw"},
@@ -23,7 +24,7 @@ LOSSES = {"full": [1.0, 1.1, 1.2], "galore": [2.0, 2.2, 2.1], "sara": [1.7, 2.0,
 def filled(folder: Path, losses: dict[str, list[float | None]]) -> Study:
     study = make(folder, rows=ROWS, seeds=[0, 1, 2])
     for row in study.rows:
-        cells = [row.cell(row.lr, seed) for seed in range(len(losses[row.name]))]
+        cells = [cell_of(row, row.lr, seed) for seed in range(len(losses[row.name]))]
         append_records(study.results, [record(cell, loss) for cell, loss in zip(cells, losses[row.name], strict=True)])
     return study
 
@@ -75,7 +76,7 @@ def test_runs_of_code_that_is_in_no_commit_are_counted(tmp_path: Path) -> None:
     study = filled(tmp_path, {"full": [1.0, 1.1, 1.2], "galore": [2.0, 2.2, 2.1], "sara": [1.7, 2.0]})
     assert "in no commit" not in as_text(compare(study))
     sara = study.rows[2]
-    append_records(study.results, [record(sara.cell(sara.lr, 2), 1.9) | {"commit": "0123abc-dirty"}])
+    append_records(study.results, [record(cell_of(sara, sara.lr, 2), 1.9) | {"commit": "0123abc-dirty"}])
     assert "! 1 of 9 runs were computed by code with changes that are in no commit" in as_text(compare(study))
     assert compare(study)["commits"] == ["0123abc-dirty", "None"]
 
@@ -97,7 +98,7 @@ def test_runs_of_different_precisions_are_not_compared_in_silence(tmp_path: Path
     study = filled(tmp_path, {"full": [1.0, 1.1, 1.2], "galore": [2.0, 2.2, 2.1], "sara": [1.7, 2.0]})
     assert "computed in" not in as_text(compare(study))
     sara = study.rows[2]
-    append_records(study.results, [record(sara.cell(sara.lr, 2), 1.9) | {"precision": "bf16-mixed"}])
+    append_records(study.results, [record(cell_of(sara, sara.lr, 2), 1.9) | {"precision": "bf16-mixed"}])
     note = "! computed in a precision not recorded and in bf16-mixed"
     assert note in as_text(compare(study))
     assert f"% {note}" in as_latex(compare(study))
@@ -117,6 +118,20 @@ def test_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert as_latex(compare(study)) == latex.rstrip("\n")
 
 
+def test_some_rows_and_the_short_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    filled(tmp_path, dict(LOSSES))
+    path = str(tmp_path / "studies" / "small.yaml")
+    assert main(["study", "table", path, "--rows", "full, galore", "--short"]) == 0
+    _, names, *rows = capsys.readouterr().out.splitlines()
+    assert names.split("  ")[0] == "name"
+    assert "versus" not in names
+    assert [row.split()[0] for row in rows] == ["full", "galore"]
+    for rows_given, words in (("full,sara", "others are compared with 'galore'"), ("galor", "did you mean galore")):
+        with pytest.raises(SystemExit):
+            main(["study", "table", path, "--rows", rows_given])
+        assert words in capsys.readouterr().err
+
+
 def test_a_broken_record_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = filled(tmp_path, dict(LOSSES))
     with open(study.results, "a") as file:
@@ -127,3 +142,48 @@ def test_a_broken_record_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     err = capsys.readouterr().err
     assert f"{study.results}:10: is no record" in err
     assert err.count("\n") == 1
+
+
+def test_tokens_to_the_loss_of_the_reference(tmp_path: Path) -> None:
+    """Between two evaluations the curve is a straight line; a row that never gets there has no such number."""
+    study = make(tmp_path, rows=ROWS, seeds=[0, 1])
+    curves = {"full": [[2, 4.0], [4, 2.0]], "galore": [[2, 3.0], [4, 1.0]], "sara": [[2, 5.0], [4, 2.5]]}
+    for row in study.rows:
+        for seed in study.seeds:
+            ends = curves[row.name][-1][1]
+            append_records(
+                study.results, [record(cell_of(row, row.lr, seed), ends) | {"curve": curves[row.name], "tokens": 400}]
+            )
+    full, galore, sara = compare(study)["rows"]
+    assert (full["tokens_to_reference"], full["tokens_share"]) == (400, 1.0)
+    assert (galore["tokens_to_reference"], galore["tokens_share"]) == (300, 0.75)
+    assert (sara["tokens_to_reference"], sara["tokens_reached"], sara["tokens_pairs"]) == (None, 0, 2)
+    assert tokens_at([(10, 1.0), (20, 0.5)], 1.5) == 10
+    assert tokens_at([], 1.5) is None
+
+
+def test_the_test_text_is_compared_where_every_run_has_one(tmp_path: Path) -> None:
+    study = make(tmp_path, rows=ROWS, seeds=[0, 1])
+    for row in study.rows[:2]:
+        runs = [record(cell_of(row, row.lr, seed), 2.0 + seed) | {"test_loss": 1.0 + seed} for seed in study.seeds]
+        append_records(study.results, runs)
+    table = compare(study)
+    assert (table["metric"], table["rows"][0]["mean"], table["rows"][0]["val_loss"]) == ("test_loss", 1.5, 2.5)
+    append_records(study.results, [record(cell_of(study.rows[2], study.rows[2].lr, 0), 2.0)])
+    assert compare(study)["metric"] == "val_loss"
+
+
+def test_both_rates_and_what_the_sweep_chose_are_named(tmp_path: Path) -> None:
+    rows = {"full": {"optimizer": "adamw", "optim": {"lr_full": 0.02}, "lr": 0.005, "sweep": []},
+            "galore": {"optimizer": "galore_adamw", "lr": 0.04}}  # fmt: skip
+    sweep = {"seeds": [9], "stages": [{"weight_decay": [0.0, 0.1]}]}
+    study = make(tmp_path, rows=rows, sweep=sweep)
+    full, galore = compare(study)["rows"]
+    assert [full[name] for name in ("lr", "lr_matrices", "lr_full", "chosen")] == [0.005, 0.005, 0.02, {}]
+    assert [galore[name] for name in ("lr", "lr_matrices", "lr_full")] == [None] * 3  # it is not chosen yet
+    row = study.rows[1]
+    for decay, loss in ((0.0, 3.0), (0.1, 2.0)):
+        append_records(study.results, [record(row.cell(replace(row.config, weight_decay=decay), 9), loss)])
+    _, galore = compare(study)["rows"]
+    assert [galore[name] for name in ("lr", "lr_matrices", "lr_full")] == [0.04, 0.01, 0.04]
+    assert (galore["chosen"], galore["sweep_runs"]) == ({"weight_decay": 0.1}, 2)

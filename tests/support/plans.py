@@ -40,11 +40,10 @@ def real_step(setting: PlanSetting) -> dict[str, int]:
     model = AutoModelForCausalLM.from_config(chosen.config, dtype=torch.float32).train()
     for p in model.parameters():
         p.data = p.data.to(DTYPES[setting.dtype])
-    handle = subspan.project_backward(model, rank=chosen.rank) if setting.is_backward_side else None
+    ranks: dict[str, Any] = {"rank": chosen.rank, "rank_pattern": setting.rank_pattern}
+    handle = subspan.project_backward(model, **ranks) if setting.is_backward_side else None
     settings = {"8bit": {"state_dtype": "int8"}}.get(setting.state or "", {})
-    optimizer = subspan.create(
-        setting.optimizer, model, rank=chosen.rank, update_proj_gap=1000, stagger=False, **settings
-    )
+    optimizer = subspan.create(setting.optimizer, model, update_proj_gap=1000, stagger=False, **ranks, **settings)
     if setting.checkpointing:
         model.gradient_checkpointing_enable()
     tokens = torch.randint(chosen.config.vocab_size, (setting.batch, chosen.seq))

@@ -32,7 +32,7 @@ GRACE = 120
 """Seconds that ranks have to end in after one has failed. They do so by themselves, if they wait for it."""
 
 PRELOADED = [
-    "pytest", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.debug", "subspan", "bitsandbytes",
+    "pytest", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.debug", "subspan",
     "subspan.cli.main", "subspan.training.pretraining", "transformers.models.llama.modeling_llama",
 ]  # fmt: skip
 """What ranks import. To leave one out makes them slower, and no more than that."""

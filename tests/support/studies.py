@@ -1,12 +1,13 @@
 """A small study file, and records as a run would leave them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from subspan.study.records import Record
-from subspan.study.study_file import Cell, Study, load_study
+from subspan.study.study_file import Cell, Row, Study, load_study
 
 SMALL = {
     "base": {
@@ -34,6 +35,11 @@ def make(folder: Path, **changes: Any) -> Study:
     return load_study(write(folder, **changes))
 
 
+def cell_of(row: Row, lr: float, seed: int) -> Cell:
+    """The run of a row at a learning rate and a seed."""
+    return row.cell(replace(row.config, lr=lr), seed)
+
+
 def record(cell: Cell, loss: float | None) -> Record:
     """The record of a run with this loss; with ``None`` it diverged."""
     return {
@@ -44,6 +50,8 @@ def record(cell: Cell, loss: float | None) -> Record:
         "lr": cell.config.lr,
         "val_loss": loss,
         "val_ppl": loss,
+        "steps": 4,
+        "tokens": 128,
         "state_bytes": 1000,
         "seconds": 1.0,
     }

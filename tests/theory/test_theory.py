@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ import torch
 from subspan import linalg
 from subspan.cli import main
 from subspan.selectors import Random
-from subspan.theory import EXPERIMENTS
+from subspan.theory import EXPERIMENTS, rso
 from subspan.theory.momentum import Momentum
 from subspan.theory.nonconvergence import METHODS, Gradients, Nonconvergence
 from subspan.theory.projection_error import Exact, ProjectionError, successive_sampling
-from subspan.theory.rso import SELECTORS, RsoUnbiased
+from subspan.theory.rso import SELECTORS, RsoUnbiased, solution
 
 
 def run(capsys, *words):
@@ -149,10 +150,84 @@ def test_momentum(capsys):
 
 
 def test_rso(capsys):
-    found = run(capsys, "rso-unbiased", "--n", "6", "--r", "2", "--m", "6", "--draws", "4000", "--steps", "300")
+    """Solved exactly, f falls where the subproblem is convex, whatever eta; gradient steps of the same size diverge."""
+    found = run(capsys, "rso-unbiased", "--n", "6", "--r", "2", "--m", "6", "--draws", "4000", "--steps", "100")
     assert found["holds"]
-    by_c = {row["c"]: row["log_rate"] for row in found["rows"]}
-    assert by_c[0.5] < 0 < by_c[2.5]
+    rows = {row["c"]: row for row in found["rows"]}
+    assert min(rows) == 0.01 < max(rows) == 1e6
+    assert all(row["convex"] < 0 and row["uneven"] < 0 for row in rows.values())
+    assert [row["convex_gradient_step"] < 0 for row in rows.values()] == [c < 2 for c in rows]
+    assert [row["concave_curvature"] for row in rows.values()] == [pytest.approx(1 - c) for c in rows]
+    assert [row["concave"] is not None and row["concave"] > 0 for row in rows.values()] == [c < 1 for c in rows]
+
+
+@pytest.mark.parametrize("c", [0.25, 0.9, 4.0])
+@pytest.mark.parametrize("problem", ["convex", "uneven", "concave"])
+def test_the_solution_is_a_minimum(problem, c):
+    """By autograd, from its definition, the subproblem is flat at the solution and higher around, or has no floor."""
+    setting = RsoUnbiased(n=6, r=2, m=6)
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    Q = torch.linalg.qr(torch.randn(6, 2, generator=generator, dtype=torch.float64)).Q * 3**0.5
+    h = {"convex": [4.0] * 6, "uneven": [1 + 0.6 * j for j in range(6)], "concave": [-4.0] * 6}[problem]
+    eta = c / (4 * 3)
+
+    def g(B):
+        moved = X + B @ Q.T
+        return sum(0.5 * h[j] * moved[:, j].square().sum() for j in range(6)) + B.square().sum() / (2 * eta)
+
+    B, smallest = solution(X, setting.curvatures(problem), Q, eta)
+    assert setting.eta(c) == pytest.approx(eta)
+    hessian = torch.autograd.functional.hessian(lambda b: g(b.view(6, 2)), torch.zeros(12, dtype=torch.float64))
+    assert smallest == pytest.approx(torch.linalg.eigvalsh(hessian)[0].item())
+    if problem == "concave" and c > 1:
+        assert B is None
+        assert g(1e6 * X @ Q) < g(1e3 * X @ Q) < g(X @ Q) < 0
+        return
+    point = B.clone().requires_grad_()
+    g(point).backward()
+    assert point.grad.abs().max() < 1e-12
+    for _ in range(8):
+        near = B + 0.1 * torch.randn(6, 2, generator=generator, dtype=torch.float64)
+        assert g(B) < g(near)
+    assert g(B) < g(torch.zeros_like(B))
+
+
+@pytest.mark.parametrize(
+    ("problem", "solver", "c", "k"),
+    [
+        ("convex", "exact", 0.5, 1 / 1.5),
+        ("convex", "exact", 1e6, 1 / (1 + 1e6)),
+        ("concave", "exact", 0.5, 2.0),
+        ("convex", "gradient_step", 0.5, 0.5),
+        ("convex", "gradient_step", 4.0, -3.0),
+    ],
+)
+def test_trajectories_have_their_closed_form(problem, solver, c, k):
+    """Inside each subspace X is multiplied by k, outside it stays: a loop with projectors, and their expectation."""
+    setting = RsoUnbiased(n=6, r=2, m=6, steps=1000)
+    X, bases = setting.start(), setting.bases()
+    ratios = []
+    for Q in bases:
+        U = torch.linalg.svd(Q, full_matrices=False).U
+        moved = X + (k - 1) * X @ U @ U.T
+        ratios.append((moved.square().sum() / X.square().sum()).item())
+        X = moved / moved.norm()
+    found = setting.trajectory(problem, solver, c, bases)
+    assert found.rate == pytest.approx(sum(map(math.log, ratios)) / 1000, rel=1e-8)
+    assert found.largest == pytest.approx(1 - min(ratios) if problem == "concave" else max(ratios) - 1)
+    expected = 1 + 2 / 6 * (k**2 - 1)
+    assert abs(sum(ratios) / 1000 - expected) < 5 * torch.tensor(ratios).std().item() / 1000**0.5
+
+
+def test_the_library_solves_the_subproblem():
+    """Gradient descent shrinks the error by 1 - (1 - c) / (1 + c) a step, and grows it so where there is no minimum."""
+    setting = RsoUnbiased(n=6, r=2, m=6)
+    assert setting.descent("concave", 0.9)[0] == pytest.approx((2 * 0.9 / 1.9) ** 200, rel=1e-3)
+    assert setting.descent("convex", 1e6)[0] < 1e-12
+    # B is X's part in the subspace, times c/(c - 1) of the factor to the 200, less one.
+    away = [setting.descent("concave", c)[1] * (c - 1) / c / ((2 * c / (1 + c)) ** 200 - 1) for c in (1.1, 2.0, 4.0)]
+    assert away == [pytest.approx(away[0])] * 3
 
 
 def test_a_bias_is_seen(monkeypatch):
@@ -160,6 +235,28 @@ def test_a_bias_is_seen(monkeypatch):
     monkeypatch.setitem(SELECTORS, "haar", Random())
     assert RsoUnbiased(n=6, r=2, m=6, draws=1000).bias(SELECTORS["haar"])[1] > 0.5
     assert not RsoUnbiased(n=6, r=2, m=6, draws=1000, steps=5).run()["holds"]
+
+
+def test_a_gradient_step_in_place_of_the_solution_is_seen(monkeypatch):
+    """If eta were the size of a gradient step, the claims on solutions and on the library's step would fail."""
+    exact = rso.solution
+    monkeypatch.setattr(rso, "solution", lambda X, h, Q, eta: (-eta * (X * h) @ Q, exact(X, h, Q, eta)[1]))
+    claims = RsoUnbiased(n=6, r=2, m=6, draws=1000, steps=50).run()["claims"]
+    failed = [claim["claim"].split(",")[0].split(":")[0] for claim in claims if not claim["holds"]]
+    assert failed == ["convex", "uneven", "concave", "200 steps of the library with eta"]
+
+
+def test_the_page_shows_what_the_command_finds():
+    """The table of RSO's subproblem on the page has the command's rows."""
+    page = (Path(__file__).parents[2] / "docs" / "theory.md").read_text().partition("## RSO's two conditions")[2]
+    shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    shown = [cells for cells in shown if cells[0][0].isdigit()]
+    rows = RsoUnbiased(draws=100).run()["rows"]
+    assert len(shown) == len(rows)
+    names = ["c", "convex", "uneven", "concave", "convex_gradient_step"]
+    for cells, row in zip(shown, rows, strict=True):
+        for cell, name in zip(cells, names, strict=True):
+            assert (float(cell) if cell != "no minimum" else None) == pytest.approx(row[name], abs=6e-4), (cells, name)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

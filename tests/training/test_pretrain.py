@@ -96,6 +96,18 @@ def test_a_resumed_run_is_the_unbroken_one(name: str, stop: int, small: Make, tm
     assert [row for row in rows[0] if row["step"] > stop] == rows[1]
 
 
+@pytest.mark.parametrize("backward_side", [False, True])
+def test_ranks_by_share_and_by_pattern_resume_exactly(backward_side: bool, small: Make, tmp_path: Path) -> None:
+    """They are written down as they were given, and the file repeats the run."""
+    ranks = {"rank": 0.25, "rank_pattern": {"q_proj": 8, "mlp": 0.125}, "backward_side": backward_side}
+    every = CheckpointConfig(every=4, keep=9)
+    whole = final_weights(small(out=str(tmp_path / "whole"), checkpoint=every, **ranks))
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-000008"
+    assert same(whole, final_weights(small(out=str(tmp_path / "resumed"), resume=str(checkpoint), **ranks)))
+    written = yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())
+    assert {key: written[key] for key in ranks} == ranks
+
+
 def test_metrics_after_a_resume_show_each_step_once(small: Make, tmp_path: Path) -> None:
     Pretraining(small()).run()
     for path in checkpoints.list_checkpoints(tmp_path / "run" / "checkpoints")[1:]:

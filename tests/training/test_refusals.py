@@ -31,6 +31,12 @@ def files(folder: Path) -> dict[Path, bytes]:
     ("overrides", "message"),
     [
         ({"rank": 0}, "rank=0: expected a whole number >= 1"),
+        ({"rank": 1.0}, "rank=1.0: expected a whole number >= 1, or a share of each compressed side"),
+        ({"rank": float("nan")}, "rank=nan: expected a whole number >= 1, or a share of each compressed side"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern['q_proj']=0: expected a whole number >= 1, or a share"),
+        ({"rank_pattern": {"[": 4}}, "rank_pattern: '[' is no regular expression"),
+        ({"rank_pattern": {"q_porj": 4}}, "rank_pattern: 'q_porj' matches no projected matrix; the names look like"),
+        ({"rank_pattern": {"q_porj": 4}, "backward_side": True}, "rank_pattern: 'q_porj' matches no projected matrix"),
         ({"optimizer": "sara_adm"}, "optimizer 'sara_adm' is unknown; did you mean sara_adamw"),
         ({"model": "llama-mini"}, "model 'llama-mini' is unknown; did you mean llama-"),
         ({"data": "no/such/file.txt"}, "data 'no/such/file.txt': no such file"),
@@ -86,6 +92,8 @@ def test_a_run_is_not_overwritten(small: Make, tmp_path: Path) -> None:
     [
         ({"optimizer": "galore_adamw"}, "optimizer was sara_adamw, is galore_adamw"),
         ({"rank": 8}, "rank was 4, is 8"),
+        ({"rank": 0.25}, "rank was 4, is 0.25"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern was None, is {'q_proj': 8}"),
         ({"model": "llama-tiny", "tokenizer": "bytes"}, "model was llama-nano, is llama-tiny"),
         ({"steps": 99}, "steps was 12, is 99"),
     ],

@@ -38,13 +38,13 @@ class CommSetting:
     """Preset of the model, from `subspan list models`."""
     rank: int | float = 128
     """Rank of the subspaces, or its share of each compressed side, such as 0.25."""
-    rank_pattern: dict[str, int | float] | None = None
-    """Other ranks by name, such as {q_proj: 32, mlp: 0.5}."""
     select_from: Literal["owner", "mean"] = "owner"
     """Gradient that chooses the basis of backward-side layers: that of one rank (owner), or the mean over all ranks,
     which must then be sent."""
     threads: int = 1
     """Number of CPU threads. It does not change what is counted."""
+    rank_pattern: dict[str, int | float] | None = None
+    """Other ranks by name, such as {q_proj: 32, mlp: 0.5}."""
 
     def __post_init__(self) -> None:
         if self.world < 2:

@@ -26,14 +26,14 @@ class Setting:
     """Number of tokens in a step."""
     rank: int | float = 128
     """Rank of the subspaces, or its share of each compressed side, such as 0.25."""
-    rank_pattern: dict[str, int | float] | None = None
-    """Other ranks by name, such as {q_proj: 32, mlp: 0.5}."""
     sequence_length: int = 256
     """Number of tokens in a sequence."""
     seed: int = 0
     """Random seed for weights and tokens."""
     threads: int | None = None
     """Number of CPU threads; null leaves the choice to torch."""
+    rank_pattern: dict[str, int | float] | None = None
+    """Other ranks by name, such as {q_proj: 32, mlp: 0.5}."""
 
     def __post_init__(self) -> None:
         if self.model not in PRESETS:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from subspan.cli.parser import Parser, require
 
 SHELLS = ("bash", "zsh", "tcsh")
-_FILES = {"config", "file", "sources", "data", "validation_data", "plot"}
+_FILES = {"config", "file", "sources", "data", "validation_data", "test_data", "plot"}
 _FOLDERS = {"run", "runs", "resume"}
 
 

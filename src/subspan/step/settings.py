@@ -64,7 +64,7 @@ class StepSettings:
         eta: strength of the proximal term of RSO, ``||B||² / (2 eta)``, where ``B`` is the way since the last refresh.
             It is > 0; ``None`` leaves the term out.
         proximal: whether the term is ``"coupled"`` into the gradient, or ``"decoupled"``; see ``step/proximal.py``.
-        state_dtype: ``"float32"``, or ``"int8"`` for moments in 8 bits (needs bitsandbytes).
+        state_dtype: ``"float32"``, or ``"int8"`` for moments in 8 bits.
         min_8bit_size: number of entries from which on a moment is kept in 8 bits, >= 1; vectors never are.
         bf16_stochastic_round: whether updates of bf16 weights are rounded at random, so that they are right on average.
             Rounding to nearest would drop small ones.

@@ -1,39 +1,38 @@
-"""Moments in 8 bits: blockwise dynamic quantisation, with the functions of bitsandbytes.
+"""Moments in 8 bits: blockwise dynamic quantisation, as bitsandbytes stores them, and without it.
+
+    absmax = max |A| of a block        code = the number of the value that is nearest to A / absmax
+    A     ~= values[code] * absmax     values: ``dynamic_map``, 256 numbers from -1 or 0 to 1, closest near 0
 
 A moment of ``k >= min_8bit_size`` entries becomes two plain tensors: ``exp_avg.codes`` (uint8, ``(..., m, r)``) has a
 code for each entry, and ``exp_avg.absmax`` (fp32, ``(..., m, ceil(r / 256))``) has the largest magnitude of each block
 of 256 entries of a row. Smaller moments, and vectors, stay in fp32. The default of ``min_8bit_size`` is 4,096, as in
 bitsandbytes. The update is computed from the exact new moment, before this is quantised, as there.
 
+What is kept of an entry is off by at most half of the gap between the two values around it, up to the rounding of fp32.
+Halfway between two values the lower one is kept. Zero stays zero.
+
 Source: Dettmers et al. 2022, arXiv 2110.02861.
 
-Deviations from bitsandbytes' optimizers: a block ends with its row, and theirs runs on into the next row. So rows can
-be sharded over ranks, and saved, in any division. For rows of 256, 512, ... entries the blocks are the same.
+Deviations from bitsandbytes:
+
+- A block ends with its row, and theirs runs on into the next row. So rows can be sharded over ranks, and saved, in any
+  division. For rows of 256, 512, ... entries the blocks are the same.
+- The nearest value is taken on every device. Their kernel for CPUs looks it up in a coarse table. There a small entry
+  takes another value, and an entry of zero is not kept as zero. Their kernel for CUDA takes the nearest value.
 """
 
 import functools
-import importlib.util
-import logging
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from subspan.storage.allocation import State
-from subspan.utils.errors import SettingError
 
 BLOCK = 256
 SMALLEST = 4096
-
-
-def check_available() -> None:
-    """Raise unless bitsandbytes can be imported."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise SettingError(
-            "state_dtype='int8': bitsandbytes is not installed; pip install 'subspan[8bit]', or keep 'float32'"
-        )
+CHUNK = 2**20  # entries that are encoded or decoded at a time, with temporaries of some 16 MiB
 
 
 def pack(state: State, moments: Mapping[str, bool], smallest: int, length: int | None = None) -> State:
@@ -48,7 +47,10 @@ def pack(state: State, moments: Mapping[str, bool], smallest: int, length: int |
     packed: State = {}
     for name, value in state.items():
         if name in moments and is_packed(value.shape, smallest, length):
-            packed[f"{name}.codes"], packed[f"{name}.absmax"] = _encode(value, moments[name])
+            codes = torch.empty(value.shape, dtype=torch.uint8, device=value.device)
+            absmax = codes.new_empty((*value.shape[:-1], -(-value.shape[-1] // BLOCK)), dtype=torch.float32)
+            _encode_(value, moments[name], codes, absmax)
+            packed |= {f"{name}.codes": codes, f"{name}.absmax": absmax}
         else:
             packed[name] = value
     return packed
@@ -71,7 +73,7 @@ def packed_bytes(shape: Sequence[int]) -> int:
 def unpack(state: State, moments: Mapping[str, bool], dtype: torch.dtype) -> State:
     """Return what ``pack`` was given: copies of the moments in ``dtype``, and everything else as it is."""
     return state | {
-        name: _decode(state[f"{name}.codes"], state[f"{name}.absmax"], moments[name]).to(dtype)
+        name: _decode(state[f"{name}.codes"], state[f"{name}.absmax"], moments[name], dtype)
         for name in _packed(state, moments)
     }
 
@@ -79,57 +81,76 @@ def unpack(state: State, moments: Mapping[str, bool], dtype: torch.dtype) -> Sta
 def store_(state: State, unpacked: State, moments: Mapping[str, bool]) -> None:
     """Store the moments of ``unpacked`` in the 8 bits of ``state``."""
     for name in _packed(state, moments):
-        codes, absmax = _encode(unpacked[name], moments[name])
-        state[f"{name}.codes"].copy_(codes)
-        state[f"{name}.absmax"].copy_(absmax)
+        _encode_(unpacked[name], moments[name], state[f"{name}.codes"], state[f"{name}.absmax"])
 
 
 def _packed(state: State, moments: Mapping[str, bool]) -> list[str]:
     return [name for name in moments if f"{name}.codes" in state]
 
 
-def _encode(A: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    width = A.shape[-1]
-    block = _block(width)
-    padded = torch.nn.functional.pad(A.float(), (0, -width % block)).contiguous()
-    codes, rest = _bitsandbytes().quantize_blockwise(padded, code=_map(signed, A.device), blocksize=block)
-    return codes.view(padded.shape)[..., :width].contiguous(), rest.absmax.view(
-        *A.shape[:-1], padded.shape[-1] // block
-    )
+def _encode_(A: Tensor, signed: bool, codes: Tensor, absmax: Tensor) -> None:
+    """Write the codes and the largest magnitudes of ``A`` into the given tensors."""
+    _, bounds = _map(signed, A.device)
+    for rows, codes_, absmax_ in _chunks(A, codes, absmax):
+        blocks = _blocks(rows.float())
+        largest = torch.linalg.vector_norm(blocks, torch.inf, dim=-1)
+        quotients = blocks / largest.where(largest != 0, 1.0)[..., None]  # a block of zeros is no division by zero
+        codes_.copy_(_rows(torch.bucketize(quotients, bounds, out_int32=True), rows.shape[-1]))
+        absmax_.copy_(largest)
 
 
-def _decode(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
-    width = codes.shape[-1]
-    block = _block(width)
-    decoded: Tensor = _bitsandbytes().dequantize_blockwise(
-        torch.nn.functional.pad(codes, (0, -width % block)).contiguous(),
-        absmax=absmax.flatten(),
-        code=_map(signed, codes.device),
-        blocksize=block,
-    )
-    return decoded[..., :width].contiguous()
+def _decode(codes: Tensor, absmax: Tensor, signed: bool, dtype: torch.dtype) -> Tensor:
+    values, _ = _map(signed, codes.device)
+    A = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    for rows, codes_, absmax_ in _chunks(A, codes, absmax):
+        rows.copy_(_rows(values[_blocks(codes_).int()] * absmax_[..., None], rows.shape[-1]))
+    return A
 
 
-def _block(width: int) -> int:
-    """Return the entries of a block in rows of ``width``: 256, or fewer if the whole row is shorter.
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the same rows of all tensors, few enough at a time that what is computed of them takes little memory."""
+    count = max(1, CHUNK // tensors[0].shape[-1])
+    yield from zip(*(A.view(-1, A.shape[-1]).split(count) for A in tensors), strict=True)
 
-    bitsandbytes has blocks of 64, 128, 256, ... entries.
+
+def _blocks(A: Tensor) -> Tensor:
+    """Return rows ``(m, r)`` as ``(m, blocks, entries)``; the last block is filled up with zeros."""
+    width = A.shape[1]
+    size = min(width, BLOCK)
+    return torch.nn.functional.pad(A, (0, -width % size)).unflatten(1, (-1, size))
+
+
+def _rows(blocks: Tensor, width: int) -> Tensor:
+    """Return the rows ``(m, width)`` of blocks ``(m, blocks, entries)``."""
+    return blocks.flatten(1)[:, :width]
+
+
+@functools.cache
+def _map(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the values of the codes, and the largest number that is nearest to each value but the last."""
+    values, bounds = _MAPS[signed]
+    return values.to(device), bounds.to(device)
+
+
+def dynamic_map(signed: bool) -> Tensor:
+    """Return the 256 values of the codes in fp32, in ascending order, bit for bit as bitsandbytes has them.
+
+    They are 0, 1, and evenly spaced values in each of seven decades. The decade from ``10^(k - 7)`` to ``10^(k - 6)``,
+    where ``k`` is 0 to 6, has ``2^(k + 1)`` values, or ``2^k`` of either sign.
     """
-    return min(BLOCK, max(64, 1 << (width - 1).bit_length()))
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
+    for k in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (k if signed else k + 1) + 1, dtype=torch.float32, device="cpu")
+        middles = 10 ** (k - 6) * (edges[:-1] + edges[1:]) / 2
+        values += [middles, -middles] if signed else [middles]
+    return torch.cat(values).sort().values
 
 
-@functools.cache
-def _map(signed: bool, device: torch.device) -> Tensor:
-    values: Tensor = _bitsandbytes().create_dynamic_map(signed=signed)
-    return values.to(device)
+def _with_bounds(values: Tensor) -> tuple[Tensor, Tensor]:
+    middles = (values[:-1].double() + values[1:].double()) / 2  # some lie between two numbers of fp32
+    bounds = middles.float()
+    return values, torch.where(bounds > middles, bounds.nextafter(values[:-1]), bounds)
 
 
-@functools.cache
-def _bitsandbytes() -> Any:
-    log = logging.getLogger("bitsandbytes")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it warns about 4-bit kernels, which are not used
-    import bitsandbytes.functional  # the import takes seconds, and the package is optional
-
-    log.setLevel(level)
-    return bitsandbytes.functional
+# They are made here rather than at the first use, which may be under a mode of torch that makes tensors without memory.
+_MAPS = {signed: _with_bounds(dynamic_map(signed)) for signed in (True, False)}

@@ -9,6 +9,20 @@ from subspan.training.monitor.progress import duration, terminal
 from subspan.utils.messages import say
 
 
+def _name(cell: Cell) -> str:
+    """Return the row of a run with its settings, as far as a sweep may choose them, and its seed."""
+    config = cell.config
+    chosen = {
+        "rest": config.optim.lr_full,
+        "betas": config.optim.betas,
+        "decay": config.weight_decay or None,
+        "warmup": config.schedule.warmup_steps,
+    }
+    words = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in chosen.items()
+             if value is not None]  # fmt: skip
+    return " ".join([cell.row, f"lr {config.lr:.4g}", *words, f"seed {config.seed}"])
+
+
 class StudyProgress:
     """Shows how many runs are done, which ones run, and the time. It is a context manager.
 
@@ -37,7 +51,7 @@ class StudyProgress:
         """Show that ``done`` of ``whole`` runs are done and that ``cells`` are under way."""
         if self._first < 0:
             self._first = done
-        names = "; ".join(f"{cell.row} lr {cell.config.lr:.4g} seed {cell.config.seed}" for cell in cells)
+        names = "; ".join(map(_name, cells))
         if self._bar:
             self._bar.update(self._task, completed=done, total=whole, note=f"{self._left(done, whole)} {names}")
         elif (line := f"{self._name}: {done}/{whole} runs; now {names or 'none'}") != self._last:

@@ -39,6 +39,11 @@ def read_records(path: Path) -> dict[str, Record]:
     return records
 
 
+def is_of_committed_code(record: Record) -> bool:
+    """Whether the code that computed the run was in a commit, as far as the record says."""
+    return not str(record.get("commit", "")).endswith("-dirty")
+
+
 def parse_line(line: str | bytes) -> Any:
     """Return what a line of JSON says, or ``None`` for a line that is no JSON."""
     try:

@@ -8,19 +8,20 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from subspan.study.meaning import check_hashes
 from subspan.study.missing_runs import cells_of, total
 from subspan.study.progress import StudyProgress
-from subspan.study.records import Record, append_records, read_all, read_records
+from subspan.study.records import Record, append_records, is_of_committed_code, read_all, read_records
 from subspan.study.study_file import Cell, Study
 from subspan.training.config.kinds import resolve_run
-from subspan.training.config.settings import CheckpointConfig
+from subspan.training.config.settings import CheckpointConfig, PretrainConfig, names_without_effect, without_defaults
 from subspan.training.monitor.metrics import read_metrics
 from subspan.training.monitor.provenance import stamp
 from subspan.training.scores import SCORES
@@ -31,6 +32,8 @@ from subspan.utils.messages import say
 _DIVERGED, _REFUSED, _FAULT = 3, 78, 70
 """Statuses of a run's process. Python itself ends a process with 1 that fails before the run can begin."""
 _STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT)
+_TOLD = {"optimizer", "seed", "lr", "evaluation"} | names_without_effect()
+"""Settings that a record names elsewhere, or that change nothing."""
 _OF_FINETUNING = ("metric", "majority", "saved_activation_bytes", "trainable", "best_step")
 _MODULES = [
     "subspan.study.forkserver",
@@ -57,13 +60,17 @@ class Runner:
 
     Raises:
         SettingError: ``jobs`` is no number of processes.
+        InputError: a content that a run would read is not there, or not the one that the study file commits to.
     """
 
     def __init__(self, study: Study, runs: Path, jobs: int) -> None:
         if jobs < 1:
             raise SettingError(f"jobs={jobs}: expected a whole number >= 1")
+        for row in study.rows:
+            check_hashes(row.config, row.hashes)
         self.study, self.runs, self.jobs = study, runs / study.name, jobs
-        self.records = read_all(study.results.parent, study.results)
+        found = read_all(study.results.parent, study.results)
+        self.records = {key: record for key, record in found.items() if is_of_committed_code(record)}
         self.failed: dict[str, str] = {}  # by key: how the run failed, and where more is said
         self._stamp = stamp()
 
@@ -122,7 +129,10 @@ class Runner:
         return {cell.key: cell for cell in cells_of(self.study, self.records)}, total(self.study, self.records)
 
     def _adopt(self) -> None:
-        """Copy what other studies have found into the record of this one, of which its table is made."""
+        """Copy what other studies have found into the record of this one, of which its table is made.
+
+        A run of code that is in no commit does not count: it is run again.
+        """
         own = read_records(self.study.results)
         keys = [cell.key for cell in cells_of(self.study, self.records)]
         found = [self.records[key] for key in keys if key in self.records and key not in own]
@@ -137,9 +147,12 @@ class Runner:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{folder}: cannot be made ({error.strerror}); give another folder with --runs") from error
-        checkpoint = cell.config.checkpoint
+        config, checkpoint = cell.config, cell.config.checkpoint
+        if self.study.sweep and cell.config.seed in self.study.sweep.seeds and isinstance(config, PretrainConfig):
+            # A choice needs the loss at the end, and no curve.
+            config = replace(config, evaluation=replace(config.evaluation, every=resolve_run(config).steps))
         config = replace(
-            cell.config,
+            config,
             out=str(folder / "run"),
             resume="auto",
             threads=cell.config.threads or 1,
@@ -168,7 +181,8 @@ class Runner:
 
     def _record(self, cell: Cell, status: str, summary: Mapping[str, Any], run: Path) -> Record:
         measured = {
-            name: summary.get(name) for name in ("steps", "tokens", "val_loss", "val_ppl", "state_bytes", "seconds")
+            name: summary.get(name)
+            for name in ("steps", "tokens", "val_loss", "test_loss", "val_ppl", "state_bytes", "seconds")
         }
         measured |= {name: summary[name] for name in (*_OF_FINETUNING, *SCORES) if name in summary}
         resolved = resolve_run(cell.config)
@@ -181,6 +195,9 @@ class Runner:
             "optimizer": cell.config.optimizer,
             "seed": cell.config.seed,
             "lr": cell.config.lr,
+            "settings": without_defaults(
+                {key: value for key, value in asdict(cell.config).items() if key not in _TOLD}
+            ),
             **measured,
             "curve": curve,
             "device": resolved.device,

@@ -6,53 +6,43 @@
     command: pretrain                          # or finetune; pretrain is usual
     base: {model: llama-nano, steps: 1000}     # settings of the command, of every run
     seeds: [0, 1, 2, 3, 4]
-    sweep: {seed: 100, factors: [0.5, 1, 2, 4], extend: 2}
+    sweep:                                     # how the settings of each row are chosen; see subspan.study.sweep
+      seeds: [100, 101, 102]
+      within: 0.02
+      stages:
+        - {lr: [0.5, 1, 2, 4], extend: 2}
+        - {optim.lr_full: [0.5, 1, 2], extend: 2}
     reference: full                            # gaps are to this row
+    hashes: {data/news.jsonl: 3f2a...}         # contents that a table needs not read again
     rows:
       full: {optimizer: adamw}
       galore: {optimizer: galore_adamw}
       sara: {optimizer: sara_adamw, versus: galore}   # the pair that is tested; without it the reference
       rank: {optimizer: sara_adamw, grid: {rank: [4, 8]}}   # two rows, `rank[rank=4]` and `rank[rank=8]`
+      fixed: {optimizer: sara_adamw, lr: 0.01, sweep: []}   # a row that takes no stage, or only those that it names
 
-``factors`` multiply the method's own learning rate, or the ``lr`` of the row. The row takes the best of them on the
-sweep's seed, which is no seed of the study. Where the best is at an end of the range, the range grows, at most
-``extend`` times. Without ``sweep`` a row keeps its own learning rate.
+Without ``sweep`` a row keeps its own settings.
 """
 
-import hashlib
+import functools
 import itertools
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
 
+from subspan.study.meaning import key_of, meaning_of
+from subspan.study.sweep import Stage, Sweep, are_seeds, read_sweep, stages_of
 from subspan.study.yaml_lines import Document
 from subspan.training.config.kinds import CONFIGS, resolve_run
 from subspan.training.config.parsing import check_given, plain_refusal
-from subspan.training.config.settings import FinetuneConfig, PretrainConfig, names_without_effect, without_defaults
+from subspan.training.config.settings import FinetuneConfig, PretrainConfig, without_defaults
 from subspan.utils.errors import InputError, UserError
 from subspan.utils.suggestions import near_names
 
-_KEYS = ("about", "command", "base", "seeds", "sweep", "reference", "rows")
-_NOT_COMPUTED = names_without_effect()
-"""Settings that are no part of a cell's key, since they do not change what a run computes, except for rounding."""
-_AS_GIVEN = ("model", "data", "validation_data", "tokenizer", "precision")
-"""Settings whose resolved value depends on the machine."""
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """How a learning rate is chosen."""
-
-    seed: int
-    """The seed of its runs, which is no seed of the study."""
-    factors: tuple[float, ...]
-    """Rising factors of the row's learning rate."""
-    extend: int = 0
-    """How often the range may grow where the best factor is at its end."""
+_KEYS = ("about", "command", "base", "seeds", "sweep", "reference", "hashes", "rows")
 
 
 @dataclass(frozen=True)
@@ -64,7 +54,11 @@ class Row:
     versus: str | None
     """The row that it is tested against; ``None`` stands for the reference."""
     lr: float
-    """The learning rate before any factor of the sweep."""
+    """The learning rate before the sweep."""
+    stages: tuple[Stage, ...] = ()
+    """The stages of the sweep that it takes."""
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    """The hashes that the study file commits to."""
 
     @property
     def is_as_published(self) -> bool:
@@ -72,9 +66,9 @@ class Row:
         changed = without_defaults(asdict(self.config)).keys() & {"optim", "scale", "backward_side", "update_proj_gap"}
         return isinstance(self.config, PretrainConfig) and not changed
 
-    def cell(self, lr: float, seed: int) -> "Cell":
-        """Return the run of this row at a learning rate and a seed."""
-        return Cell(self.name, replace(self.config, lr=lr, seed=seed))
+    def cell(self, config: PretrainConfig | FinetuneConfig, seed: int) -> "Cell":
+        """Return the run of this row with some settings and a seed."""
+        return Cell(self.name, replace(config, seed=seed), self.hashes)
 
 
 @dataclass(frozen=True)
@@ -83,20 +77,13 @@ class Cell:
 
     row: str
     config: PretrainConfig | FinetuneConfig
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    """The hashes that the study file commits to."""
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
-        """A hash of settings, seed and learning rate, equal for runs of any study that compute the same.
-
-        A setting that a later version adds leaves the keys of old runs as they are.
-        """
-        settings = asdict(resolve_run(self.config)) | {name: getattr(self.config, name) for name in _AS_GIVEN}
-        if (pattern := settings["rank_pattern"]) is not None:  # its order counts, and keys are sorted below
-            settings["rank_pattern"] = list(pattern.items())
-        if "tokens" in settings["evaluation"]:  # in fine-tuning ``every`` decides which checkpoint is the best
-            settings["evaluation"] = {"tokens": settings["evaluation"]["tokens"]}
-        kept = without_defaults({key: value for key, value in settings.items() if key not in _NOT_COMPUTED})
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+        """A hash of the meaning of the run, equal for runs of any study that compute the same."""
+        return key_of(meaning_of(self.config, self.hashes))
 
 
 @dataclass(frozen=True)
@@ -141,7 +128,19 @@ def load_study(path: Path) -> Study:
     for name in ("seed", "lr"):
         if name in base:
             wrong(f"base.{name}: belongs to " + ("seeds" if name == "seed" else "a row, or to the sweep"), "base", name)
-    expanded = tuple(row for name, given in rows.items() for row in _rows(document, command, name, given, base, rows))
+    seeds = found.get("seeds")
+    if not are_seeds(seeds):
+        wrong(f"seeds={seeds!r}: expected a list of different whole numbers >= 0", "seeds")
+    given = found.get("sweep")
+    sweep = None if given is None else read_sweep(document, given, seeds, CONFIGS[command])
+    hashes = found.get("hashes") or {}
+    if not isinstance(hashes, dict) or not all(isinstance(h, str) for pair in hashes.items() for h in pair):
+        wrong(f"hashes={hashes!r}: expected names of files as the settings give them, with their hashes", "hashes")
+    expanded = tuple(
+        replace(row, hashes=hashes)
+        for name, given in rows.items()
+        for row in _rows(document, command, name, given, base, rows, sweep)
+    )
     names = [row.name for row in expanded]
     for name in names:
         if names.count(name) > 1:
@@ -157,45 +156,38 @@ def load_study(path: Path) -> Study:
         if row.versus is not None and row.versus not in names:
             message = f"rows.{row.name}.versus={row.versus!r}: no row of this name; {near_names(row.versus, names)}"
             wrong(message, "rows", row.name.split("[")[0], "versus")
-    seeds = found.get("seeds")
-    if (
-        not isinstance(seeds, list)
-        or not seeds
-        or not all(_whole(seed) for seed in seeds)
-        or len(set(seeds)) < len(seeds)
-    ):
-        wrong(f"seeds={seeds!r}: expected a list of different whole numbers >= 0", "seeds")
-    sweep = _sweep(document, found["sweep"], seeds) if found.get("sweep") is not None else None
     folder = path.resolve().parent.parent / "results"
     return Study(
         path.stem, str(found.get("about", "")), expanded, tuple(seeds), sweep, reference, folder / f"{path.stem}.jsonl"
     )
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def with_rows(study: Study, names: list[str]) -> Study:
+    """Return the study with only the rows of these names; those of a grid have one name in front of the bracket.
 
-
-def _sweep(document: Document, given: Any, seeds: list[int]) -> Sweep:
-    known, where = ("seed", "factors", "extend"), document.place("sweep")
-    if not isinstance(given, dict) or not {"seed", "factors"} <= given.keys() <= set(known):
-        raise InputError(f"{where}: sweep={given!r}: expected seed, factors and, if wanted, extend")
-    seed, factors, extend = given["seed"], given["factors"], given.get("extend", 0)
-    if not _whole(seed) or seed in seeds:
-        at = document.place("sweep", "seed")
-        raise InputError(f"{at}: sweep.seed={seed!r}: expected a whole number >= 0 that is none of seeds={seeds}")
-    good = isinstance(factors, list) and all(isinstance(f, int | float) and 0 < f < float("inf") for f in factors)
-    if not good or len(factors) < 2 or sorted(set(factors)) != factors:
-        raise InputError(
-            f"{document.place('sweep', 'factors')}: sweep.factors={factors!r}: expected two or more rising numbers > 0"
-        )
-    if not _whole(extend):
-        raise InputError(f"{document.place('sweep', 'extend')}: sweep.extend={extend!r}: expected a whole number >= 0")
-    return Sweep(seed, tuple(map(float, factors)), extend)
+    Raises:
+        InputError: there is no row of a name; or the reference, or a row that another is tested against, is left out.
+    """
+    known = [row.name for row in study.rows]
+    for name in names:
+        if name not in known and name not in [row.partition("[")[0] for row in known]:
+            raise InputError(f"rows={name!r}: no row of {study.name}; {near_names(name, known)}")
+    kept = tuple(row for row in study.rows if row.name in names or row.name.partition("[")[0] in names)
+    left = {row.name for row in kept}
+    for needed in (study.reference, *(row.versus for row in kept if row.versus)):
+        if needed not in left:
+            raise InputError(f"rows={','.join(names)!r}: others are compared with {needed!r}; add it")
+    return replace(study, rows=kept)
 
 
 def _rows(
-    document: Document, command: str, name: str, given: Any, base: Mapping[str, Any], others: Mapping[str, Any]
+    document: Document,
+    command: str,
+    name: str,
+    given: Any,
+    base: Mapping[str, Any],
+    others: Mapping[str, Any],
+    sweep: Sweep | None,
 ) -> Iterator[Row]:
     where = f"{document.place('rows', name)}: rows.{name}"
     if not isinstance(given, dict):
@@ -204,6 +196,7 @@ def _rows(
         )
     own = dict(given)
     versus, grid = own.pop("versus", None), own.pop("grid", {})
+    stages = stages_of(sweep, own.pop("sweep", None), where)
     versus = None if versus is None else str(versus)
     if "seed" in own:
         raise InputError(f"{where}.seed: belongs to seeds")
@@ -225,7 +218,7 @@ def _rows(
         # It is tested against the same point of the other row's grid, where that row has one.
         other = others.get(versus) if versus is not None else None
         has_grid = isinstance(other, dict) and "grid" in other
-        yield Row(name + label, config, f"{versus}{label}" if has_grid else versus, lr)
+        yield Row(name + label, config, f"{versus}{label}" if has_grid else versus, lr, stages)
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:

@@ -124,6 +124,9 @@ class _FinetuneTask:
             self.adapters = add_lora(model, lora.rank, lora.alpha, lora.dropout)
         return model
 
+    def test(self, *_: object) -> dict[str, float]:
+        return {}
+
     def words(self, measured: dict[str, float]) -> str:
         return f"validation loss {measured['val_loss']:.4f}, " + ", ".join(
             f"{name} {measured[name]:.4f}" for name in self.spec.scores

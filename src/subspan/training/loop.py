@@ -164,7 +164,7 @@ class Training(ABC, Generic[R]):
         return summary
 
     def _train(self) -> dict[str, float]:
-        """Train to the last step, and save it. Returns the last evaluation."""
+        """Train to the last step, and save it. Returns the last evaluation, and what the test text gives."""
         config, processes = self.config, self.processes
         began = time.monotonic() - self.seconds
         with (
@@ -209,9 +209,12 @@ class Training(ABC, Generic[R]):
                     raise RunInterruptedError(signum, self.step, str(self.out), processes.size, self.command)
             if not measured or self.evaluated_at != self.step:
                 measured = self._evaluate(metrics)
+            tested = self.task.test(self.model, config.micro_batch_size, self._autocast(), processes)
+            if metrics and tested:
+                metrics.write({"step": self.step, "tokens": self.tokens, **tested})
             self.seconds = time.monotonic() - began
             self._save()
-        return measured
+        return measured | tested
 
     def _evaluation_due(self) -> bool:
         """Whether this step, which is neither the first nor the last, ends in an evaluation."""

@@ -38,13 +38,16 @@ class Summary:
     seconds: float
     out: str
     seed: int
+    test_loss: float | None = None
+    """The loss on the test documents; ``None`` where the data has none."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def words(self) -> str:
         """The report as a line for a person."""
-        return f"validation loss {self.val_loss:.4f}, perplexity {self.val_ppl:.2f}; saved under {self.out}"
+        test = "" if self.test_loss is None else f"; test loss {self.test_loss:.4f}"
+        return f"validation loss {self.val_loss:.4f}, perplexity {self.val_ppl:.2f}{test}; saved under {self.out}"
 
 
 class LanguageModelling:
@@ -71,6 +74,12 @@ class LanguageModelling:
         if self._validation is None:
             self._validation = self.data.validation()
         return {"val_loss": evaluate(model, self._validation, batch_size, autocast, processes)}
+
+    def test(
+        self, model: nn.Module, batch_size: int, autocast: AbstractContextManager[object], processes: Processes
+    ) -> dict[str, float]:
+        batch = self.data.test()
+        return {} if batch is None else {"test_loss": evaluate(model, batch, batch_size, autocast, processes)}
 
     def words(self, measured: dict[str, float]) -> str:
         return f"validation loss {measured['val_loss']:.4f}, perplexity {math.exp(measured['val_loss']):.2f}"
@@ -100,19 +109,22 @@ class Pretraining(Training[Summary]):
             seconds=round(self.seconds, 3),
             out=str(self.out),
             seed=self.config.seed,
+            test_loss=measured.get("test_loss"),
         )
 
 
 def _open_data(config: ResolvedConfig, tokenizer: Any) -> DataSource:
     if config.data.partition(":")[0] in STREAMS:
-        if config.validation_data:
-            raise InputError(
-                f"validation_data={config.validation_data!r}: {config.data} has a validation half of its own"
-            )
+        for name in ("validation_data", "test_data"):
+            if (given := getattr(config, name)) is not None:
+                raise InputError(
+                    f"{name}={given!r}: {config.data} has a training and a validation half, and no other text is "
+                    "measured; leave it out"
+                )
         return TokenStream(config.data, tokenizer, config.sequence_length, config.evaluation.tokens, config.packing)
     if not config.packing:
         raise InputError(
             f"packing=False: only streamed data ({', '.join(STREAMS)}) can be left unpacked; data is {config.data!r}"
         )
-    documents = find_documents(config.data, config.validation_data)
+    documents = find_documents(config.data, config.validation_data, config.test_data)
     return TokenWindows(tokenise(documents, tokenizer), config.sequence_length, config.seed, config.evaluation.tokens)

@@ -40,6 +40,11 @@ class Task(Protocol):
     ) -> dict[str, float]:
         """Measurements of the validation set, among them ``val_loss``. They are the same on every rank."""
 
+    def test(
+        self, model: nn.Module, batch_size: int, autocast: AbstractContextManager[object], processes: Processes
+    ) -> dict[str, float]:
+        """Measurements of the trained model on text that nothing is chosen by; none where there is no such text."""
+
     def words(self, measured: dict[str, float]) -> str:
         """The measurements in words for a person."""
 

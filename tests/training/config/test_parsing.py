@@ -15,6 +15,10 @@ COMMAND_LINE = {
     "--optim=null": "optim=null: expected a mapping of settings, or a YAML file of one",
     "--optim={a: &x [*x]}": "optim={a: &x [*x]}: expected a mapping of settings, or a YAML file of one",
     "--seed=null": "seed=null: expected int",
+    "--rank=half": "rank=half: expected int or float or null",
+    "--rank=[8]": "rank=[8]: expected int or float or null",
+    "--rank_pattern=8": "rank_pattern=8: expected a mapping such as {name: value} or null",
+    "--rank_pattern={q: half}": "rank_pattern={'q': 'half'}: expected a mapping such as {name: value} or null",
     "--weight_decay=null": "weight_decay=null: expected float",
     "--packing=null": "packing=null: expected true or false",
 }

@@ -1,28 +1,31 @@
 """Documents: every one in exactly one half, whatever the order of files."""
 
 import gzip
+import hashlib
 import json
 import lzma
 import random
+import re
 from pathlib import Path
 
 import pytest
 
-from subspan.training.data.documents import Documents, find_documents
+from subspan.training.data.documents import Documents, find_documents, text_hash
+from subspan.training.data.embedded import CORPUS
 from subspan.utils.errors import InputError
 
 
 def halves(documents: Documents) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"train": [], "validation": []}
     for half, text in documents.split():
-        found[half].append(text)
+        found.setdefault(half, []).append(text)
     return found
 
 
 def test_the_embedded_corpus() -> None:
-    """There are 320 documents; chapters of all six novels and a play of Shakespeare are in validation."""
+    """There are 320 documents in all; chapters of all six novels and a play of Shakespeare are in validation."""
     found = halves(find_documents("embedded"))
-    assert [len(found[half]) for half in found] == [304, 16]
+    assert [len(found[half]) for half in ("train", "validation")] == [288, 16]
     assert not set(found["train"]) & set(found["validation"])
     paragraphs = {
         half: {p for text in texts for p in text.split("\n\n") if len(p) > 200} for half, texts in found.items()
@@ -87,7 +90,7 @@ def test_own_validation_files(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "x"}\nnot json\n', r"a\.jsonl, line 2"),
         ("a.jsonl", '{"text": 3}\n', r'line 1: "text" is int'),
         ("a.jsonl", "[1]\n", r"a\.jsonl, line 1"),
-        ("a.jsonl", '{"text": "x", "split": "test"}\n', r"line 1: \"split\" is 'test', expected"),
+        ("a.jsonl", '{"text": "x", "split": "dev"}\n', r"line 1: \"split\" is 'dev', expected"),
         ("a.jsonl", '{"text": "\\ud800"}\n', r"line 1: \"text\" holds half a surrogate"),
         ("a.png", "x", r"a\.png is of no known kind"),
     ],
@@ -137,3 +140,36 @@ def test_no_document_is_in_both_halves(tmp_path: Path) -> None:
         "train": [],
         "validation": ["b"],
     }
+
+
+def test_the_test_part_of_the_embedded_corpus() -> None:
+    """Its 16 documents are in no other part, chapters of all six novels are among them, and no paragraph is shared."""
+    found = halves(find_documents("embedded"))
+    assert [len(found[part]) for part in ("train", "validation", "test")] == [288, 16, 16]
+    paragraphs = {
+        part: {p for text in texts for p in text.split("\n\n") if len(p) > 200} for part, texts in found.items()
+    }
+    assert not paragraphs["test"] & (paragraphs["train"] | paragraphs["validation"])
+
+
+def test_the_split_is_the_one_that_is_committed_by_its_hashes() -> None:
+    readme = (CORPUS.parent / "README.md").read_text()
+    committed = {row[0]: (int(row[1]), row[2]) for row in re.findall(r"\| (\w+) \| (\d+) \| `(\w{32})` \|", readme)}
+    found = halves(find_documents("embedded"))
+    for part, texts in found.items():
+        whole = hashlib.blake2b(b"".join(sorted(map(text_hash, texts))), digest_size=16)
+        assert committed.pop(part) == (len(texts), whole.hexdigest())
+    assert not committed
+
+
+def test_test_documents_are_in_no_other_part(tmp_path: Path) -> None:
+    """A document that is named, or given, as test is left out of what is trained on and of what is chosen by."""
+    rows = [{"text": "a", "split": "test"}, {"text": "a"}, {"text": "b", "split": "validation"}, {"text": "c"}]
+    rows += [{"text": "a", "split": "validation"}, {"text": "d", "split": "train"}]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert halves(find_documents(str(path))) == {"train": ["c", "d"], "validation": ["b"], "test": ["a"]}
+    (tmp_path / "held.txt").write_text("b")
+    (tmp_path / "unseen.txt").write_text("c")
+    found = halves(find_documents(str(path), str(tmp_path / "held.txt"), str(tmp_path / "unseen.txt")))
+    assert found == {"train": ["d"], "validation": ["b"], "test": ["c"]}

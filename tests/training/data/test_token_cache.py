@@ -31,12 +31,12 @@ def test_the_file_is_the_documents(corpus: Path, tokenizer: PreTrainedTokenizerB
     for half in ("train", "validation"):
         texts = [text for part, text in find_documents(str(corpus)).split() if part == half]
         expected = [token for text in texts for token in [*text.encode(), 256]]
-        assert data.halves[half][:].tolist() == expected
+        assert data.parts[half][:].tolist() == expected
 
 
 def test_an_epoch_sees_every_window_once(corpus: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     data = windows(corpus, tokenizer)
-    stream, count = data.halves["train"], (len(data.halves["train"]) - 1) // LENGTH
+    stream, count = data.parts["train"], (len(data.parts["train"]) - 1) // LENGTH
     seen = [tuple(row) for _ in range(count) for row in data.next_batch(1).inputs.tolist()]
     assert sorted(seen) == sorted(tuple(stream[i * LENGTH : (i + 1) * LENGTH].tolist()) for i in range(count))
     assert (data.order.epoch, data.order.index) == (1, 0)
@@ -54,7 +54,7 @@ def test_targets_are_the_next_tokens(corpus: Path, tokenizer: PreTrainedTokenize
 def test_batches_cross_epochs_whole(corpus: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """A batch larger than what is left, or than a whole epoch, still has its size."""
     data = windows(corpus, tokenizer)
-    count = (len(data.halves["train"]) - 1) // LENGTH
+    count = (len(data.parts["train"]) - 1) // LENGTH
     assert len(data.next_batch(2 * count + 3).inputs) == 2 * count + 3
     assert (data.order.epoch, data.order.index) == (2, 3)
 
@@ -82,7 +82,7 @@ def test_the_validation_set_is_fixed_and_spread(corpus: Path, tokenizer: PreTrai
     rows = [tuple(row) for row in small.validation().inputs.tolist()]
     every = [tuple(row) for row in whole.validation().inputs.tolist()]
     assert len(rows) == 64 // LENGTH
-    assert len(every) == (len(whole.halves["validation"]) - 1) // LENGTH
+    assert len(every) == (len(whole.parts["validation"]) - 1) // LENGTH
     assert set(rows) <= set(every)
     assert torch.equal(small.validation().inputs, windows(corpus, tokenizer, seed=9).validation().inputs)
 
@@ -97,11 +97,11 @@ def test_the_cache_follows_files_and_tokenizer(corpus: Path, tokenizer: PreTrain
 
 
 def test_too_long_a_sequence(corpus: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(InputError, match=r"sequence_length=10000: the validation half .* holds \d+ tokens"):
+    with pytest.raises(InputError, match=r"sequence_length=10000: the validation part .* holds \d+ tokens"):
         windows(corpus, tokenizer, length=10_000)
 
 
 def test_one_document_cannot_be_split(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     (tmp_path / "only.txt").write_text("all alone " * 100)
-    with pytest.raises(InputError, match="no document is left for the validation half; a text file is one document"):
+    with pytest.raises(InputError, match="no document is left for the validation part; a text file is one document"):
         windows(tmp_path, tokenizer)

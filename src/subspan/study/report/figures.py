@@ -43,18 +43,18 @@ _NUMBER = itertools.count(1)
 
 
 def loss_bands(curves: Mapping[str, Sequence[Curve]], title: str) -> str:
-    """Draw the validation loss by row: the mean over seeds, and the range from the lowest to the highest."""
+    """Draw the validation loss over tokens by row: the mean over seeds, and from the lowest to the highest."""
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         for row, seeds in curves.items():
-            steps = sorted({step for curve in seeds for step, _ in curve})
-            by_step = [[loss for curve in seeds for at, loss in curve if at == step] for step in steps]
-            (line,) = axes.plot(steps, [statistics.fmean(losses) for losses in by_step], marker="o", ms=3, label=row)
+            places = sorted({tokens for curve in seeds for tokens, _ in curve})
+            losses = [[loss for curve in seeds for at, loss in curve if at == tokens] for tokens in places]
+            (line,) = axes.plot(places, [*map(statistics.fmean, losses)], marker="o", ms=3, label=row)
             axes.fill_between(
-                steps, [*map(min, by_step)], [*map(max, by_step)], color=line.get_color(), alpha=0.15, lw=0
+                places, [*map(min, losses)], [*map(max, losses)], color=line.get_color(), alpha=0.15, lw=0
             )
-        axes.set_xlabel("step")
+        axes.set_xlabel("tokens")
         axes.set_ylabel("validation loss")
         axes.legend(fontsize=8, ncols=2)
 

@@ -14,10 +14,9 @@ import yaml
 
 from subspan.checkpoints.directory import list_checkpoints
 from subspan.study.inspect import NothingToSeeError, inspect
-from subspan.study.missing_runs import choose_lr
 from subspan.study.records import read_records
 from subspan.study.study_file import load_study
-from subspan.study.table import Table, compare
+from subspan.study.table import Table, compare, curve_of, runs_of
 from subspan.training.monitor.metrics import read_metrics
 from subspan.utils.errors import InputError
 
@@ -32,7 +31,7 @@ class StudyPart:
 
     table: Table
     curves: dict[str, list[Curve]]
-    """Validation loss over steps: by row, one curve for each seed."""
+    """Validation loss over tokens: by row, one curve for each seed."""
     command: str
     versions: list[str]
 
@@ -106,15 +105,13 @@ def _study(path: Path) -> StudyPart:
     study = load_study(path)
     records = read_records(study.results)
     curves: dict[str, list[Curve]] = {}
-    versions = set()
+    versions: set[str] = set()
     for row in study.rows:
-        lr = choose_lr(study, row, records).lr
-        for seed in study.seeds if lr is not None else ():
-            record = records.get(row.cell(lr, seed).key)  # type: ignore[arg-type]  # lr is not None in this loop
-            if record:
-                if record["status"] == "finished":  # a run that diverged takes part in no mean of the table either
-                    curves.setdefault(row.name, []).append([(step, loss) for step, loss in record.get("curve", [])])
-                versions.add(_versions(record))
+        runs = runs_of(study, row, records)
+        # A run that diverged takes part in no mean of the table either.
+        if runs.finished:
+            curves[row.name] = [curve_of(record) for record in runs.finished.values()]
+        versions |= {_versions(record) for record in runs.by_seed.values()}
     shown = f"{path.parent.name}/{path.name}"
     return StudyPart(
         compare(study), curves, f"subspan study run {shown}; subspan study table {shown}", sorted(versions)

@@ -113,6 +113,7 @@ def resolve(config: PretrainConfig) -> ResolvedConfig:
         "model": absolute(config.model) if preset is None else config.model,
         "data": absolute(config.data, ("embedded", *STREAMS)),
         "validation_data": config.validation_data and absolute(config.validation_data, ("embedded",)),
+        "test_data": config.test_data and absolute(config.test_data, ("embedded",)),
         "evaluation": ResolvedEvaluation(first(config.evaluation.every, max(1, steps // 5)), config.evaluation.tokens),
     }
     resolved = ResolvedConfig(**filled)
@@ -193,8 +194,8 @@ def absolute(name: str, known: Collection[str] = ()) -> str:
 
 def check_names(config: PretrainConfig | FinetuneConfig) -> None:
     """Refuse blank names of models, data and directories, since a blank path is the working directory."""
-    for name in ("model", "data", "validation_data", "tokenizer", "out", "resume"):
-        value: str | None = getattr(config, name)
+    for name in ("model", "data", "validation_data", "test_data", "tokenizer", "out", "resume"):
+        value: str | None = getattr(config, name, None)
         stream, colon, path = (value or "").partition(":")
         if value is not None and not (path if colon and stream in STREAMS else value).strip():
             expected = (

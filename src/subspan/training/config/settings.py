@@ -61,7 +61,8 @@ class OptimConfig:
     bf16_stochastic_round: bool = False
     """With precision bf16: round the updates of the weights at random, so that they are right on average."""
     lr_full: float | None = None
-    """Learning rate of the parameters that are not projected. The default is that of the others."""
+    """Learning rate of the parameters that are not projected: embeddings, heads, norms and biases. At full rank it is
+    that of the same parameters. The default is that of the others."""
     targets: str | list[str] = "all-linear"
     """Matrices that are projected: all-linear, a list of parts of their names, or a regular expression."""
 
@@ -211,6 +212,9 @@ class PretrainConfig(RunConfig):
     copy of their files."""
     validation_data: str | None = None
     """Files of validation documents. By default 5 % of the documents of `data` are set aside."""
+    test_data: str | None = None
+    """Files of test documents, which are measured once, at the end, so that nothing is chosen by them. By default they
+    are the documents that name their `split` as test; the embedded corpus has 16."""
     sequence_length: int | None = None
     """Number of tokens predicted in a sequence. The default is that of the preset."""
     packing: bool = True

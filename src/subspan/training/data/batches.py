@@ -101,6 +101,9 @@ class DataSource(Protocol):
     def validation(self) -> Batch:
         """Return the fixed validation set."""
 
+    def test(self) -> Batch | None:
+        """Return the fixed test set, which nothing is chosen by, or ``None`` if there is none."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return the exact cursor. Law: after ``load_state_dict`` the batches continue as if nothing had happened."""
 

@@ -1,4 +1,4 @@
-"""Documents and their split, from the embedded corpus or from text and JSONL files; no document is in both halves."""
+"""Documents and their split, from the embedded corpus or from text and JSONL files; no document is in two parts."""
 
 import glob
 import gzip
@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from subspan.training.data.embedded import CORPUS
 from subspan.utils.errors import InputError
 
-Split = Literal["train", "validation"]
+Split = Literal["train", "validation", "test"]
+"""The part of a document: training, the part that choices are made by, or the part that nothing is chosen by."""
+SPLITS: tuple[Split, ...] = get_args(Split)
 VALIDATION_SHARE = 0.05
 _OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 _TEXT, _JSON = (".txt", ".md"), (".jsonl", ".json")
@@ -24,15 +26,16 @@ _TEXT, _JSON = (".txt", ".md"), (".jsonl", ".json")
 
 @dataclass(frozen=True)
 class Documents:
-    """A set of files, and a second one if validation has its own."""
+    """A set of files, and more if validation or test has its own."""
 
     files: tuple[Path, ...]
     validation_files: tuple[Path, ...] = ()
+    test_files: tuple[Path, ...] = ()
 
     def identity(self) -> list[tuple[str, int, int]]:
         """Return path, bytes and time of change of each file, which differ whenever a file has changed."""
         found = []
-        for kind, files in (("train", self.files), ("validation", self.validation_files)):
+        for kind, files in (("train", self.files), ("validation", self.validation_files), ("test", self.test_files)):
             for path in files:
                 try:
                     stat = path.stat()
@@ -42,40 +45,59 @@ class Documents:
         return found
 
     def split(self) -> Iterator[tuple[Split, str]]:
-        """Yield every document with its half.
+        """Yield every document with its part.
 
-        A document that names its ``split`` keeps it, and files of validation are validation. Among all others, the 5 %
-        with the smallest hashes of their text are validation. So equal documents share a half, and the order of files
-        does not matter. A training document that is in validation too is left out.
+        A document that names its ``split`` keeps it, and so do the files of validation and of test. Among all others,
+        the 5 % with the smallest hashes of their text are validation. So equal documents share a part, and the order of
+        files does not matter. A document that is in several parts is kept in the last one of train, validation, test.
         """
-        held = {text_hash(text) for text, _ in _read(self.validation_files)}
-        free: set[bytes] = set()
-        for text, half in _read(self.files):
-            if half == "validation":
+        test, held, free = set(_hashes(self.test_files)), set(_hashes(self.validation_files)), set[bytes]()
+        for text, part in _read(self.files):
+            if part == "test" and not self.test_files:
+                test.add(text_hash(text))
+            elif part == "validation":
                 held.add(text_hash(text))
-            elif half is None:
+            elif part is None:
                 free.add(text_hash(text))
+        free -= test
         if not self.validation_files and len(free) > 1:
             held |= set(sorted(free)[: max(1, round(len(free) * VALIDATION_SHARE))])
-        for text, half in _read(self.files):
-            if text_hash(text) not in held:
-                yield "train", text
-            elif not self.validation_files and half != "train":
+        for text, part in _read(self.files):
+            own = text_hash(text)
+            if own in test:
+                if part == "test" and not self.test_files:
+                    yield "test", text
+            elif own not in held:
+                if part != "test":
+                    yield "train", text
+            elif not self.validation_files and part != "train":
                 yield "validation", text
         for text, _ in _read(self.validation_files):
-            yield "validation", text
+            if text_hash(text) not in test:
+                yield "validation", text
+        for text, _ in _read(self.test_files):
+            yield "test", text
 
 
-def find_documents(data: str, validation_data: str | None = None) -> Documents:
+def find_documents(data: str, validation_data: str | None = None, test_data: str | None = None) -> Documents:
     """Find the files that ``data`` names: ``embedded``, a file, a folder (searched through), or a glob.
 
     Raises:
         InputError: no such file, or none of a kind that can be read.
     """
-    return Documents(_files(data, "data"), _files(validation_data, "validation_data") if validation_data else ())
+    return Documents(
+        find_files(data, "data"),
+        find_files(validation_data, "validation_data") if validation_data else (),
+        find_files(test_data, "test_data") if test_data else (),
+    )
 
 
-def _files(pattern: str, argument: str) -> tuple[Path, ...]:
+def _hashes(files: tuple[Path, ...]) -> Iterator[bytes]:
+    return (text_hash(text) for text, _ in _read(files))
+
+
+def find_files(pattern: str, argument: str) -> tuple[Path, ...]:
+    """Find the files of documents that the setting ``argument`` names; see ``find_documents``."""
     if pattern == "embedded":
         return (CORPUS,)
     if not pattern.strip():  # the path of nothing is the working directory
@@ -146,9 +168,9 @@ def _documents_of(file: io.TextIOBase, path: Path) -> Iterator[tuple[str, Split 
             ) from error
         if not isinstance(text, str):
             raise InputError(f'data file {path}, line {number}: "text" is {type(text).__name__}, expected a string')
-        if half not in (None, "train", "validation"):
+        if half not in (None, *SPLITS):
             raise InputError(
-                f'data file {path}, line {number}: "split" is {half!r}, expected "train" or "validation", or none'
+                f'data file {path}, line {number}: "split" is {half!r}, expected one of {", ".join(SPLITS)}, or none'
             )
         if not encodable(text):
             raise InputError(
@@ -169,5 +191,5 @@ def encodable(text: str) -> bool:
 
 
 def text_hash(text: str) -> bytes:
-    """Return a hash that puts a text in the same half, in whatever order texts are read."""
+    """Return a hash that puts a text in the same part, in whatever order texts are read."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()

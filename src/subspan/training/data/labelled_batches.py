@@ -63,6 +63,9 @@ class Examples:
     def validation(self) -> Batch:
         return self._batch(self.held)
 
+    def test(self) -> None:
+        """There is no test part."""
+
     def validation_batches(self, size: int) -> list[Batch]:
         """Return the validation set in batches, each padded to its own longest example."""
         return [self._batch(self.held[start : start + size]) for start in range(0, len(self.held), size)]

@@ -64,6 +64,9 @@ class TokenStream:
     def validation(self) -> Batch:
         return self._validation
 
+    def test(self) -> None:
+        """There is no test part: these data sets have two halves."""
+
     def state_dict(self) -> dict[str, Any]:
         return {"stream": self._train.state_dict(), "left": list(self._left), "files": self._files}
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,40 +17,41 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from subspan.training.data.batches import Batch, Order
-from subspan.training.data.documents import Documents, Split
+from subspan.training.data.documents import SPLITS, Documents, Split
 from subspan.training.data.tokenizer import fingerprint
 from subspan.utils.atomic_files import disk_error, no_space, remove_directory
 from subspan.utils.errors import InputError
 from subspan.utils.messages import say
 
-_HALVES: tuple[Split, ...] = ("train", "validation")
-_FORMAT = 3  # part of the cache's key: raise it when the files change
+_FORMAT = 4  # part of the cache's key: raise it when the files change
 
 
 class TokenWindows:
-    """Windows of ``sequence_length`` predictions, cut end to end from the documents of a half.
+    """Windows of ``sequence_length`` predictions, cut end to end from the documents of a part.
 
-    Documents are joined by end-of-text tokens. The training windows come in the order of ``Order``.
+    Documents are joined by end-of-text tokens. The training windows come in the order of ``Order``. There need be no
+    test part.
     """
 
-    def __init__(self, folder: Path, sequence_length: int, seed: int, validation_tokens: int) -> None:
-        self.length, self.validation_tokens = sequence_length, validation_tokens
+    def __init__(self, folder: Path, sequence_length: int, seed: int, evaluation_tokens: int) -> None:
+        self.length, self.evaluation_tokens = sequence_length, evaluation_tokens
         meta = _meta(folder)
         if meta is None:
             raise _damaged(folder)
         self.documents: dict[str, int] = meta["documents"]
         self.digest: str = meta["digest"]
-        self.halves = {half: TokenFile(folder / f"{half}.bin", meta["dtype"], meta["largest"]) for half in _HALVES}
-        for half, tokens in self.halves.items():
-            if not self.documents[half]:
+        parts = [part for part in SPLITS if self.documents[part] or part != "test"]
+        self.parts = {part: TokenFile(folder / f"{part}.bin", meta["dtype"], meta["largest"]) for part in parts}
+        for part, tokens in self.parts.items():
+            if not self.documents[part]:
                 raise InputError(
-                    f"data: no document is left for the {half} half; "
+                    f"data: no document is left for the {part} part; "
                     "a text file is one document: give two or more, a JSONL file, or other files as --validation_data"
                 )
             if len(tokens) < sequence_length + 1:
                 raise InputError(
-                    f"sequence_length={sequence_length}: the {half} half of the data holds {len(tokens)} tokens in "
-                    f"{self.documents[half]} documents, fewer than one sequence and its next token; "
+                    f"sequence_length={sequence_length}: the {part} part of the data holds {len(tokens)} tokens in "
+                    f"{self.documents[part]} documents, fewer than one sequence and its next token; "
                     "give more data, or a shorter sequence"
                 )
         self.order = Order(self._count("train"), seed)
@@ -58,9 +60,10 @@ class TokenWindows:
         return self._windows("train", self.order.take(size))
 
     def validation(self) -> Batch:
-        count = self._count("validation")
-        wanted = min(count, max(1, self.validation_tokens // self.length))
-        return self._windows("validation", torch.arange(wanted) * count // wanted)
+        return self._spread("validation")
+
+    def test(self) -> Batch | None:
+        return self._spread("test") if "test" in self.parts else None
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.order.state_dict(), "digest": self.digest}
@@ -74,22 +77,28 @@ class TokenWindows:
 
     def describe(self) -> str:
         sizes = [
-            f"{len(tokens):,} {half} tokens (documents: {self.documents[half]})" for half, tokens in self.halves.items()
+            f"{len(tokens):,} {part} tokens (documents: {self.documents[part]})" for part, tokens in self.parts.items()
         ]
         return ", ".join(sizes)
 
-    def _count(self, half: Split) -> int:
-        return (len(self.halves[half]) - 1) // self.length
+    def _count(self, part: Split) -> int:
+        return (len(self.parts[part]) - 1) // self.length
 
-    def _windows(self, half: Split, numbers: Tensor) -> Batch:
-        tokens = self.halves[half]
+    def _spread(self, part: Split) -> Batch:
+        """Return the fixed set of a part, taken evenly from all of it."""
+        count = self._count(part)
+        wanted = min(count, max(1, self.evaluation_tokens // self.length))
+        return self._windows(part, torch.arange(wanted) * count // wanted)
+
+    def _windows(self, part: Split, numbers: Tensor) -> Batch:
+        tokens = self.parts[part]
         rows = [tokens[start : start + self.length + 1] for start in (numbers * self.length).tolist()]
         window = torch.from_numpy(np.stack(rows).astype(np.int64))
         return Batch(window[:, :-1], window[:, 1:])
 
 
 def tokenise(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Return the folder with ``train.bin``, ``validation.bin`` and ``meta.json``, made once and kept in the cache.
+    """Return the folder with a ``.bin`` file for each part and ``meta.json``, made once and kept in the cache.
 
     The cache is ``$SUBSPAN_CACHE`` or ``~/.cache/subspan``; its key covers the files and the tokenizer.
     """
@@ -127,7 +136,7 @@ def tokenise(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Path:
 
 
 class TokenFile:
-    """The tokens of a half, read when they are asked for.
+    """The tokens of a part, read when they are asked for.
 
     It is no memory map: if someone shortens a file under a map, a signal (SIGBUS) ends the process without a word.
     """
@@ -176,7 +185,7 @@ def _meta(folder: Path) -> dict[str, Any] | None:
     """Return what ``meta.json`` says of a complete cache, or ``None`` if there is none or it is damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
-        sizes = {half: (folder / f"{half}.bin").stat().st_size for half in _HALVES}
+        sizes = {part: (folder / f"{part}.bin").stat().st_size for part in SPLITS}
         whole = sizes == meta["bytes"] and {"documents", "digest", "dtype", "largest"} <= meta.keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -185,20 +194,20 @@ def _meta(folder: Path) -> dict[str, Any] | None:
 
 def _write(folder: Path, documents: Documents, tokenizer: PreTrainedTokenizerBase) -> None:
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-    counts, sizes = dict.fromkeys(_HALVES, 0), dict.fromkeys(_HALVES, 0)
+    counts, sizes = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
     digest, largest = hashlib.sha256(), 0
-    with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
-        files = {"train": train, "validation": validation}
+    with ExitStack() as stack:
+        files = {part: stack.enter_context(open(folder / f"{part}.bin", "wb")) for part in SPLITS}
         for some in _chunks(documents.split()):
             encoded = tokenizer([text for _, text in some], add_special_tokens=False, return_attention_mask=False)[
                 "input_ids"
             ]
-            for (half, _), ids in zip(some, encoded, strict=True):
+            for (part, _), ids in zip(some, encoded, strict=True):
                 content = np.asarray([*ids, tokenizer.eos_token_id], dtype=dtype).tobytes()
-                files[half].write(content)
-                digest.update(half.encode() + content)
-                counts[half] += 1
-                sizes[half] += len(content)
+                files[part].write(content)
+                digest.update(part.encode() + content)
+                counts[part] += 1
+                sizes[part] += len(content)
                 largest = max(largest, *ids, tokenizer.eos_token_id)
     meta = {
         "dtype": dtype.name,
