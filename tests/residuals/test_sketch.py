@@ -78,7 +78,7 @@ def test_draws_without_a_factorisation(draw):
 
 @draws
 def test_a_draw_depends_on_the_key_and_the_basis(draw):
-    """The same key draws the same; another step or another name draws other directions."""
+    """A key draws the same directions each time; another step or another name draws others."""
     Q = haar(torch.empty(12, 3), torch.Generator().manual_seed(0))
     residual = Sketch(4, draw=draw)
     before = torch.get_rng_state()
