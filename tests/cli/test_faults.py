@@ -12,7 +12,7 @@ from subspan.cli.parser import Parser
 from subspan.theory import EXPERIMENTS
 from subspan.utils.errors import SettingError, user_error
 
-STUDY = str(Path(__file__).parents[2] / "studies" / "longer_nano.yaml")
+STUDY = str(Path(__file__).parents[2] / "studies" / "length_nano.yaml")
 WORK = {
     "pretrain": "subspan.training.pretraining.Pretraining.__init__",
     "finetune": "subspan.training.finetuning.Finetuning.__init__",

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_parser")
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 STUDY = Path(__file__).parents[2] / "studies" / "table1_nano.yaml"
-KEYS = ["optimizer", "model", "steps", "tokens", "val_loss", "val_ppl", "state_bytes", "seconds", "out", "seed"]
+KEYS = ["optimizer", "model", "steps", "tokens", "val_loss", "val_ppl", "state_bytes", "seconds", "out", "seed", "test_loss"]
 
 
 def flags(corpus: Path, out: Path, **extra: object) -> list[str]:
@@ -102,7 +102,7 @@ def test_killed_and_resumed_is_the_unbroken_run(
         (["--batch-sise=8"], ["did you mean batch_size"]),
         (["--warmup_steps=8"], ["did you mean schedule.warmup_steps"]),
         (["--tokenizer=byte"], ["tokenizer 'byte' is unknown", "bytes"]),
-        (["--rank=abc"], ["rank=abc", "expected int or null"]),
+        (["--rank=abc"], ["rank=abc", "expected int or float or null"]),
         (["--out=bad.yaml/run"], ["out='bad.yaml/run'", "no directory that can be written"]),
         (["--checkpoint.evry=3"], ["checkpoint.evry", "checkpoint.every"]),
         (["--data", ""], ["data=''", "is blank; expected a name or a path"]),
@@ -271,7 +271,7 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     setting = ["--model", "llama-nano", "--tokens", "128", "--sequence-length", "64", "--rank", "8"]
     assert main(["bench", "memory", *setting, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [row["name"] for row in rows] == ["adamw", "galore_adamw", "sara_adamw", "sara_adamw_backward", "rso_adamw"]
+    assert [row["name"] for row in rows] == ["adamw", "galore_adamw", "sara_adamw", "sara_adamw_backward", "sara_sketch_adamw_backward", "rso_adamw"]
     promised = ["weight", "gradient", "state", "basis", "saved_activation", "peak", "refresh_peak"]
     assert all({"formula", *(f"{kind}_bytes" for kind in promised)} <= set(row) for row in rows)
     assert main(["bench", "train", *setting, "--pairs", "3", "--json"]) == 0

@@ -40,7 +40,7 @@ def files(folder: Path) -> dict[Path, bytes]:
         ({"optimizer": "sara_adm"}, "optimizer 'sara_adm' is unknown; did you mean sara_adamw"),
         ({"model": "llama-mini"}, "model 'llama-mini' is unknown; did you mean llama-"),
         ({"data": "no/such/file.txt"}, "data 'no/such/file.txt': no such file"),
-        ({"sequence_length": 10**6}, "sequence_length=1000000: the train half of the data holds"),
+        ({"sequence_length": 10**6}, "sequence_length=1000000: the train part of the data holds"),
         ({"steps": 0}, "steps=0: expected a whole number >= 1"),
         ({"micro_batch_size": 3}, "micro_batch_size=3: expected a divisor of batch_size=4"),
         ({"clip": 0.0}, "clip=0.0: expected a number > 0"),
@@ -67,7 +67,7 @@ def files(folder: Path) -> dict[Path, bytes]:
         ({"validation_data": "no/such"}, "validation_data 'no/such': no such file"),
         (
             {"data": "c4:no/such", "validation_data": "x"},
-            "validation_data='x': c4:no/such has a validation half of its own",
+            "validation_data='x': c4:no/such has a training and a validation half",
         ),
         ({"optim": OptimConfig(targets=["nothing"])}, "targets: 'nothing' matches no matrix"),
         ({"resume": "no/such/checkpoint"}, "resume='no/such/checkpoint': no checkpoint there"),

@@ -24,9 +24,9 @@ def test_settings_without_effect() -> None:
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_committed_results_keep_their_keys(path: Path) -> None:
-    """Every run of a committed study is found in its results."""
+    """Every record of a committed study is that of one of its runs; a study may not be run yet."""
     study = load_study(path)
     records = read_records(study.results)
     cells = list(cells_of(study, records))
     assert cells
-    assert {cell.key for cell in cells} == set(records)
+    assert set(records) <= {cell.key for cell in cells}
