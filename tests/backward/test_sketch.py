@@ -176,8 +176,6 @@ def test_steps_in_the_backward_pass_of_ordinary_weights(parts: int) -> None:
 @pytest.mark.parametrize("merge", ["step", "refresh"])
 def test_resumed_bit_for_bit(name: str, rounded: bool, merge: str) -> None:
     """A run that is saved after five steps and resumed has the bits of one that was not, also in bf16."""
-    if name.endswith("8bit"):
-        pytest.importorskip("bitsandbytes")
 
     def start() -> tuple[nn.Module, Any]:
         model = network().bfloat16().to(torch.bfloat16 if rounded else torch.float32)

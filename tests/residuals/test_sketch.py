@@ -270,7 +270,15 @@ def test_a_basis_that_is_not_orthonormal_is_refused():
 
 @pytest.mark.parametrize(
     ("width", "n", "r", "s"),
-    [(None, 64, 16, 16), (None, 20, 14, 6), (8, 64, 16, 8), (0.25, 172, 16, 43), (0.9, 64, 16, 48), (0.001, 64, 16, 1)],
+    [
+        (None, 64, 16, 16),
+        (None, 20, 14, 6),
+        (8, 64, 16, 8),
+        (0.25, 172, 16, 43),
+        (0.25, 10, 4, 3),
+        (0.9, 64, 16, 48),
+        (0.001, 64, 16, 1),
+    ],
 )
 def test_widths(width, n, r, s):
     """A share is one of the columns; there is at least one direction, and at most all."""

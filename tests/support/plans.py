@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 import subspan
 from subspan.costs.live_bytes import LiveBytes
 from subspan.costs.saved_activations import SavedBytes
+from subspan.factory import residual_of
 from subspan.planning.model import choose
 from subspan.planning.setting import PlanSetting
 from subspan.storage.allocation import state_bytes
@@ -41,7 +42,9 @@ def real_step(setting: PlanSetting) -> dict[str, int]:
     for p in model.parameters():
         p.data = p.data.to(DTYPES[setting.dtype])
     ranks: dict[str, Any] = {"rank": chosen.rank, "rank_pattern": setting.rank_pattern}
-    handle = subspan.project_backward(model, **ranks) if setting.is_backward_side else None
+    handle = None
+    if setting.is_backward_side:
+        handle = subspan.project_backward(model, residual=residual_of(setting.optimizer), **ranks)
     settings = {"8bit": {"state_dtype": "int8"}}.get(setting.state or "", {})
     optimizer = subspan.create(setting.optimizer, model, update_proj_gap=1000, stagger=False, **ranks, **settings)
     if setting.checkpointing:

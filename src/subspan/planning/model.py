@@ -20,6 +20,7 @@ from subspan.planning.many_machines import MODELS
 from subspan.planning.setting import PlanSetting
 from subspan.planning.shapes import ShapesOnly
 from subspan.recipes import find
+from subspan.step.carriers import layer_of
 from subspan.step.layout import Rank
 from subspan.step.work import Slot, whole_layout
 from subspan.training.data.tokenizer import load_tokenizer
@@ -206,11 +207,17 @@ class Planned:
         if not isinstance(self.optimizer, SubspaceOptimizer):
             return self._step_of_torch(), 0
         step = refresh = 0
-        for p, projected in self._representatives():
-            p.grad = torch.empty_like(p)
-            first, second = self._stepping([p.grad]), self._stepping([p.grad])
-            p.grad = None
-            share = self.setting.world if self.setting.sharded and not projected else 1
+        for parameters, projected in self._representatives():
+            gradients = [torch.empty_like(p) for p in parameters]
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
+            first, second = self._stepping(gradients), self._stepping(gradients)
+            for p in parameters:
+                p.grad = None
+            # A sketch is whole on every rank, as a basis is.
+            layer = layer_of(parameters[0])
+            divided = not projected and (layer is None or layer.projection.sketch_width == 0)
+            share = self.setting.world if self.setting.sharded and divided else 1
             step = max(step, second // share)
             if projected:
                 refresh = max(refresh, first)
@@ -218,13 +225,19 @@ class Planned:
             refresh = max(self._choosing(kind[0]) for kind in self._kinds())
         return step, refresh
 
-    def _representatives(self) -> list[tuple[Tensor, bool]]:
-        """One parameter of each shape in each group, and whether the optimizer projects it."""
-        found: dict[Any, tuple[Tensor, bool]] = {}
+    def _representatives(self) -> list[tuple[list[Tensor], bool]]:
+        """One parameter of each shape in each group, and whether the optimizer projects it.
+
+        The carriers of layers that share a basis are together, because they step with one sketch.
+        """
+        found: dict[Any, tuple[list[Tensor], bool]] = {}
+        for kind in [] if self.handle is None else self._kinds():
+            found[len(found)] = ([layer.carrier for layer in kind[0].layers], False)
         for number, group in enumerate(self.optimizer.param_groups):
             for p in group["params"]:
-                side = whole_layout(p, group).side
-                found.setdefault((number, p.shape), (p, side is not None and self.handle is None))
+                if layer_of(p) is None:
+                    side = whole_layout(p, group).side
+                    found.setdefault((number, p.shape), ([p], side is not None and self.handle is None))
         return list(found.values())
 
     def _stepping(self, gradients: list[Tensor]) -> int:

@@ -22,6 +22,7 @@ Source: none known to us. Deviations from Fira (Chen et al. 2024, arXiv 2410.016
   s)`` times that.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -89,7 +90,7 @@ class Sketch(Plain):
         """Return the width, even if there are fewer directions outside the basis."""
         if self.width is None:
             return rank
-        return self.width if isinstance(self.width, int) else max(1, round(self.width * columns))
+        return self.width if isinstance(self.width, int) else max(1, math.floor(self.width * columns + 0.5))
 
     def sketch(self, like: Tensor, rank: int, outside: Callable[[Tensor], Tensor], key: Key) -> Tensor:
         n, s = like.shape[-2:]
