@@ -21,7 +21,19 @@ pytestmark = pytest.mark.usefixtures("one_parser")
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 STUDY = Path(__file__).parents[2] / "studies" / "table1_nano.yaml"
-KEYS = ["optimizer", "model", "steps", "tokens", "val_loss", "val_ppl", "state_bytes", "seconds", "out", "seed", "test_loss"]
+KEYS = [
+    "optimizer",
+    "model",
+    "steps",
+    "tokens",
+    "val_loss",
+    "val_ppl",
+    "state_bytes",
+    "seconds",
+    "out",
+    "seed",
+    "test_loss",
+]
 
 
 def flags(corpus: Path, out: Path, **extra: object) -> list[str]:
@@ -271,7 +283,14 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     setting = ["--model", "llama-nano", "--tokens", "128", "--sequence-length", "64", "--rank", "8"]
     assert main(["bench", "memory", *setting, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [row["name"] for row in rows] == ["adamw", "galore_adamw", "sara_adamw", "sara_adamw_backward", "sara_sketch_adamw_backward", "rso_adamw"]
+    assert [row["name"] for row in rows] == [
+        "adamw",
+        "galore_adamw",
+        "sara_adamw",
+        "sara_adamw_backward",
+        "sara_sketch_adamw_backward",
+        "rso_adamw",
+    ]
     promised = ["weight", "gradient", "state", "basis", "saved_activation", "peak", "refresh_peak"]
     assert all({"formula", *(f"{kind}_bytes" for kind in promised)} <= set(row) for row in rows)
     assert main(["bench", "train", *setting, "--pairs", "3", "--json"]) == 0
