@@ -32,8 +32,11 @@ def stored(A, signed, smallest=1):
 
 
 def nearest(quotients, signed):
-    """The number of the nearest value, the lower one of two, by comparison with all in fp64."""
-    return (quotients.double()[..., None] - dynamic_map(signed).double()).abs().argmin(-1)
+    """The number of the nearest value, the lower one of two, by comparison with all in fp64. Without a sign only zero
+    becomes zero.
+    """
+    numbers = (quotients.double()[..., None] - dynamic_map(signed).double()).abs().argmin(-1)
+    return numbers if signed else numbers.maximum((quotients > 0).long())
 
 
 @signs
@@ -52,10 +55,11 @@ def test_the_nearest_value(signed, width):
         largest = absmax[:, column, None].double()
         quotients = block.double() / largest
         got, best = values[codes[:, own].int()], values[nearest(quotients, signed)]
-        slack = EPS * quotients.abs()
+        slack = EPS * quotients.abs().maximum(got.abs())
         assert ((got - quotients).abs() <= (best - quotients).abs() + slack).all()
         above = torch.searchsorted(values, quotients).clamp(1, 255)
         half = (values[above] - values[above - 1]) / 2
+        half[(values[above - 1] == 0) & (not signed)] *= 2  # below the smallest value, which is taken for all
         error = (back[:, own].double() - block.double()).abs() / largest
         assert (error <= half + 2 * slack).all()
 
@@ -74,6 +78,7 @@ def test_every_bound(signed):
     assert torch.equal(codes.long(), nearest(rows, signed))
     assert torch.equal(back, values[codes.int()])
     exact = middles.double() * 2 == values[1:].double() + values[:-1].double()
+    exact &= torch.tensor(signed) | (values[:-1] != 0)
     assert exact.sum() > 100
     assert torch.equal(codes[0, 1:].long()[exact], torch.arange(255)[exact])
 
@@ -104,6 +109,28 @@ def test_a_weight_without_gradient_does_not_move():
         optimizer.step()
     assert torch.equal(layer.weight[:, 128:], before[:, 128:])
     assert not torch.isclose(layer.weight[:, :128], before[:, :128]).any()
+
+
+@pytest.mark.parametrize("small", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("then", ["goes on", "ends"])
+def test_small_gradients_beside_large_ones(small, then):
+    """An entry of which a first moment is kept has a second one, too: no step is much longer than one of exact Adam."""
+    longest = {}
+    for name in ("adamw", "adamw_8bit"):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(256, 64, bias=False)
+        optimizer = create(name, layer, lr=1.0)
+        layer.weight.data.zero_()
+        steps = []
+        for t in range(100):
+            G = torch.randn(64, 256) * 1e-3
+            G[:, 128:] *= small if t < 50 or then == "goes on" else 0
+            before = layer.weight.detach().clone()
+            layer.weight.grad = G
+            optimizer.step()
+            steps.append((layer.weight.detach() - before)[:, 128:].abs().max().item())
+        longest[name] = max(steps)
+    assert longest["adamw_8bit"] < 2 * longest["adamw"]
 
 
 @signs
@@ -155,9 +182,11 @@ def test_no_full_size_temporary(monkeypatch):
 
 
 def _nearest_by_bitsandbytes(A, code, absmax_out, out, blocksize):
-    """Their slow kernel, which takes the nearest value as the one for CUDA does; the CPU's takes it only for fp64."""
+    """Their slow kernel, which takes the nearest value as the one for CUDA does; the CPU's takes it only for fp64. Of a
+    second moment only zero becomes zero.
+    """
     codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(A.double(), code, blocksize)
-    out.copy_(codes)
+    out.copy_(codes if code[0] < 0 else codes.maximum((A > 0).byte()))
     absmax_out.copy_(absmax)
 
 
