@@ -87,7 +87,7 @@ def test_types_and_defaults_are_in_plain_words(name: str, monkeypatch: pytest.Mo
         (["pretain"], "did you mean pretrain?"),
         (["bench", "refesh"], "did you mean refresh?"),
         (["pretrain", "--step", "3"], "unrecognized arguments: --step 3 (did you mean steps?)"),
-        (["pretrain", "--rank=x"], "rank=x: expected int or null; see subspan pretrain --help"),
+        (["pretrain", "--rank=x"], "rank=x: expected int or float or null; see subspan pretrain --help"),
     ],
 )
 def test_mistyped(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
