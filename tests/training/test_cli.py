@@ -288,8 +288,8 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
         "galore_adamw",
         "sara_adamw",
         "sara_adamw_backward",
-        "sara_sketch_adamw_backward",
         "rso_adamw",
+        "sara_sketch_adamw_backward",
     ]
     promised = ["weight", "gradient", "state", "basis", "saved_activation", "peak", "refresh_peak"]
     assert all({"formula", *(f"{kind}_bytes" for kind in promised)} <= set(row) for row in rows)

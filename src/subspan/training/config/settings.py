@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+T = TypeVar("T")
 _INCIDENTAL = {"computes": "nothing"}
 """Metadata of a setting that changes nothing that is computed, except for rounding."""
 _MEASUREMENT = {"computes": "measurements"}
@@ -197,6 +198,18 @@ class RunConfig:
     """Steps between lines of metrics."""
     tensorboard: bool = field(default=False, metadata=_INCIDENTAL)
     """Write files for TensorBoard, in addition to metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        # Of int | float a parser may take the float, since Python keeps one object for both orders of such a union.
+        object.__setattr__(self, "rank", _whole(self.rank))
+        if self.rank_pattern is not None:
+            ranks = {pattern: _whole(rank) for pattern, rank in self.rank_pattern.items()}
+            object.__setattr__(self, "rank_pattern", ranks)
+
+
+def _whole(rank: T) -> T | int:
+    """Return the whole number that ``rank`` is, if it is one >= 1; a rank of 1.0 is no share."""
+    return int(rank) if isinstance(rank, float) and rank >= 1 and rank.is_integer() else rank
 
 
 @dataclass(frozen=True)
