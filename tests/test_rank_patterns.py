@@ -25,8 +25,8 @@ from torch import nn
 
 import subspan
 from subspan import SubspaceAdamW, create, param_groups
-from subspan.step.layout import rank_of_side
 from subspan.utils.errors import SettingError
+from subspan.utils.ranks import rank_of_side
 
 OF_EACH = {"std": {"up": 6, "down": 3}, "right": {"up": 6, "down": 10}}
 """A quarter of the compressed side of each matrix of ``net``: (40, 24) and (12, 40)."""

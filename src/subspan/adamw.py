@@ -9,8 +9,8 @@ from subspan.parts import Residual, Selector, Transfer
 from subspan.residuals import RESIDUALS
 from subspan.rules import AdamW
 from subspan.selectors import SELECTORS
-from subspan.step.layout import Rank
 from subspan.step.settings import AllStepOptions, check_names, spelled_out
+from subspan.utils.ranks import Rank
 from subspan.utils.suggestions import look_up
 
 

@@ -17,10 +17,10 @@ from subspan.residuals import RESIDUALS
 from subspan.rules import RULES, AdamW
 from subspan.selectors import SELECTORS, Dominant, Switch
 from subspan.step.carriers import layer_of
-from subspan.step.layout import RANKS, Rank
 from subspan.step.settings import StepOptions, StepSettings, check_names, spelled_out
 from subspan.storage.allocation import StateDtype
 from subspan.utils.errors import SettingError
+from subspan.utils.ranks import RANKS, Rank
 from subspan.utils.suggestions import look_up, near_names
 
 logger = logging.getLogger(__name__)

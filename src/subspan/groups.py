@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from subspan.step.carriers import CarriedLayer, layer_of
-from subspan.step.layout import RANKS, Rank, is_rank, rank_of_side
 from subspan.step.settings import check_settings
 from subspan.utils.errors import SettingError
 from subspan.utils.names import canonical_name, canonical_names
+from subspan.utils.ranks import RANKS, Rank, is_rank, rank_of_side
 
 EXCLUDED = (
     r"embed|(\b|_)emb",

@@ -31,7 +31,6 @@ from subspan.step.backward_side import Carriers, check_carrier, check_ranks
 from subspan.step.carriers import layer_of
 from subspan.step.frame import whole_sketches
 from subspan.step.in_backward import Clip, StepInBackward, check
-from subspan.step.layout import Rank
 from subspan.step.method import Method
 from subspan.step.parameter_state import state_of
 from subspan.step.parameters import step_on_
@@ -40,6 +39,7 @@ from subspan.step.shardable import check_shardable, check_sharded
 from subspan.step.weights import step_inside
 from subspan.step.work import work_of
 from subspan.utils.errors import SettingError
+from subspan.utils.ranks import Rank
 
 logger = logging.getLogger(__name__)
 

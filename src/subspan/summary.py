@@ -10,9 +10,9 @@ from torch import Tensor
 from subspan.distributed import local
 from subspan.parts import Residual
 from subspan.step.carriers import layer_of
-from subspan.step.layout import Rank
 from subspan.step.work import whole_layout
 from subspan.storage.allocation import State, tensor_bytes
+from subspan.utils.ranks import Rank
 from subspan.utils.tables import aligned
 
 

@@ -13,11 +13,13 @@ fill_docs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fill_docs)
 
 
-@pytest.mark.parametrize("page", ["docs/evidence.md", "docs/best.md", "docs/finetune.md", "README.md"])
-def test_a_page_is_what_the_studies_say(page, monkeypatch):
+@pytest.mark.parametrize(
+    ("page", "least"), [("docs/evidence.md", 1), ("docs/best.md", 0), ("docs/finetune.md", 1), ("README.md", 0)]
+)
+def test_a_page_is_what_the_studies_say(page, least, monkeypatch):
     monkeypatch.chdir(ROOT)
     page = (ROOT / page).read_text()
-    assert len(fill_docs.BLOCK.findall(page)) == page.count("<!-- subspan ")  # none that would go unchecked
+    assert len(fill_docs.BLOCK.findall(page)) == page.count("<!-- subspan ") >= least  # none that would go unchecked
     assert fill_docs.filled(page) == page
 
 

@@ -13,8 +13,8 @@ from subspan.backward.sharing import Share, groups_of, of_one_rank
 from subspan.distributed import is_sharded
 from subspan.groups import EXCLUDED, RankPattern, check_rank, select_linear
 from subspan.parts import Key, Residual, Selector, check_part
-from subspan.step.layout import Rank, rank_of_side
 from subspan.utils.errors import SettingError
+from subspan.utils.ranks import Rank, rank_of_side
 
 logger = logging.getLogger(__name__)
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")

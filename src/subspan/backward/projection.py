@@ -15,9 +15,9 @@ from subspan.distributed import averages, is_sharded, local, running_wrapper
 from subspan.parts import Key, Residual, Selector
 from subspan.step.carriers import CarriedLayer, Driver, Plan
 from subspan.step.frame import Frame, draw_frame
-from subspan.step.layout import Rank
 from subspan.storage.allocation import State
 from subspan.storage.stochastic_rounding import add_rounded_
+from subspan.utils.ranks import Rank
 
 
 class Projection:

@@ -16,7 +16,8 @@ from subspan.costs.llama import Layer, Llama, padded
 from subspan.groups import RankPattern
 from subspan.linalg import spectral_dtype
 from subspan.recipes import find
-from subspan.step.layout import Rank, layout_of, rank_of_side
+from subspan.step.layout import layout_of
+from subspan.utils.ranks import Rank, rank_of_side
 
 PERIOD = 200
 """Steps between two refreshes, over which what a refresh costs is averaged."""

@@ -9,9 +9,9 @@ from subspan.planning.many_machines import groups
 from subspan.planning.model import with_vocabulary
 from subspan.planning.plan import Planner
 from subspan.planning.setting import PlanSetting
-from subspan.step.layout import Rank
 from subspan.training.models.presets import PRESETS
 from subspan.utils.errors import SettingError
+from subspan.utils.ranks import Rank
 
 METHODS = (
     ("adamw", False),

@@ -22,8 +22,8 @@ from subspan.costs.state_costs import ParameterShape, StateCosts
 from subspan.costs.traffic import WAYS, Projected, Traffic, Way, amortised
 from subspan.linalg import gram_flops
 from subspan.recipes import find
-from subspan.step.layout import Rank, rank_of_side
 from subspan.utils.errors import SettingError
+from subspan.utils.ranks import Rank, rank_of_side
 
 MODELS = {  # the shapes of LLaMA-2; the rank is a quarter of the width
     "7B": (Llama(4096, 11008, 32, 32, kv=4096), 1024),

@@ -21,12 +21,12 @@ from subspan.planning.setting import PlanSetting
 from subspan.planning.shapes import ShapesOnly
 from subspan.recipes import find
 from subspan.step.carriers import layer_of
-from subspan.step.layout import Rank
 from subspan.step.work import Slot, whole_layout
 from subspan.training.data.tokenizer import load_tokenizer
 from subspan.training.models.build import UNUSABLE, positions_of, preset_of
 from subspan.training.models.presets import PRESETS, Preset, llama_of
 from subspan.utils.errors import InputError, first_line, named
+from subspan.utils.ranks import Rank
 
 LARGER = {"llama-70b": MODELS["70B"]}
 """Models that are no presets of a run: their shapes, and a rank."""

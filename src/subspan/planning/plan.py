@@ -10,8 +10,8 @@ from subspan.planning.model import LARGER, Planned, choose, shapes_of
 from subspan.planning.passes import Passes
 from subspan.planning.setting import PlanSetting
 from subspan.recipes import find
-from subspan.step.layout import Rank, rank_of_side
 from subspan.training.models.presets import PRESETS
+from subspan.utils.ranks import Rank, rank_of_side
 
 ALWAYS = ("weights", "carriers", "states", "bases", "buffers", "communication")
 """The kinds of bytes that are there all the time."""

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from subspan.parts import Key, Residual
-from subspan.storage.allocation import State
+from subspan.parts import Key, Residual, Rows
+from subspan.storage.allocation import State, allocate
 from subspan.utils.checks import DIVISORS, is_divisor
 from subspan.utils.errors import SettingError
 
@@ -69,16 +69,22 @@ def row_factors(U: Tensor, inside: Tensor, whole: Tensor) -> Tensor:
     return phi.clamp_max(torch.finfo(phi.dtype).max).masked_fill(whole == 0, 0)
 
 
-def limit_(norm: Tensor, previous: Tensor, largest: float) -> Tensor:
-    """Return the factor that keeps a norm from growing by more than ``largest`` in a step: Fira's limiter.
+def last_norm(G: Tensor, limiter: float | None) -> State:
+    """Allocate what ``limited_`` keeps from step to step: one number for each matrix, and nothing without a limiter."""
+    return {} if limiter is None else {"residual_norm": allocate(G, G.shape[:-2])}
 
-    ``previous`` becomes the limited norm, unless that is zero or not finite (contract R4). A ``previous`` of zero says
-    that there has been none, and limits nothing.
+
+def limited_(phi: Tensor, outside: Tensor, largest: float, state: State, rows: Rows) -> Tensor:
+    """Return ``phi``, scaled so that the norm of ``phi * S`` grows by at most ``largest`` in a step: Fira's limiter.
+
+    ``outside`` are the norms of the rows of ``S``, ``(..., m, 1)``. The state keeps the limited norm, unless that is
+    zero or not finite (contract R4). A kept norm of zero says that there has been none, and limits nothing.
     """
+    norm, previous = rows.total((phi * outside).square().sum((-2, -1))).sqrt(), state["residual_norm"]
     factor = torch.where(previous > 0, (largest * (previous / norm)).clamp_max(1), 1.0)
     limited = norm * factor
     previous.copy_(torch.where(limited.isfinite() & (limited > 0), limited, previous))
-    return factor
+    return phi * factor[..., None, None]
 
 
 def check_limiter(limiter: object) -> None:

@@ -34,8 +34,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from subspan.parts import ALL_HERE, Rows
-from subspan.residuals.base import Plain, check_limiter, limit_, row_factors, row_norms
-from subspan.storage.allocation import State, allocate
+from subspan.residuals.base import Plain, check_limiter, last_norm, limited_, row_factors, row_norms
+from subspan.storage.allocation import State
 from subspan.utils.errors import SettingError
 
 
@@ -64,7 +64,7 @@ class Fira(Plain):
         check_limiter(self.limiter)
 
     def init(self, G: Tensor) -> State:
-        return {} if self.limiter is None else {"residual_norm": allocate(G, G.shape[:-2])}
+        return last_norm(G, self.limiter)
 
     def combine(
         self,
@@ -83,8 +83,7 @@ class Fira(Plain):
             # ||S_i|| by Pythagoras, so that no S is formed. The norms are in the precision of R: what cancels must not
             # be rounded before.
             outside = (whole.square() - (2 - a) * a * inside.square()).clamp_min(0).sqrt()
-            norm = rows.total((phi * outside).square().sum((-2, -1))).sqrt()
-            phi = phi * limit_(norm, state["residual_norm"], self.limiter)[..., None, None]
+            phi = limited_(phi, outside, self.limiter, state, rows)
         if self.scaled:
             phi = phi * scale
         return U.mul_(scale).addcmul_(phi, R, value=-a), phi

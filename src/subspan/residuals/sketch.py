@@ -22,7 +22,6 @@ Source: none known to us. Deviations from Fira (Chen et al. 2024, arXiv 2410.016
   s)`` times that.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -32,10 +31,11 @@ from torch import Tensor
 
 from subspan import linalg
 from subspan.parts import ALL_HERE, Key, Rows
-from subspan.residuals.base import Plain, check_limiter, limit_, row_factors, row_norms
+from subspan.residuals.base import Plain, check_limiter, last_norm, limited_, row_factors, row_norms
 from subspan.residuals.draws import DRAWS, gaussian
-from subspan.storage.allocation import State, allocate
+from subspan.storage.allocation import State
 from subspan.utils.errors import SettingError
+from subspan.utils.ranks import Rank, is_rank, rank_of_side
 from subspan.utils.suggestions import near_names
 
 _POWERS = {"unbiased": 0.0, "root": 0.25, "one": 0.5}
@@ -60,14 +60,14 @@ class Sketch(Plain):
 
     needs_orthonormal = True
 
-    width: int | float | None = None
+    width: Rank | None = None
     factor: Literal["norms"] | None = "norms"
     weight: Literal["unbiased", "root", "one"] = "unbiased"
     limiter: float | None = 1.01
     draw: str = "gaussian"
 
     def __post_init__(self) -> None:
-        if not _is_width(self.width):
+        if self.width is not None and not is_rank(self.width):
             raise SettingError(
                 f"width={self.width!r}: expected a whole number of directions >= 1, a share of the columns above 0 and "
                 "below 1, such as 0.25, or None for as many as the rank; residuals.Discard() has no sketch"
@@ -81,16 +81,14 @@ class Sketch(Plain):
         check_limiter(self.limiter)
 
     def init(self, G: Tensor) -> State:
-        return {} if self.limiter is None else {"residual_norm": allocate(G, G.shape[:-2])}
+        return last_norm(G, self.limiter)
 
     def sketch_width(self, columns: int, rank: int) -> int:
         return min(self.asked_width(columns, rank), columns - rank)
 
     def asked_width(self, columns: int, rank: int) -> int:
         """Return the width, even if there are fewer directions outside the basis."""
-        if self.width is None:
-            return rank
-        return self.width if isinstance(self.width, int) else max(1, math.floor(self.width * columns + 0.5))
+        return rank if self.width is None else rank_of_side(self.width, columns)
 
     def sketch(self, like: Tensor, rank: int, outside: Callable[[Tensor], Tensor], key: Key) -> Tensor:
         n, s = like.shape[-2:]
@@ -112,14 +110,5 @@ class Sketch(Plain):
         whole = torch.hypot(inside, outside)
         phi = torch.ones_like(inside) if self.factor is None else row_factors(U, inside, whole)
         if self.limiter is not None:
-            norm = rows.total((phi * outside).square().sum((-2, -1))).sqrt()
-            phi = phi * limit_(norm, state["residual_norm"], self.limiter)[..., None, None]
+            phi = limited_(phi, outside, self.limiter, state, rows)
         return U.mul_(scale), phi
-
-
-def _is_width(width: object) -> bool:
-    if isinstance(width, bool):
-        return False
-    if isinstance(width, float):
-        return 0 < width < 1
-    return width is None or (isinstance(width, int) and width >= 1)

@@ -22,13 +22,14 @@ from torch import Tensor
 from subspan import distributed, linalg
 from subspan.step import refresh
 from subspan.step.carriers import CarriedLayer, CarriedProjection, Plan, layer_of
-from subspan.step.layout import PROJ_TYPES, Rank, layout_of, rank_of_side
+from subspan.step.layout import PROJ_TYPES, layout_of
 from subspan.step.method import Method
 from subspan.step.proximal import Proximal
 from subspan.step.weights import Inside, rounding_generator
 from subspan.step.work import Held, Slot, Work, open_
 from subspan.storage.allocation import State
 from subspan.utils.errors import SettingError
+from subspan.utils.ranks import Rank, rank_of_side
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from subspan.parts import Key
-from subspan.step.layout import Rank
 from subspan.storage.allocation import State
+from subspan.utils.ranks import Rank
 
 Plan = Literal["keep", "draw", "form"]
 """What the next pass does with the basis: keep it, draw a new one first, or form the gradient that chooses one."""

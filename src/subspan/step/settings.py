@@ -14,11 +14,12 @@ from typing import Any, Literal, TypedDict, TypeVar
 
 from torch import Tensor
 
-from subspan.step.layout import PROJ_TYPES, RANKS, Rank, is_rank
+from subspan.step.layout import PROJ_TYPES
 from subspan.storage import eight_bit
 from subspan.storage.allocation import StateDtype
 from subspan.utils.checks import DIVISORS, LARGEST, is_divisor, is_factor
 from subspan.utils.errors import SettingError
+from subspan.utils.ranks import RANKS, Rank, is_rank
 from subspan.utils.suggestions import near_names
 
 Function = TypeVar("Function", bound=Callable[..., Any])

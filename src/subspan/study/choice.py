@@ -73,26 +73,34 @@ def _race(
 ) -> _Race:
     assert study.sweep is not None  # without one no row has a stage
     seeds, values = study.sweep.seeds, list(stage.values)
+    tried: dict[str, Cell] = {}
+
+    def losses_of(candidate: PretrainConfig | FinetuneConfig, own: Sequence[int]) -> list[float] | None:
+        cells = [row.cell(candidate, seed) for seed in own]
+        tried.update((cell.key, cell) for cell in cells)
+        found = [records.get(cell.key) for cell in cells]
+        return None if None in found else [_loss(record) for record in found if record is not None]
+
     for left in reversed(range(stage.extend + 1)):
         candidates = [stage.apply(config, value) for value in values]
-        cells = [row.cell(candidate, seeds[0]) for candidate in candidates]
-        if any(cell.key not in records for cell in cells):
-            return _Race(None, tuple(cells))
-        losses = [_loss(records[cell.key]) for cell in cells]
+        firsts = [losses_of(candidate, seeds[:1]) for candidate in candidates]
+        if any(losses is None for losses in firsts):
+            return _Race(None, tuple(tried.values()))
+        losses = [loss for own in firsts for loss in own or ()]
         winner, cost = losses.index(min(losses)), 0.0
-        if not left or not _is_at_end(winner, values):  # else the range grows first
+        grows = bool(left) and _is_at_end(winner, values)
+        if not grows:
             near = [i for i, loss in enumerate(losses) if loss <= losses[winner] + study.sweep.within]
-            rows = {i: [row.cell(candidates[i], seed) for seed in seeds] for i in near}
-            cells += [cell for i in near for cell in rows[i][1:]]
-            if any(cell.key not in records for cell in cells):
-                return _Race(None, tuple(cells))
-            found = {i: [_loss(records[cell.key]) for cell in rows[i]] for i in near}
+            found = {i: own for i in near if (own := losses_of(candidates[i], seeds)) is not None}
+            if len(found) < len(near):
+                return _Race(None, tuple(tried.values()))
             winner = min(near, key=lambda i: fmean(found[i]))
             cost = max((_cost(found[winner], found[i]) for i in near if i != winner), default=0.0)
-        if not left or not _is_at_end(winner, values):
+            grows = bool(left) and _is_at_end(winner, values)
+        if not grows:
             break
         values = [values[0] ** 2 / values[1], *values] if winner == 0 else [*values, values[-1] ** 2 / values[-2]]
-    return _Race(candidates[winner], tuple(cells), len(values) > 2 and _is_at_end(winner, values), cost)
+    return _Race(candidates[winner], tuple(tried.values()), len(values) > 2 and _is_at_end(winner, values), cost)
 
 
 def _is_at_end(place: int, values: Sequence[object]) -> bool:

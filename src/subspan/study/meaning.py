@@ -28,10 +28,10 @@ from subspan.training.models.presets import PRESETS
 from subspan.utils.errors import InputError
 
 _NOT_COMPUTED = names_without_effect()
-_AS_GIVEN = ("model", "data", "validation_data", "test_data", "tokenizer", "precision")
-"""Settings whose resolved value depends on the machine."""
 _CONTENTS = ("model", "data", "validation_data", "test_data", "tokenizer")
 """Settings that name a content."""
+_AS_GIVEN = (*_CONTENTS, "precision")
+"""Settings whose resolved value depends on the machine."""
 _WEIGHTS = (".json", ".safetensors", ".bin", ".txt", ".model")
 """Kinds of the files of a model directory that are its content."""
 

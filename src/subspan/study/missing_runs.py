@@ -1,26 +1,24 @@
-"""The runs of a study that are still missing, given the records of those that are done."""
+"""The runs of a study, given the records of those that are done."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from subspan.study.choice import choose
 from subspan.study.records import Record
 from subspan.study.study_file import Cell, Study
 
 
-def cells_of(study: Study, records: Mapping[str, Record]) -> Iterator[Cell]:
-    """Yield the runs of the study, as far as they are known.
+def cells_of(study: Study, records: Mapping[str, Record]) -> tuple[dict[str, Cell], int]:
+    """Return the runs of a study by key, as far as they are known, and how many there will be.
 
-    The sweeps come first. Then every row gets one seed before any row gets the next.
+    The sweeps come first. Then every row gets one seed before any row gets the next. How many runs there will be is
+    counted as if the sweeps that are not done needed no more runs than they have by now.
     """
     choices = [(row, choose(study, row, records)) for row in study.rows]
-    for _, choice in choices:
-        yield from choice.cells
+    cells = [cell for _, choice in choices for cell in choice.cells]
+    whole = len(cells) + len(study.rows) * len(study.seeds)
     for seed in study.seeds:
-        for row, choice in choices:
-            if choice.config is not None:
-                yield row.cell(choice.config, seed)
-
-
-def total(study: Study, records: Mapping[str, Record]) -> int:
-    """Return how many runs the study has, as far as can be known before its sweeps are done."""
-    return len(study.rows) * len(study.seeds) + sum(len(choose(study, row, records).cells) for row in study.rows)
+        cells += [row.cell(choice.config, seed) for row, choice in choices if choice.config is not None]
+    known: dict[str, Cell] = {}
+    for cell in cells:
+        known.setdefault(cell.key, cell)  # rows may have runs in common
+    return known, whole

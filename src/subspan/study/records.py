@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -39,7 +39,7 @@ def read_records(path: Path) -> dict[str, Record]:
     return records
 
 
-def is_of_committed_code(record: Record) -> bool:
+def is_of_committed_code(record: Mapping[str, Any]) -> bool:
     """Whether the code that computed the run was in a commit, as far as the record says."""
     return not str(record.get("commit", "")).endswith("-dirty")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from subspan.study.meaning import check_hashes
-from subspan.study.missing_runs import cells_of, total
+from subspan.study.missing_runs import cells_of
 from subspan.study.progress import StudyProgress
 from subspan.study.records import Record, append_records, is_of_committed_code, read_all, read_records
 from subspan.study.study_file import Cell, Study
@@ -69,10 +69,11 @@ class Runner:
         for row in study.rows:
             check_hashes(row.config, row.hashes)
         self.study, self.runs, self.jobs = study, runs / study.name, jobs
-        found = read_all(study.results.parent, study.results)
-        self.records = {key: record for key, record in found.items() if is_of_committed_code(record)}
-        self.failed: dict[str, str] = {}  # by key: how the run failed, and where more is said
         self._stamp = stamp()
+        # A run of code that was in no commit is run again by code that is.
+        found, committed = read_all(study.results.parent, study.results), is_of_committed_code(self._stamp)
+        self.records = {key: run for key, run in found.items() if is_of_committed_code(run) or not committed}
+        self.failed: dict[str, str] = {}  # by key: how the run failed, and where more is said
 
     def run(self) -> int:
         """Run what is missing.
@@ -82,7 +83,6 @@ class Runner:
             command goes on where it stopped.
         """
         study = self.study
-        self._adopt()
         running: list[_Running] = []
         context = get_context("forkserver")
         context.set_forkserver_preload(_MODULES)
@@ -118,26 +118,22 @@ class Runner:
                     entry.process.join()
                     running.remove(entry)
                     self._collect(entry)
-                    self._adopt()  # for rows whose learning rate is known now
                     known, whole = self._known()
         for key, how in self.failed.items():
             say(f"error: run {key} {how}")
         return 1 if self.failed else 0
 
     def _known(self) -> tuple[dict[str, Cell], int]:
-        """Return the runs that are known by now, by key, and how many there will be."""
-        return {cell.key: cell for cell in cells_of(self.study, self.records)}, total(self.study, self.records)
+        """Return the runs that are known by now, by key, and how many there will be.
 
-    def _adopt(self) -> None:
-        """Copy what other studies have found into the record of this one, of which its table is made.
-
-        A run of code that is in no commit does not count: it is run again.
+        What other studies have found of them is copied into the record of this one, of which its table is made.
         """
+        known, whole = cells_of(self.study, self.records)
         own = read_records(self.study.results)
-        keys = [cell.key for cell in cells_of(self.study, self.records)]
-        found = [self.records[key] for key in keys if key in self.records and key not in own]
+        found = [self.records[key] for key in known if key in self.records and key not in own]
         if found:
             append_records(self.study.results, found)
+        return known, whole
 
     def _start(self, context: Any, cell: Cell) -> _Running:
         row = re.sub(r"[^\w.=,-]+", "_", cell.row)

@@ -37,7 +37,7 @@ Table = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class _Runs:
+class Runs:
     """A row with the settings that were chosen for it, and the records of its seeds."""
 
     row: Row
@@ -49,28 +49,32 @@ class _Runs:
         return {seed: record for seed, record in self.by_seed.items() if record["status"] == "finished"}
 
 
-def runs_of(study: Study, row: Row, records: Mapping[str, Record]) -> _Runs:
-    """Return the records of the seeds of a row, as far as there are any."""
-    choice = choose(study, row, records)
-    if choice.config is None:
-        return _Runs(row, choice, {})
-    found = {seed: records.get(row.cell(choice.config, seed).key) for seed in study.seeds}
-    return _Runs(row, choice, {seed: record for seed, record in found.items() if record})
+def runs_of(study: Study) -> dict[str, Runs]:
+    """Read the records of a study, and return those of the seeds of each row, by its name."""
+    records = read_records(study.results)
+    found = {}
+    for row in study.rows:
+        choice, own = choose(study, row, records), {}
+        if choice.config is not None:
+            keys = {seed: row.cell(choice.config, seed).key for seed in study.seeds}
+            own = {seed: records[key] for seed, key in keys.items() if key in records}
+        found[row.name] = Runs(row, choice, own)
+    return found
 
 
-def compare(study: Study, metric: str | None = None) -> Table:
+def compare(study: Study, metric: str | None = None, runs: Mapping[str, Runs] | None = None) -> Table:
     """Return the table, in primitives as JSON has them.
 
     Args:
-        study: the study, whose records are read.
+        study: the study.
         metric: ``test_loss``, ``val_loss``, ``val_ppl``, or a score of fine-tuning. A higher score is better. The
             default is ``test_loss``, or ``val_loss`` where a run has no test text.
+        runs: those of ``runs_of``, if they are read already.
 
     Raises:
         InputError: runs of the study have no such measurement.
     """
-    records = read_records(study.results)
-    runs = {row.name: runs_of(study, row, records) for row in study.rows}
+    runs = runs_of(study) if runs is None else runs
     if metric is None:
         every = [record for own in runs.values() for record in own.finished.values()]
         metric = "test_loss" if all(record.get("test_loss") is not None for record in every) else "val_loss"
@@ -107,7 +111,7 @@ def _measured(record: Record, metric: str, study: Study) -> float:
 
 
 def _row(
-    study: Study, runs: _Runs, reference_runs: _Runs, values: Mapping[str, Mapping[int, float]], metric: str
+    study: Study, runs: Runs, reference_runs: Runs, values: Mapping[str, Mapping[int, float]], metric: str
 ) -> dict[str, Any]:
     row, choice, records = runs.row, runs.choice, list(runs.by_seed.values())
     own, reference = values[row.name], values[study.reference]
@@ -179,7 +183,7 @@ def _settings(row: Row, choice: Choice) -> dict[str, Any]:
     return dict(zip(names, values, strict=True))
 
 
-def _tokens(runs: _Runs, reference: _Runs) -> dict[str, Any]:
+def _tokens(runs: Runs, reference: Runs) -> dict[str, Any]:
     """Return the tokens that a row has read when its validation loss is that at which the reference ends."""
     reached = {}
     for seed, record in runs.finished.items():
@@ -223,7 +227,7 @@ def _mean_difference(a: Mapping[int, float], b: Mapping[int, float]) -> float | 
     return stdlib.mean(a[seed] - b[seed] for seed in shared) if shared else None
 
 
-def _mean_of(runs: _Runs, key: str) -> float | None:
+def _mean_of(runs: Runs, key: str) -> float | None:
     """Return the mean over the runs that measured ``key``."""
     counted = [record[key] for record in runs.finished.values() if record.get(key) is not None]
     return stdlib.mean(counted) if counted else None

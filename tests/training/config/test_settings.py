@@ -10,6 +10,8 @@ from subspan.study.study_file import load_study
 from subspan.training.config.settings import names_without_effect
 
 STUDIES = sorted((Path(__file__).parents[3] / "studies").glob("*.yaml"))
+_FINISHED = {"finetune_minilm"}
+"""Studies of which every run is recorded."""
 INCIDENTAL = {
     "out", "resume", "device", "threads", "micro_batch_size", "gradient_checkpointing", "checkpoint", "log_every",
     "tensorboard", "parallel", "probes",
@@ -27,6 +29,8 @@ def test_committed_results_keep_their_keys(path: Path) -> None:
     """Every record of a committed study is that of one of its runs; a study may not be run yet."""
     study = load_study(path)
     records = read_records(study.results)
-    cells = list(cells_of(study, records))
+    cells, _ = cells_of(study, records)
     assert cells
-    assert set(records) <= {cell.key for cell in cells}
+    assert set(records) <= cells.keys()
+    if path.stem in _FINISHED:
+        assert set(records) == cells.keys()

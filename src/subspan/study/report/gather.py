@@ -14,7 +14,6 @@ import yaml
 
 from subspan.checkpoints.directory import list_checkpoints
 from subspan.study.inspect import NothingToSeeError, inspect
-from subspan.study.records import read_records
 from subspan.study.study_file import load_study
 from subspan.study.table import Table, compare, curve_of, runs_of
 from subspan.training.monitor.metrics import read_metrics
@@ -103,18 +102,13 @@ def gather(sources: Sequence[str]) -> Parts:
 
 def _study(path: Path) -> StudyPart:
     study = load_study(path)
-    records = read_records(study.results)
-    curves: dict[str, list[Curve]] = {}
-    versions: set[str] = set()
-    for row in study.rows:
-        runs = runs_of(study, row, records)
-        # A run that diverged takes part in no mean of the table either.
-        if runs.finished:
-            curves[row.name] = [curve_of(record) for record in runs.finished.values()]
-        versions |= {_versions(record) for record in runs.by_seed.values()}
+    runs = runs_of(study)
+    # A run that diverged takes part in no mean of the table either.
+    curves = {name: [*map(curve_of, own.finished.values())] for name, own in runs.items() if own.finished}
+    versions = {_versions(record) for own in runs.values() for record in own.by_seed.values()}
     shown = f"{path.parent.name}/{path.name}"
     return StudyPart(
-        compare(study), curves, f"subspan study run {shown}; subspan study table {shown}", sorted(versions)
+        compare(study, runs=runs), curves, f"subspan study run {shown}; subspan study table {shown}", sorted(versions)
     )
 
 

@@ -46,7 +46,7 @@ def allowed(kind: Any) -> str:
     if origin is dict or is_dataclass(kind):
         return _NAMES[dict]
     if inner:  # a union
-        # Python keeps one object for int | float and float | int, in the order of whichever it met first.
+        # The order of such a union is not always the written one.
         return " or ".join(map(allowed, sorted(inner, key=lambda part: (part is NoneType) * 2 + (part is float))))
     return _NAMES.get(kind, getattr(kind, "__name__", str(kind)))
 

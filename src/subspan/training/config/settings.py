@@ -200,7 +200,7 @@ class RunConfig:
     """Write files for TensorBoard, in addition to metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        # Of int | float a parser may take the float, since Python keeps one object for both orders of such a union.
+        # Of int | float the parser may try float first: the order of such a union is not always the written one.
         object.__setattr__(self, "rank", _whole(self.rank))
         if self.rank_pattern is not None:
             ranks = {pattern: _whole(rank) for pattern, rank in self.rank_pattern.items()}
@@ -208,8 +208,8 @@ class RunConfig:
 
 
 def _whole(rank: T) -> T | int:
-    """Return the whole number that ``rank`` is, if it is one >= 1; a rank of 1.0 is no share."""
-    return int(rank) if isinstance(rank, float) and rank >= 1 and rank.is_integer() else rank
+    """Return a float as the whole number that it is, if it is one above 1. A rank of 1.0 stays, which is refused."""
+    return int(rank) if isinstance(rank, float) and rank > 1 and rank.is_integer() else rank
 
 
 @dataclass(frozen=True)
