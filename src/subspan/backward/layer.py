@@ -9,6 +9,7 @@ from subspan.backward.autograd import linear
 from subspan.backward.projection import Projection
 from subspan.distributed import several_processes
 from subspan.step.carriers import mark
+from subspan.utils.compiler import untraced
 
 
 class BackwardLinear(nn.Linear):
@@ -57,7 +58,7 @@ class BackwardLinear(nn.Linear):
         y = super().forward(input)
         return y + self.projection.moved(input, self).to(y.dtype) if self.projection.displaced else y
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the basis may change in it, and what is saved depends on that
+    @untraced  # the basis may change in it, and what is saved depends on that
     def _train(self, x: Tensor) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

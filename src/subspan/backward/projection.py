@@ -17,6 +17,7 @@ from subspan.step.carriers import CarriedLayer, Driver, Plan
 from subspan.step.frame import Frame, draw_frame
 from subspan.storage.allocation import State
 from subspan.storage.stochastic_rounding import add_rounded_
+from subspan.utils.compiler import untraced
 from subspan.utils.ranks import Rank
 
 
@@ -89,7 +90,7 @@ class Projection:
         self.plan, self.key, self.formed = plan, key or self.key, False
         self._pass = self._stepping = None  # layers that have not run must not keep the input alive
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it asks Python, not tensors
+    @untraced  # it asks Python, not tensors
     def note_wrapper(self) -> None:
         """Take the process group of the wrapper whose forward pass is running, unless one has been given.
 

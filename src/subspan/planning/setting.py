@@ -2,11 +2,12 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from subspan.groups import check_rank
-from subspan.recipes import find
 from subspan.utils.errors import SettingError
+
+if TYPE_CHECKING:
+    from subspan.recipes import Recipe
 
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "TiB": 2**40, "GB": 10**9, "MB": 10**6, "TB": 10**12}
 
@@ -49,7 +50,9 @@ class PlanSetting:
     """Memory of a device, such as 24GiB or 80GB; with null the plan does not say whether the step fits."""
 
     def __post_init__(self) -> None:
-        recipe = find(self.optimizer)
+        from subspan.groups import check_rank  # these import torch, and the help of the command does not wait for it
+
+        recipe = _recipe(self.optimizer)
         check_rank(1 if self.rank is None else self.rank, self.rank_pattern)
         for name in ("batch", "seq", "accumulate", "world"):
             value = getattr(self, name)
@@ -79,7 +82,7 @@ class PlanSetting:
     @property
     def is_backward_side(self) -> bool:
         """Whether the backward pass makes the low-rank gradient, once the default is known."""
-        return find(self.optimizer).backward_side if self.backward_side is None else self.backward_side
+        return _recipe(self.optimizer).backward_side if self.backward_side is None else self.backward_side
 
     @property
     def budget(self) -> int | None:
@@ -95,6 +98,12 @@ class PlanSetting:
     def keeps_gradients(self) -> bool:
         """Whether gradients pile up during the backward pass. If not, they are there before it, or go as they come."""
         return self.accumulate == 1 and not self.sharded and not self.step_in_backward
+
+
+def _recipe(name: str) -> "Recipe":
+    from subspan.recipes import find
+
+    return find(name)
 
 
 def bytes_of(size: str) -> int:

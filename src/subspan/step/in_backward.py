@@ -26,6 +26,7 @@ from subspan.step.refresh import low_rank_suffices
 from subspan.step.weights import Inside
 from subspan.step.work import Slot, work_of
 from subspan.utils.checks import DIVISORS, is_divisor
+from subspan.utils.compiler import untraced
 from subspan.utils.errors import SettingError
 
 Clip = Literal["none", "per_param", "lagged_global"]
@@ -168,7 +169,7 @@ _AVERAGING = (
 )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # it asks Python, not tensors
+@untraced  # it asks Python, not tensors
 def _refuse_averaging(model: nn.Module, inputs: Any) -> None:
     """Raise in the forward pass of a model that steps in the backward pass and that DistributedDataParallel wraps."""
     wrapper = distributed.running_wrapper()
