@@ -98,6 +98,7 @@ def _run(words: list[str]) -> int:
         given = parser.parse_args(words)
     except UnicodeDecodeError as error:
         fail(f"a file of settings cannot be read as text: {error}; save it in UTF-8")
+    importlib.import_module("torch")  # while Ctrl-C still ends the process, since every command needs it
     begun()
     try:
         return command(given.command).run(given[given.command])
