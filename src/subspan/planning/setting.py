@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from subspan.utils.errors import SettingError
+from subspan.utils.ranks import Rank
 
 if TYPE_CHECKING:
     from subspan.recipes import Recipe
@@ -21,9 +22,9 @@ class PlanSetting:
     hub."""
     optimizer: str = "sara_adamw"
     """Name of an optimizer from `subspan list optimizers`."""
-    rank: int | float | None = None
+    rank: Rank | None = None
     """Rank of the subspaces, or its share of each compressed side, such as 0.25; null takes the preset's, or 128."""
-    rank_pattern: dict[str, int | float] | None = None
+    rank_pattern: dict[str, Rank] | None = None
     """Other ranks by name, such as {q_proj: 32, mlp: 0.5}. The first regular expression that is found in the name of a
     matrix gives its rank."""
     backward_side: bool | None = None

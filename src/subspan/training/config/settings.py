@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-T = TypeVar("T")
+from subspan.utils.ranks import Rank
+
 _INCIDENTAL = {"computes": "nothing"}
 """Metadata of a setting that changes nothing that is computed, except for rounding."""
 _MEASUREMENT = {"computes": "measurements"}
@@ -153,10 +154,10 @@ class RunConfig:
     lr: float | None = None
     """Peak learning rate. The optimizer defines the default; when a pretrained model is fine-tuned, it is in most cases
     3e-5."""
-    rank: int | float | None = None
+    rank: Rank | None = None
     """Dimension of the subspaces: a whole number, or a share of the compressed side of each matrix, such as 0.25. The
     default is that of the preset, or 4 when a pretrained model is fine-tuned."""
-    rank_pattern: dict[str, int | float] | None = None
+    rank_pattern: dict[str, Rank] | None = None
     """Other ranks by name, such as {q_proj: 32, mlp: 0.5}, whole numbers or shares. The first regular expression that
     is found in the name of a projected matrix gives its rank. By default all have `rank`."""
     update_proj_gap: int | None = None
@@ -198,18 +199,6 @@ class RunConfig:
     """Steps between lines of metrics."""
     tensorboard: bool = field(default=False, metadata=_INCIDENTAL)
     """Write files for TensorBoard, in addition to metrics.jsonl."""
-
-    def __post_init__(self) -> None:
-        # Of int | float the parser may try float first: the order of such a union is not always the written one.
-        object.__setattr__(self, "rank", _whole(self.rank))
-        if self.rank_pattern is not None:
-            ranks = {pattern: _whole(rank) for pattern, rank in self.rank_pattern.items()}
-            object.__setattr__(self, "rank_pattern", ranks)
-
-
-def _whole(rank: T) -> T | int:
-    """Return a float as the whole number that it is, if it is one above 1. A rank of 1.0 stays, which is refused."""
-    return int(rank) if isinstance(rank, float) and rank > 1 and rank.is_integer() else rank
 
 
 @dataclass(frozen=True)
