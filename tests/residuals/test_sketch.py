@@ -60,6 +60,31 @@ def test_the_mean_over_draws_is_what_lies_outside(draw, n, r, s):
     assert (0.1 * outside).square().sum().item() > 3 * variance / count + 1e-18
 
 
+@pytest.mark.parametrize("axes", [False, True], ids=["any basis", "a basis of axes"])
+@pytest.mark.parametrize("s", [1, 3, 6])
+@pytest.mark.parametrize("draw", ["gaussian", "coordinates"])
+def test_the_variance_is_that_of_the_theory_page(draw, s, axes):
+    """The mean over 4,000 draws of ``||S O Oᵀ - S||²`` is its closed form, within five standard errors.
+
+    With coordinates it depends on the columns of ``S``: one of them is made five times as large as the others.
+    """
+    n, r, count = 12, 4, 4000
+    Q = torch.eye(n, r, dtype=torch.float64) if axes else haar(torch.empty(n, r), torch.Generator().manual_seed(0))
+    G = torch.randn(5, n, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    G[:, 3 if not axes else 7] *= 5
+    S = G - G @ Q @ Q.T
+    like = torch.empty(count, n, s, dtype=torch.float64)
+    O = Sketch(s, draw=draw).sketch(like, r, lambda A: A - A @ Q @ Q.T, Key(0, "weight", 0))
+    found = (S @ O @ O.mT - S).square().sum((-2, -1)) / S.square().sum()
+    inside = float((S.square().sum(0) * Q.square().sum(1)).sum() / S.square().sum())
+    known = {
+        "gaussian": (n - r) / s - 1,
+        "coordinates": n / s - 1 - n / s * (n - s) / (n - 1) * inside,
+    }[draw]
+    assert abs(found.mean().item() - known) < 5 * found.std().item() / count**0.5 + 1e-12
+    assert known > 0.3 * ((n - r) / s - 1)  # so there is something to compare
+
+
 @pytest.mark.parametrize("draw", ["coordinates", "cosines"])
 def test_draws_without_a_factorisation(draw):
     """Without a basis to be outside of, the directions are ``s`` columns of an orthogonal matrix: the columns drawn as
