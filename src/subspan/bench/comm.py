@@ -16,7 +16,7 @@ from torch import nn
 
 from subspan.bench.setting import Setting, build_model
 from subspan.costs.collectives import CountCollectives, Sent, fake_world
-from subspan.costs.traffic import PERIOD, WAYS, Traffic, Way, amortised
+from subspan.costs.traffic import COUNTED, PERIOD, Traffic, Way, amortised
 from subspan.factory import create, residual_of
 from subspan.groups import check_rank
 from subspan.optimizer import SubspaceOptimizer
@@ -63,14 +63,14 @@ class CommSetting:
 
 
 def measure(setting: CommSetting) -> dict[str, Any]:
-    """Count one row for each of ``WAYS``: payloads and the bytes that each rank sends, and their closed forms.
+    """Count one row for each of ``COUNTED``: payloads and the bytes that each rank sends, and their closed forms.
 
     Raises:
         SettingError: this process belongs to a process group.
     """
     torch.set_num_threads(setting.threads)
     rows = []
-    for name, way in WAYS.items():
+    for name, way in COUNTED.items():
         with fake_world(setting.world):
             counted = count(setting, way)
             gc.collect()  # DDP must go before its process group does

@@ -49,6 +49,9 @@ WAYS = {
     "sara_fsdp": Way("sara_adamw", sharded=True),
     "sara_backward_fsdp": Way("sara_adamw", sharded=True, backward_side=True),
 }
+"""The ways that are compared on many machines."""
+COUNTED = WAYS | {"sara_sketch_backward_ddp": Way("sara_sketch_adamw", backward_side=True)}
+"""The ways whose traffic is counted. A sketch is among them, for which ``[R T]`` is sent."""
 
 
 class Projected(NamedTuple):
