@@ -216,16 +216,19 @@ class SubspaceOptimizer(Restorable):
         """Step on each parameter in the backward pass, as soon as its gradient is there, and free the gradient.
 
         So only one gradient is held at a time. Call this when the model is on its device and sharded (after
-        ``fully_shard``). ``step()``, schedulers, hooks and ``state_dict`` are used as before; save after a step. Until
-        ``step()`` is called nobody else can read a gradient: ``clip_grad_norm_`` is refused. Copies and pickles step in
-        the backward pass too. See ``step/in_backward.py``.
+        ``fully_shard``). ``step()``, schedulers, hooks and ``state_dict`` are used as before; save after a step.
+        Nobody else can read a gradient. Only its norm is known, so that trainers can log it: between refreshes it is
+        the norm of ``R``, which is smaller than that of ``G``. ``clip_grad_norm_`` returns the norm of what was used,
+        before clipping, and changes nothing. It raises where it would have to clip, unless ``clip`` has done so to the
+        same ``max_norm``. Copies and pickles step in the backward pass too. See ``step/in_backward.py``.
 
         Args:
             model: holds this optimizer's parameters.
-            accumulate: number of micro-batches (backward passes) of a step; their gradients are added up.
+            accumulate: largest number of micro-batches (backward passes) of a step; their gradients are added up. A
+                parameter steps with the last of them. If it has had fewer, ``step()`` steps on these.
             clip: ``"none"`` does not clip. ``"per_param"`` scales each parameter's gradient down to ``max_norm``.
-                ``"lagged_global"`` scales all gradients by the factor that the global norm of the last step asks for.
-                Between refreshes the norm is that of ``R``.
+                ``"lagged_global"`` scales all gradients by the factor that the global norm of the last step asks for;
+                the first step is not clipped.
             max_norm: largest norm, > 0.
 
         Returns:
