@@ -134,6 +134,7 @@ class Planner:
             "rank_pattern": None if full_rank else setting.rank_pattern,
             "ranks": self.at(self.rank).ranks,
             "backward_side": setting.is_backward_side,
+            "share": setting.share if setting.is_backward_side else None,
             "dtype": setting.dtype,
             "batch": setting.batch,
             "seq": self.seq,
