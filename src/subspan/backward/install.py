@@ -7,9 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from subspan.backward.inputs import Inputs
 from subspan.backward.layer import BackwardLinear
 from subspan.backward.projection import Projection
-from subspan.backward.sharing import Share, groups_of, of_one_rank
+from subspan.backward.sharing import Share, groups_of, met_by, of_one_rank, passes_on
 from subspan.distributed import is_sharded
 from subspan.groups import EXCLUDED, RankPattern, check_rank, select_linear
 from subspan.parts import Key, Residual, Selector, check_part
@@ -75,7 +76,8 @@ class Handle:
             like = first.weight.new_ones(1, first.in_features)
             selector.refresh_(like, state, Key(seed, first.weight_name, step))
             projection.bind(selector, None, state, self)
-            projection.plan, projection.displaced = "keep", True
+            projection.expect("keep")
+            projection.displaced = True
         return [layer.carrier for layer in self.layers]
 
     def refresh_projection(self, projection: Projection, G: Tensor | None) -> None:
@@ -201,17 +203,26 @@ def project_backward(
             )
         if not layer.weight.requires_grad:
             raise SettingError(f"targets: the weight of {name!r} is frozen; exclude it")
-    groups, divided = of_one_rank(groups_of(model, layers, share), ranks, share)
+    met = met_by(model, layers, share)
+    groups, divided = of_one_rank(groups_of(model, layers, share, met), ranks, share)
     if divided is not None:
         logger.warning("%s", divided)
-    projections = []
+    projections, inputs = [], Inputs()
     for names in groups:
         patterned = [pattern.finds(f"{name}.weight") is not None for name in names]
         first = names[patterned.index(False)] if not all(patterned) else names[0]
         r = ranks[first]
         s = 0 if residual is None else residual.sketch_width(layers[first].in_features, r)
         projection = Projection(
-            r, merge, select_from, process_group, sketch_width=s, asked=asked[first], by_pattern=all(patterned)
+            r,
+            merge,
+            select_from,
+            process_group,
+            inputs=inputs,
+            in_features=layers[first].in_features,
+            sketch_width=s,
+            asked=asked[first],
+            by_pattern=all(patterned),
         )
         for name in names:
             layer = layers[name]
@@ -219,5 +230,8 @@ def project_backward(
             assert isinstance(layer, BackwardLinear)
             layer.join(projection, f"{name}.weight")
         projections.append(projection)
+    number_of = {name: number for number, names in enumerate(groups) for name in names}
+    for names in met or ():
+        inputs.note(passes_on(names, number_of, groups))
     logger.info("backward-side: %d linear layers at rank %s share %d bases", len(layers), rank, len(projections))
     return Handle(projections, divided)

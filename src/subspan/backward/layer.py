@@ -15,8 +15,9 @@ from subspan.utils.compiler import untraced
 class BackwardLinear(nn.Linear):
     """``y = x Wᵀ + (x Q) Bᵀ + b`` with ``W`` frozen and the carrier ``B (out, r)``, which is zero or a displacement.
 
-    The gradient of ``B`` is ``R = dyᵀ (x Q)``, the projection of the gradient of ``W``. To compute it, neither ``x`` is
-    saved nor the full gradient formed. ``project_backward`` makes such a layer of an ``nn.Linear``, in place.
+    The gradient of ``B`` is ``R = dyᵀ (x Q)``, the projection of the gradient of ``W``. To compute it, the full
+    gradient is not formed. Nor is ``x`` saved, unless bases of their own would save more of it.
+    ``project_backward`` makes such a layer of an ``nn.Linear``, in place.
 
     With a sketch the carrier has ``s`` more columns, for whose sake its gradient is ``[R T] = dyᵀ (x [Q O])``. They are
     always zero.
@@ -65,7 +66,7 @@ class BackwardLinear(nn.Linear):
         with torch.autocast(kind, enabled=False):
             entered, layer_pass = self.projection.join_pass(self.number, x, dtype)
             moved = self.projection.displaced_by(self) if self.projection.displaced else None
-            return linear(entered, self.weight, self.bias, layer_pass, moved, self.projection.back)
+            return linear(entered, self.weight, self.bias, layer_pass, moved, self.projection)
 
     # --- as a plain linear layer --------------------------------------------------------------------------------------
 

@@ -14,30 +14,66 @@ logger = logging.getLogger(__name__)
 Share = str | Sequence[Sequence[str]] | Mapping[str, Any]
 
 
-def groups_of(model: nn.Module, layers: Mapping[str, nn.Linear], share: Share) -> list[list[str]]:
+def met_by(model: nn.Module, layers: Mapping[str, nn.Linear], share: Share) -> list[list[str]] | None:
+    """Run the model once, and return the names of the layers that each of their inputs meets, in their order.
+
+    ``None`` if the model has no inputs to run on, or does not run on its own ones and ``share`` does not depend on it.
+    """
+    if isinstance(share, Mapping):
+        return _seen(model, layers, share)
+    inputs = getattr(model, "dummy_inputs", None)  # every transformers model has them
+    if not isinstance(inputs, Mapping):
+        return None
+    try:
+        return _seen(model, layers, inputs)
+    except SettingError:
+        if share == "auto":
+            raise
+        return None
+
+
+def groups_of(
+    model: nn.Module, layers: Mapping[str, nn.Linear], share: Share, met: Sequence[list[str]] | None
+) -> list[list[str]]:
     """Sort the names of ``layers`` into groups that share, in the order of the model.
 
-    ``project_backward`` explains ``share``.
+    ``project_backward`` explains ``share``. ``met`` is what ``met_by`` has found.
     """
     if share == "none":
         return [[name] for name in layers]
-    if share == "auto":
-        inputs = getattr(model, "dummy_inputs", None)  # every transformers model has them
-        if not isinstance(inputs, Mapping):
-            logger.warning(
-                "share='auto': %s has no dummy_inputs to see which layers get the same tensor; each gets a basis of "
-                "its own, and saves its own x Q; give share=dict(inputs of the model), or lists of names",
-                type(model).__name__,
-            )
-            return [[name] for name in layers]
-        return _seen(model, layers, inputs)
-    if isinstance(share, Mapping):
-        return _seen(model, layers, share)
+    if share == "auto" or isinstance(share, Mapping):
+        if met is not None:
+            return _of_one_input(layers, met)
+        logger.warning(
+            "share='auto': %s has no dummy_inputs to see which layers get the same tensor; each gets a basis of its own, "
+            "and saves its own x Q; give share=dict(inputs of the model), or lists of names",
+            type(model).__name__,
+        )
+        return [[name] for name in layers]
     if isinstance(share, str):
         raise SettingError(
             f"share={share!r}: expected 'auto', 'none', inputs of the model as a dict, or lists of names"
         )
     return _named(layers, share)
+
+
+def passes_on(names: Sequence[str], projections: Mapping[str, int], groups: Sequence[Sequence[str]]) -> list[int]:
+    """Return the numbers of the groups that begin a pass on an input, when ``names`` meet it in this order.
+
+    Args:
+        names: the layers, of which one may come several times.
+        projections: the number of the group of each layer.
+        groups: the layers of each group, which pass together.
+    """
+    began: list[int] = []
+    waiting: dict[int, set[str]] = {}
+    for name in names:
+        number = projections[name]
+        if name not in waiting.get(number, ()):
+            began.append(number)
+            waiting[number] = set(groups[number])
+        waiting[number].remove(name)
+    return began
 
 
 def of_one_rank(
@@ -79,7 +115,7 @@ def of_one_rank(
 
 
 def _seen(model: nn.Module, layers: Mapping[str, nn.Linear], inputs: Mapping[str, Any]) -> list[list[str]]:
-    """Run the model once, and see which layers get the same tensor."""
+    """Run the model once, and list the layers that get the same tensor, for each tensor."""
     calls: list[tuple[Tensor, list[str]]] = []  # the tensors are kept alive, so that no two are at one address
 
     def watch(name: str) -> Any:
@@ -110,8 +146,12 @@ def _seen(model: nn.Module, layers: Mapping[str, nn.Linear], inputs: Mapping[str
             hook.remove()
         for module, mode in modes.items():
             module.training = mode
+    return [names for _, names in calls]
+
+
+def _of_one_input(layers: Mapping[str, nn.Linear], met: Sequence[list[str]]) -> list[list[str]]:
     group_of: dict[str, int] = {}
-    for number, (_, names) in enumerate(calls):
+    for number, names in enumerate(met):
         for name in names:
             if name in group_of:  # called with two tensors: others in its group would wait for it
                 group_of[name] = -1

@@ -100,7 +100,14 @@ def row_of(setting: CommSetting, way: Way, step: Sent, refresh: Sent) -> dict[st
 
 def count(setting: CommSetting, way: Way) -> tuple[Sent, Sent]:
     """Count what an ordinary step and a refresh send, in the process group that is there."""
-    small = Setting(setting.model, tokens=32, rank=setting.rank, rank_pattern=setting.rank_pattern, sequence_length=16)
+    small = Setting(
+        setting.model,
+        tokens=32,
+        rank=setting.rank,
+        rank_pattern=setting.rank_pattern,
+        sequence_length=16,
+        share="none" if way.own_bases else "auto",
+    )
     model, handle = build_model(small, way.backward_side, setting.select_from, residual_of(way.optimizer))
     forward: Callable[..., Any] = model
     if way.sharded:

@@ -35,6 +35,8 @@ class Setting:
     """Number of CPU threads; null leaves the choice to torch."""
     rank_pattern: dict[str, Rank] | None = None
     """Other ranks by name, such as {q_proj: 32, mlp: 0.5}."""
+    share: Literal["auto", "none"] = "auto"
+    """Whether backward-side layers with one input share a basis (auto), or not (none)."""
 
     def __post_init__(self) -> None:
         if self.model not in PRESETS:
@@ -87,6 +89,7 @@ def build_model(
         model,
         rank=setting.rank,
         rank_pattern=setting.rank_pattern,
+        share=setting.share,
         select_from=select_from,
         residual=residual,
     )

@@ -29,6 +29,8 @@ class PlanSetting:
     matrix gives its rank."""
     backward_side: bool | None = None
     """Let the backward pass make the low-rank gradient; null takes the optimizer's default."""
+    share: Literal["auto", "none"] = "auto"
+    """Backward-side: whether layers with the same input share a basis (auto), or not (none)."""
     batch: int = 1
     """Number of sequences in a forward pass of one rank."""
     seq: int | None = None
