@@ -13,6 +13,7 @@ from subspan.backward.sharing import Share, groups_of, of_one_rank
 from subspan.distributed import is_sharded
 from subspan.groups import EXCLUDED, RankPattern, check_rank, select_linear
 from subspan.parts import Key, Residual, Selector, check_part
+from subspan.storage.allocation import State
 from subspan.utils.errors import SettingError
 from subspan.utils.ranks import Rank, rank_of_side
 
@@ -77,6 +78,9 @@ class Handle:
             projection.bind(selector, None, state, self)
             projection.plan, projection.displaced = "keep", True
         return [layer.carrier for layer in self.layers]
+
+    def look(self, device: torch.device, state: State) -> None:
+        """Do nothing: a basis that ``enter`` draws stays where it was drawn."""
 
     def refresh_projection(self, projection: Projection, G: Tensor | None) -> None:
         """Raise, because bases that ``enter`` draws change only when it is called again."""
