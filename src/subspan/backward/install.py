@@ -14,6 +14,7 @@ from subspan.backward.sharing import Share, groups_of, met_by, of_one_rank, pass
 from subspan.distributed import is_sharded
 from subspan.groups import EXCLUDED, RankPattern, check_rank, select_linear
 from subspan.parts import Key, Residual, Selector, check_part
+from subspan.storage.allocation import State
 from subspan.utils.errors import SettingError
 from subspan.utils.ranks import Rank, rank_of_side
 
@@ -79,6 +80,9 @@ class Handle:
             projection.expect("keep")
             projection.displaced = True
         return [layer.carrier for layer in self.layers]
+
+    def look(self, device: torch.device, state: State) -> None:
+        """Do nothing: a basis that ``enter`` draws stays where it was drawn."""
 
     def refresh_projection(self, projection: Projection, G: Tensor | None) -> None:
         """Raise, because bases that ``enter`` draws change only when it is called again."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from subspan.backward.autograd import linear
 from subspan.backward.projection import Projection
-from subspan.distributed import several_processes
+from subspan.distributed import is_sharded, several_processes
 from subspan.step.carriers import mark
 from subspan.utils.compiler import untraced
 
@@ -44,9 +44,21 @@ class BackwardLinear(nn.Linear):
         super().__setattr__(name, value)
         if name == "carrier":  # fully_shard puts another parameter in its place
             mark(value, self)
+            self._note_shard()
+
+    def _note_shard(self) -> None:
+        if is_sharded(self.carrier):  # past nn.Module, which would register it once more
+            self.__dict__["shard"] = self.carrier
+
+    @property
+    def home(self) -> nn.Parameter:
+        """The carrier that an optimizer holds: the shard, where ``fully_shard`` has gathered it for a pass."""
+        shard: nn.Parameter | None = self.__dict__.get("shard")
+        return self.carrier if shard is None else shard
 
     def leave(self) -> None:
         """Become an ``nn.Linear`` again. The displacement must be in the weight already."""
+        self.__dict__.pop("shard", None)
         del self.carrier, self.projection, self.number, self.weight_name
         self.__class__ = nn.Linear  # type: ignore[assignment]
         self.weight.requires_grad_(True)
@@ -103,6 +115,7 @@ class BackwardLinear(nn.Linear):
         if self.carrier.dtype in (torch.bfloat16, torch.float16):
             self.carrier.data = self.carrier.data.float()
         mark(self.carrier, self)  # for a DTensor, another parameter has been made
+        self._note_shard()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:

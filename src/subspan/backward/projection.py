@@ -90,6 +90,11 @@ class Projection:
             layer.carrier.detach().zero_()
         self.selector, self.residual, self.state, self._driver = selector, residual, state, weakref.ref(driver)
 
+    def follow(self, state: State, driver: Driver) -> None:
+        """Take the basis in ``state``, to which it has been moved, if ``driver`` is the one that chooses it."""
+        if self._driver is not None and self._driver() is driver:
+            self.state = state
+
     def expect(self, plan: Plan, key: Key | None = None) -> None:
         """Note that a step is over, what the next pass does, and what the next sketch is drawn from."""
         self.plan, self.key, self.formed = plan, key or self.key, False
@@ -143,7 +148,8 @@ class Projection:
         return entered, layer_pass
 
     def _begin(self, x: Tensor, dtype: torch.dtype) -> "_Pass":
-        driver = self.driver
+        driver, weight = self.driver, self.layers[0].weight
+        driver.look(weight.device, self.state)
         if any(is_sharded(layer.carrier) for layer in self.layers):
             raise RuntimeError(
                 f"{self.layers[0].weight_name}: shares a basis with layers that fully_shard has put into other "
