@@ -117,9 +117,9 @@ def param_groups(
         rank_pattern: other ranks by regular expression, such as ``{r"q_proj": 32, r"mlp": 0.5}``, whole numbers or
             shares. The first one that is found in the canonical name of a projected matrix gives its rank.
         targets: which matrices are projected. ``"all-linear"`` means every matrix that ``exclude`` does not name; in a
-            module, these are the weights of ``nn.Linear`` and stacks of matrices, such as experts. A list of strings
-            means every matrix with a name that contains one of them. Any other string is a regular expression for the
-            whole name of a parameter or its module. A list or an expression wins over ``exclude``.
+            module, these are the weights of ``nn.Linear`` and stacks of matrices, such as experts. Any other string is
+            a regular expression for the whole name of a parameter or its module. Of a list of strings each is a part of
+            names, or such an expression. A list or an expression wins over ``exclude``.
         exclude: regular expressions; a name in which one is found stays full rank.
         overrides: group settings by regular expression, such as ``{r"k_proj": {"rank": 64}}``; the first match wins.
             A rank among them wins over ``rank_pattern``.
@@ -148,6 +148,7 @@ def param_groups(
             f"rank_pattern={rank_pattern!r}: rank=None projects nothing; give the rank of the others too"
         )
     named = list(model.named_parameters() if isinstance(model, nn.Module) else model)
+    frozen = [p for _, p in named if not p.requires_grad]
     named = [(name, p) for name, p in named if p.requires_grad]
     canonical = canonical_names(name for name, _ in named)
     given_names = {short: name for name, short in canonical.items()}
@@ -157,6 +158,7 @@ def param_groups(
     if not named:
         raise SettingError(
             "model: no trainable parameter; give a model, or the named_parameters() of one, that is not frozen"
+            + _quantised(frozen)
         )
     carriers = {name: layer for name, p in named if (layer := layer_of(p)) is not None}
     others = [(name, p) for name, p in named if name not in carriers]
@@ -164,7 +166,9 @@ def param_groups(
     made = {layer.weight_name for _, p in named if (layer := layer_of(p)) is not None}
     projected = set()
     if rank is not None or lr_full is not None:
-        projected = _projected_names(model, others, targets, exclude, given_names, made, needed=rank is not None)
+        projected = _projected_names(
+            model, others, targets, exclude, given_names, made, frozen, needed=rank is not None
+        )
     filters = _convolutions(model)
     decayed = None if decayed is None else {canonical_name(name) for name in decayed}
 
@@ -242,8 +246,9 @@ def select_linear(model: nn.Module, targets: str | Sequence[str], exclude: Seque
     canonical = canonical_names(name for name, _ in raw)
     named: list[tuple[str, Tensor]] = [(canonical[name], p) for name, p in raw]
     found: dict[str, nn.Linear] = {}
+    frozen = [p for p in model.parameters() if not p.requires_grad]
     chosen = _projected_names(
-        model, named, targets, exclude, {short: name for name, short in canonical.items()}, needed=True
+        model, named, targets, exclude, {short: name for name, short in canonical.items()}, (), frozen, needed=True
     )
     for (name, _), (raw_name, _) in zip(named, raw, strict=True):
         if name not in chosen:
@@ -274,7 +279,8 @@ def _projected_names(
     targets: str | Sequence[str],
     exclude: Sequence[str],
     given: Mapping[str, str],
-    made: Collection[str] = (),
+    made: Collection[str],
+    frozen: Sequence[Tensor],
     *,
     needed: bool,
 ) -> set[str]:
@@ -295,18 +301,17 @@ def _projected_names(
         kept = [_compiled(pattern, "exclude") for pattern in exclude]
         found = {name for name in matrices if not any(_finds(pattern, name, given) for pattern in kept)}
         if needed and not found and not made:
-            why = "no weight of an nn.Linear is left" if any(p.ndim > 1 for _, p in named) else "there is no matrix"
-            raise SettingError(
-                f"targets='all-linear': {why} to project among {len(named)} parameters; {_names_like('', named)}. "
-                + ("Name others with targets" if any(p.ndim > 1 for _, p in named) else FLATTENED)
-            )
+            raise SettingError(_nothing_to_project(named, frozen, kept))
         return found
     patterns = [targets] if isinstance(targets, str) else list(targets)
     if not patterns:
         raise SettingError("targets=[]: nothing would be projected; give names, an expression, or 'all-linear'")
     found = set()
     for pattern in patterns:
-        if isinstance(targets, str):
+        hits: set[str] = set()
+        if not isinstance(targets, str):
+            hits = {name for name in (*matrices, *made) if pattern in name or pattern in given.get(name, name)}
+        if not hits:
             whole = _compiled(pattern, "targets")
             hits = {
                 name
@@ -316,13 +321,42 @@ def _projected_names(
                     for spelled in (name, given.get(name, name))
                 )
             }
-        else:
-            hits = {name for name in (*matrices, *made) if pattern in name or pattern in given.get(name, name)}
         if not hits:
-            how = "; an expression must match a whole name" if isinstance(targets, str) else ""
-            raise SettingError(f"targets: {pattern!r} matches no matrix; {_names_like(pattern, named)}{how}")
+            raise SettingError(
+                f"targets: {pattern!r} matches no matrix; {_names_like(pattern, named)}; an expression must match a whole "
+                "name"
+            )
         found |= hits.difference(made)
     return found
+
+
+def _nothing_to_project(
+    named: list[tuple[str, Tensor]], frozen: Sequence[Tensor], kept: Sequence[re.Pattern[str]]
+) -> str:
+    """Say why all-linear finds nothing among the trainable parameters, and what to do."""
+    matrices = [name for name, p in named if p.ndim > 1]
+    among = f"to project among {len(named)} trainable parameters; {_names_like('', named)}. "
+    if not matrices:
+        if any(p.ndim > 1 for p in frozen):
+            return (
+                "model: every matrix is frozen, so there is nothing to project; unfreeze those to train with "
+                f"requires_grad_(True){_quantised(frozen)}"
+            )
+        return f"targets='all-linear': there is no matrix {among}{FLATTENED}"
+    words = f"targets='all-linear': no weight of an nn.Linear is left {among}"
+    if all("lora_" in name for name in matrices) and any(pattern.pattern == "lora_" for pattern in kept):
+        return (
+            f"{words}The matrices of LoRA ('lora_') are excluded on purpose: they are narrow already, so that a subspace "
+            "saves next to nothing. Train the model itself, without peft_config or get_peft_model, or give the adapters a "
+            "full-rank optimizer such as 'adamw'. To project them all the same, name them: targets=['lora_']"
+        )
+    return f"{words}Name others with targets"
+
+
+def _quantised(frozen: Sequence[Tensor]) -> str:
+    """Say so if frozen weights are codes, which no optimizer can train."""
+    codes = sorted({str(p.dtype).removeprefix("torch.") for p in frozen if not p.is_floating_point()})
+    return f". Weights in {' and '.join(codes)} are quantised: load the model without quantisation" if codes else ""
 
 
 def _finds(pattern: re.Pattern[str], name: str, given: Mapping[str, str]) -> bool:

@@ -15,6 +15,7 @@ It calls the parts of a step in this order, holds no formulas and names no metho
 
 import difflib
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any, overload
@@ -314,6 +315,20 @@ def _no_matrix(rank: Rank) -> str:
     return f"rank={rank}: there is no matrix among the parameters to project. {FLATTENED}"
 
 
+def _projects_embeddings(groups: list[dict[str, Any]]) -> bool:
+    """Whether matrices that may be embeddings would be projected only because the constructor has a rank.
+
+    One matrix is nobody's model. A group with names shows what it holds.
+    """
+    loose: list[Any] = []
+    for group in groups:
+        if isinstance(group, dict) and "rank" not in group and isinstance(group.get("params"), list | tuple):
+            loose += group["params"]
+    named = [one[0] for one in loose if isinstance(one, tuple)]
+    embeddings = any(re.search(pattern, name) for pattern in EXCLUDED for name in named)
+    return embeddings or sum(isinstance(one, Tensor) and one.ndim > 1 for one in loose) > 1
+
+
 def _as_groups(params: Params, rank: Rank | None, targets: str | list[str], exclude: tuple[str, ...]) -> list[Any]:
     if isinstance(params, nn.Module):
         return param_groups(params, rank=rank, targets=targets, exclude=exclude)
@@ -330,6 +345,14 @@ def _as_groups(params: Params, rank: Rank | None, targets: str | list[str], excl
             "come; leave both out, or pass the model, its named_parameters(), or what subspan.param_groups makes of them"
         )
     if not given or isinstance(given[0], dict):
+        if rank is not None and _projects_embeddings(given):
+            logger.warning(
+                "parameter groups with neither ranks nor names of their own: rank=%s projects every matrix, embeddings and "
+                "heads too. Pass the model, or what subspan.param_groups makes of it; in transformers' Trainer give "
+                "optimizer_cls_and_kwargs=(subspan.integrations.transformers.Subspace, dict(name='sara_adamw', rank=%s))",
+                rank,
+                rank,
+            )
         return given
     if rank is not None and sum(p.ndim > 1 for p in given) > 1:
         logger.warning(
