@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subspan.backward.dummies import inputs_to_try
+from subspan.roles import inputs_of
 from subspan.utils.errors import SettingError, named
 
 logger = logging.getLogger(__name__)
@@ -14,7 +16,7 @@ logger = logging.getLogger(__name__)
 Share = str | Sequence[Sequence[str]] | Mapping[str, Any]
 
 
-def groups_of(model: nn.Module, layers: Mapping[str, nn.Linear], share: Share) -> list[list[str]]:
+def groups_of(model: nn.Module, layers: Mapping[str, Any], share: Share) -> list[list[str]]:
     """Sort the names of ``layers`` into groups that share, in the order of the model.
 
     ``project_backward`` explains ``share``.
@@ -22,15 +24,7 @@ def groups_of(model: nn.Module, layers: Mapping[str, nn.Linear], share: Share) -
     if share == "none":
         return [[name] for name in layers]
     if share == "auto":
-        inputs = getattr(model, "dummy_inputs", None)  # every transformers model has them
-        if not isinstance(inputs, Mapping):
-            logger.warning(
-                "share='auto': %s has no dummy_inputs to see which layers get the same tensor; each gets a basis of "
-                "its own, and saves its own x Q; give share=dict(inputs of the model), or lists of names",
-                type(model).__name__,
-            )
-            return [[name] for name in layers]
-        return _seen(model, layers, inputs)
+        return _seen_by_itself(model, layers)
     if isinstance(share, Mapping):
         return _seen(model, layers, share)
     if isinstance(share, str):
@@ -78,13 +72,30 @@ def of_one_rank(
     )
 
 
-def _seen(model: nn.Module, layers: Mapping[str, nn.Linear], inputs: Mapping[str, Any]) -> list[list[str]]:
+def _seen_by_itself(model: nn.Module, layers: Mapping[str, Any]) -> list[list[str]]:
+    """Run the model on inputs of its own; no layers share, and a warning says so, if it has none that it runs on."""
+    why = "has no dummy_inputs"
+    for inputs in inputs_to_try(model):
+        try:
+            return _seen(model, layers, inputs)
+        except SettingError as error:
+            why = f"does not run on its own {' and '.join(sorted(inputs))} ({named(error.__cause__ or error)})"
+    logger.warning(
+        "share='auto': %s %s to see which layers get the same tensor; each gets a basis of its own, and saves its own x "
+        "Q; give share=dict(inputs of the model), or lists of names",
+        type(model).__name__,
+        why,
+    )
+    return [[name] for name in layers]
+
+
+def _seen(model: nn.Module, layers: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[list[str]]:
     """Run the model once, and see which layers get the same tensor."""
     calls: list[tuple[Tensor, list[str]]] = []  # the tensors are kept alive, so that no two are at one address
 
     def watch(name: str) -> Any:
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs["input"]
+            x = args[0] if args else next(iter(kwargs.values()))  # of a Conv1D it is called x
             for tensor, names in calls:
                 if tensor is x:
                     names.append(name)
@@ -124,7 +135,7 @@ def _seen(model: nn.Module, layers: Mapping[str, nn.Linear], inputs: Mapping[str
     return list(found.values())
 
 
-def _named(layers: Mapping[str, nn.Linear], share: Sequence[Sequence[str]]) -> list[list[str]]:
+def _named(layers: Mapping[str, Any], share: Sequence[Sequence[str]]) -> list[list[str]]:
     """Group layers of one parent module whose own names are listed together."""
     found: dict[Any, list[str]] = {}
     used: set[str] = set()
@@ -142,7 +153,7 @@ def _named(layers: Mapping[str, nn.Linear], share: Sequence[Sequence[str]]) -> l
                     f"share: {name!r} is no backward-side layer; they are {', '.join(map(repr, layers))}"[:400]
                 )
     for names in found.values():
-        sizes = {layers[name].in_features for name in names}
+        sizes = {inputs_of(layers[name]) for name in names}
         if len(sizes) > 1:
             raise SettingError(
                 f"share: {', '.join(names)} have inputs of {sorted(sizes)} features; layers that share have one input"
