@@ -45,8 +45,8 @@ from subspan.utils.ranks import Rank
 
 logger = logging.getLogger(__name__)
 
-_OF_GROUPS = ("params", "param_names", "initial_lr", "lagged_norm")
-"""Keys that torch, its schedulers and a step in the backward pass put into a parameter group."""
+_OF_GROUPS = ("params", "param_names", "initial_lr", "lagged_norm", "transposed")
+"""Keys that torch, its schedulers, a step in the backward pass and ``param_groups`` put into a parameter group."""
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -57,12 +57,13 @@ class SubspaceOptimizer(Restorable):
     Matrices of groups with a ``rank`` are trained inside a subspace. Everything else takes the rule's full-rank step at
     ``lr``, without ``scale``: groups with ``rank=None``, vectors, and matrices with a side no larger than the rank. A
     parameter of three dimensions is a stack of matrices (experts), each with a basis of its own. One of four or five is
-    flattened to ``(out, -1)``, as is one of three in a group with ``flatten=True`` (a 1-d convolution).
+    flattened to ``(out, -1)``, as is one of three in a group with ``flatten=True`` (a 1-d convolution). The matrices of
+    a group with ``transposed=True`` are ``(in, out)``, as those of transformers' ``Conv1D`` are, and not ``(out, in)``.
 
     A non-finite gradient reaches moments and weights as it does in ``torch.optim``; it never reaches a basis.
 
     Args:
-        params: a module (its ``nn.Linear`` weights are projected, except what ``exclude`` names),
+        params: a module (the weights of its linear layers are projected, except what ``exclude`` names),
             ``named_parameters()`` (every matrix is, except what ``exclude`` names), parameter groups (those with
             ``rank`` are, as with galore_torch), or bare tensors (every matrix is).
         lr: learning rate, a float or a tensor; it is read at every step.
@@ -76,7 +77,7 @@ class SubspaceOptimizer(Restorable):
             all. ``None`` does so only for backward-side layers, whose first bases are then drawn at random.
         seed: seed of every random choice. A choice depends only on the seed, the parameter's name and the step.
         targets: with a module or named parameters: ``"all-linear"``, a list of substrings, or a regular expression.
-        exclude: regular expressions of names that stay full rank.
+        exclude: regular expressions of names that stay full rank; one that begins with ``+`` is added to the default.
 
     The other keywords are the settings of ``step.settings.StepSettings``, such as ``update_proj_gap=200``.
 
