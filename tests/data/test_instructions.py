@@ -201,7 +201,7 @@ def test_a_text_that_is_not_used_is_said_once(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_the_tokenizers_own_template(template: str, whole: str | None, learnt: str, tmp_path: Path) -> None:
-    """Of several turns each answer is learnt, with what ends it, and nothing else is."""
+    """Each answer of several is learnt, with what ends it, and nothing else is."""
     turns = [{"role": "system", "content": "Be."}, USER, REPLY, USER, {"role": "assistant", "content": "bye"}]
     text, own = encoded(find(tmp_path / "a.json", [{"messages": turns}]).rows, template)
     assert own == learnt
