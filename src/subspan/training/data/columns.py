@@ -51,8 +51,9 @@ def samples(records: Iterable[Record]) -> dict[str, list[Any]]:
 
 
 def texts_of(cells: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    """Return the columns whose cells are all texts."""
-    return {name: own for name, own in cells.items() if own and all(isinstance(cell, str) for cell in own)}
+    """Return the columns of which most cells are texts. A cell that is none is named when it is read."""
+    found = {name: [cell for cell in own if isinstance(cell, str)] for name, own in cells.items()}
+    return {name: own for name, own in found.items() if own and 2 * len(own) >= len(cells[name])}
 
 
 def find_text(cells: Mapping[str, list[Any]]) -> str | None:

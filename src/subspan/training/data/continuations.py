@@ -204,16 +204,17 @@ class Continuations:
         """Return where turn ``i`` is, behind the words that ask the model for it."""
         try:
             before = self._render(turns[:i], tools, asks=True) if i else ""
+            silent = self._render(turns[:i], tools) if i else ""
             until = self._render(turns[: i + 1], tools)
         except (TemplateError, ValueError, TypeError, KeyError):  # a template that wants to see whole chats
             return None
         if not (text.startswith(until) and until.startswith(before)):
             return None
-        own = until[len(before) :]
-        if not i and not own.startswith(turns[0]["content"]):  # what stands before the first answer is not learnt
-            return None
-        content = str(turns[i]["content"])
-        return len(before), len(before) + max(len(own.rstrip()), own.find(content) + len(content) if content else 0)
+        own, content = until[len(before) :], str(turns[i]["content"]).strip()
+        # Where the template does not ask for an answer, the speaker's name stands before it, which is not learnt.
+        skipped = max(0, own.find(content)) if content and before == silent else 0
+        stop = max(len(own.rstrip()), skipped + len(content))
+        return len(before) + skipped, len(before) + stop
 
     def _said(self, turn: Turn, text: str, place: int) -> tuple[int, int] | None:
         """Return where the content of a turn stands in ``text`` behind ``place``, with an end of text behind it."""

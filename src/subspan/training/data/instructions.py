@@ -212,15 +212,23 @@ def _form(
 
 
 def _chat(turns: Mapping[str, list[Any]], talk: str, reply: str | None, system: str | None, tools: str | None) -> Form:
-    first = next(cell[0] for cell in turns[talk] if cell)
+    first = next(cell[0] for cell in turns[talk] if _has_turns(cell))
     parts = tuple(name for name in (first_of(_ROLE, first), first_of(_CONTENT, first)) if name)
     return Form("ShareGPT" if "from" in first else "chat", talk, reply, None, system, tools, parts)
 
 
 def _are_turns(cells: Sequence[Any]) -> bool:
-    """Whether the cells are lists of turns, each with a speaker."""
-    first = [turn for cell in cells if isinstance(cell, (list, tuple)) for turn in cell[:1]]
-    return bool(first) and all(isinstance(turn, dict) and first_of(_ROLE, turn) is not None for turn in first)
+    """Whether the cells are lists of turns that have a speaker each; one that is not is named when it is read."""
+    return any(_has_turns(cell) for cell in cells)
+
+
+def _has_turns(cell: Any) -> bool:
+    return (
+        isinstance(cell, (list, tuple))
+        and bool(cell)
+        and isinstance(cell[0], dict)
+        and first_of(_ROLE, cell[0]) is not None
+    )
 
 
 def _turns(given: Any, where: str, column: str) -> list[Turn]:

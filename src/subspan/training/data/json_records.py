@@ -41,7 +41,6 @@ def json_entries(file: IO[str], path: Path) -> Iterator[Entry]:
     if not first.endswith("\n"):
         first += file.readline()
     try:
-        _check_twice(first, path, number)
         known = json.loads(first)
     except _UNUSABLE as error:
         # An object over several lines. In a file that calls itself one of lines, the line is broken.
@@ -49,6 +48,7 @@ def json_entries(file: IO[str], path: Path) -> Iterator[Entry]:
             raise _broken(path, number, error) from error
         yield from _objects(first + file.read(), path, number)
         return
+    _check_twice(first, path, number)
     yield from _within(known, f"data file {path}, line {number}", path)
     for number, line in enumerate(file, number + 1):  # noqa: B020  # goes on from the first line
         if line.strip():
@@ -60,46 +60,48 @@ def json_entries(file: IO[str], path: Path) -> Iterator[Entry]:
 
 
 def _array(file: IO[str], path: Path, begun: str, number: int) -> Iterator[Entry]:
-    """Yield the entries of an array that begins in the line ``begun``, in pieces of the file."""
-    decoder, buffer, place, ended = json.JSONDecoder(), begun, begun.index("[") + 1, False
-    more = True
+    """Yield the entries of an array that begins in the line ``begun``, whose number is given, in pieces of the file."""
+    decoder, buffer, place, first = json.JSONDecoder(), begun, begun.index("[") + 1, True
     while True:
-        start = _skip(buffer, place, " \t\r\n," if more else " \t\r\n")
-        if start < len(buffer) and buffer[start] == "]":
-            ended = True
+        start = _skip(buffer, place, " \t\r\n,")
+        if buffer[start : start + 1] == "]":
             break
+        number += buffer.count("\n", place, start)
+        place = start
         try:
-            value, stop = decoder.raw_decode(buffer, start)
+            value, place = decoder.raw_decode(buffer, start)
         except _UNUSABLE as error:
             if piece := file.read(max(_CHUNK, len(buffer) - start)):
-                number += buffer.count("\n", 0, place)
-                buffer, place = buffer[place:] + piece, 0
+                buffer, place = buffer[start:] + piece, 0
                 continue
-            line = number + buffer.count("\n", 0, getattr(error, "pos", start))
-            raise _broken(path, line, error) from error
-        line = number + buffer.count("\n", 0, start)
-        yield from _within(value, f"data file {path}, line {line}", path, texts=True)
-        place = stop
+            raise _broken(path, number + buffer.count("\n", start, getattr(error, "pos", start)), error) from error
+        if first:
+            _check_twice(buffer[start:place], path, number)
+        first = False
+        yield from _within(value, f"data file {path}, line {number}", path, texts=True)
+        number += buffer.count("\n", start, place)
         if place > _CHUNK:
-            number += buffer.count("\n", 0, place)
             buffer, place = buffer[place:], 0
-    rest = buffer[start + 1 :].strip() or file.read().strip()
-    if ended and rest:
+    if rest := buffer[start + 1 :].strip() or file.read().strip():
         raise InputError(
             f"data file {path}: {rest[:40]!r} stands behind the end of its array; {_EXPECTED}; remove what is behind it"
         )
 
 
 def _objects(text: str, path: Path, number: int) -> Iterator[Entry]:
-    """Yield objects that are written over several lines each."""
-    decoder, place = json.JSONDecoder(), 0
-    while (place := _skip(text, place, " \t\r\n")) < len(text):
-        line = number + text.count("\n", 0, place)
+    """Yield objects that are written over several lines each, the first of which has the given ``number``."""
+    decoder, place, first = json.JSONDecoder(), 0, True
+    while (start := _skip(text, place, " \t\r\n")) < len(text):
+        number += text.count("\n", place, start)
         try:
-            value, place = decoder.raw_decode(text, place)
+            value, place = decoder.raw_decode(text, start)
         except _UNUSABLE as error:
-            raise _broken(path, number + text.count("\n", 0, getattr(error, "pos", place)), error) from error
-        yield from _within(value, f"data file {path}, line {line}", path)
+            raise _broken(path, number + text.count("\n", start, getattr(error, "pos", start)), error) from error
+        if first:
+            _check_twice(text[start:place], path, number)
+        first = False
+        yield from _within(value, f"data file {path}, line {number}", path)
+        number += text.count("\n", start, place)
 
 
 def _skip(text: str, place: int, blanks: str) -> int:

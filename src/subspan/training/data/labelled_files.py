@@ -203,7 +203,14 @@ def set_aside(rows: list[Row], spec: TaskSpec) -> tuple[list[Row], list[Row]]:
     hashes = [text_hash(f"{row.text}\0{row.pair or ''}") for row in rows]
     different = sorted(set(hashes))
     if len(different) < 2:
-        raise InputError(f"data: holds {len(different)} different text; give more, or other files as --validation_data")
+        way = (
+            "; plain text is what subspan pretrain learns, also with weights that are there"
+            if spec.kind == "lm"
+            else ""
+        )
+        raise InputError(
+            f"data: holds {len(different)} different text; give more, or other files as --validation_data{way}"
+        )
     labels: dict[bytes, set[str | float | None]] = defaultdict(set)
     for row, own in zip(rows, hashes, strict=True):
         if spec.kind == "classification":  # numbers and answers need not have been seen

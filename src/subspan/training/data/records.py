@@ -49,7 +49,9 @@ def read_records(source: Source, encoding: str | None = None) -> Iterator[Record
                 yield Record(where, {"text": entry} if isinstance(entry, str) else entry, part)
     elif kind in TEXT:
         with opened(source, encoding=encoding) as file:
-            yield Record(f"data file {source}", {"text": file.read()})
+            text = file.read()
+        if text.strip():
+            yield Record(f"data file {source}", {"text": text})
     else:
         yield from _columnar(source)
 
