@@ -12,6 +12,7 @@ from subspan.bench import memory
 from subspan.bench.setting import Setting
 from subspan.costs.live_bytes import LiveBytes
 from subspan.costs.saved_activations import SavedBytes
+from subspan.utils.ranks import rank_of_side
 
 TOKENS = 48  # of a batch
 
@@ -158,6 +159,22 @@ def test_the_bench_agrees_with_closed_forms_of_shares(pattern: Any) -> None:
             assert row[key] == value, (row["name"], key)
     kept = 4 * (16 + 16 + 16 + 43) if pattern is None else 4 * (32 + 16 + 6 + 16 + 43) + 32
     assert rows["sara_adamw_backward"]["linear_activation_bytes"] == 4 * 128 * kept
+
+
+@pytest.mark.parametrize(("rank", "kept"), [(0.25, 3 * 16 + 16 + 2 * 16 + 43), (0.5, 64 + 32 + 64 + 86)])
+def test_the_bench_agrees_with_closed_forms_of_own_bases(rank: float, kept: int) -> None:
+    """The layers q, k, v and gate, up keep an x Q each, or their input if it is less. No row keeps more than AdamW."""
+    setting = Setting("llama-nano", tokens=128, rank=rank, sequence_length=64, share="none")
+    rows = {row["name"]: row for row in memory.measure(setting)["rows"]}
+    for row in rows.values():
+        for key, value in row["formula"].items():
+            assert row[key] == value, (row["name"], key)
+        for key in ("saved_activation_bytes", "linear_activation_bytes"):
+            assert row[key] <= rows["adamw"][key]
+    for name in ("sara_adamw_backward", "rso_adamw"):
+        assert rows[name]["linear_activation_bytes"] == 4 * 128 * 4 * kept
+    sketched = sum(min(n, 2 * count * rank_of_side(rank, n)) for n, count in ((64, 3), (64, 1), (64, 2), (172, 1)))
+    assert rows["sara_sketch_adamw_backward"]["linear_activation_bytes"] == 4 * 128 * 4 * sketched
 
 
 def test_the_tracker_counts_what_lives() -> None:

@@ -23,15 +23,24 @@ def addmm(_, a, b, out_shape=None, **__):
     return 2 * a[0] * a[1] * b[1]
 
 
-@pytest.mark.parametrize(("name", "backward_side"), [("adamw", False), ("sara_adamw", False), ("sara_adamw", True)])
-def test_flops_are_those_that_torch_counts(name, backward_side):
+@pytest.mark.parametrize(
+    ("name", "backward_side", "share", "rank"),
+    [
+        ("adamw", False, "auto", 16),
+        ("sara_adamw", False, "auto", 16),
+        ("sara_adamw", True, "auto", 16),
+        ("sara_adamw", True, "none", 16),
+        ("sara_adamw", True, "none", 32),  # q, k, v and gate, up keep their input, and make x Q in the backward pass
+    ],
+)
+def test_flops_are_those_that_torch_counts(name, backward_side, share, rank):
     """The FLOPs of an ordinary step and of a refresh are counted ones.
 
     The model leaves out those of a backward-side refresh.
     """
-    setting = Setting("llama-nano", tokens=256, rank=16, sequence_length=64)
-    way = Way(name, backward_side=backward_side)
-    traffic = Traffic(llama_of(PRESETS["llama-nano"]), 16, 1, way)
+    setting = Setting("llama-nano", tokens=256, rank=rank, sequence_length=64, share=share)
+    way = Way(name, backward_side=backward_side, own_bases=share == "none")
+    traffic = Traffic(llama_of(PRESETS["llama-nano"]), rank, 1, way)
     trained, batch = build(setting, name, backward_side), setting.batch()
     trained.model.set_attn_implementation("eager")  # the counter does not know the fused attention of a CPU
     for refresh in (True, False):

@@ -33,6 +33,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "adafactor": {"optimizer": "galore_adafactor"},
     "share": {"rank": 0.25},
     "share_backward": {"rank": 0.25, "backward_side": True},
+    "own_backward": {"rank": 0.25, "backward_side": True, "share": "none"},
+    "own_backward_mixed": {"rank": 0.5, "backward_side": True, "share": "none", "dtype": "bf16-mixed"},
+    "own_random_backward": {"optimizer": "golore_adamw", "rank": 0.5, "backward_side": True, "share": "none"},
+    "own_sketch_backward": {"optimizer": "sara_sketch_adamw", "rank": 0.25, "backward_side": True, "share": "none"},
     "pattern": {"rank_pattern": {"q_proj": 8, "mlp": 0.5}},
     "pattern_backward": {"rank_pattern": {"q_proj": 8, "mlp": 0.5}, "backward_side": True},
     "pattern_of_a_block": {"rank_pattern": {r"layers\.2\..*(q|up)_proj": 0.5}, "backward_side": True},
@@ -144,6 +148,7 @@ def test_checkpointing_keeps_inputs_of_blocks_and_one_block(tmp_path: Path) -> N
         {"batch": 9},
         {"optimizer": "adamw"},
         {"rank": 0.25, "rank_pattern": {"q_proj": 0.5}, "backward_side": True},
+        {"rank": 0.5, "backward_side": True, "share": "none"},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())) or "sara",
 )

@@ -146,7 +146,10 @@ def project_backward(
             which models of transformers have, or on an image or a spectrogram of the size in its config; layers that
             get the same tensor share. If the model does not run, no layers share, and a warning says so. A dict is
             inputs of the model to run it on instead. Lists of names, such as ``[["q_proj", "k_proj", "v_proj"],
-            ["gate_proj", "up_proj"]]``, say which layers share. With ``"none"`` no layers share.
+            ["gate_proj", "up_proj"]]``, say which layers share. With ``"none"`` no layers share. Whatever it is, bases
+            that get the same tensor save no more of it than the tensor: where their ``x Q`` are together as wide, ``x``
+            is saved once and ``x Q`` is made in the backward pass, with the same bits. Which bases these are is seen in
+            the passes, and before the first one if the model runs on inputs of its own.
         merge: when steps go into the weight. With ``"step"`` each step changes the weight. With ``"refresh"`` steps add
             up in the carrier, in fp32, and the weight changes when the basis does; this is for weights in bf16, which
             lose small steps. Saving merges a copy. Code that reads ``layer.weight`` itself, such as an average of the

@@ -41,7 +41,7 @@ class OptimConfig:
     so only with backward_side."""
     share: Literal["auto", "none"] = "auto"
     """With backward_side: whether layers with the same input share a basis and what is saved for the backward pass
-    (auto), or not (none)."""
+    (auto), or have bases of their own (none), and then save no more than the input."""
     merge: Literal["step", "refresh"] = "step"
     """With backward_side: when a weight changes. step changes it at every step; refresh collects the steps in fp32
     until the next refresh, which helps bf16 weights."""
