@@ -139,6 +139,7 @@ class Planned:
                     self.model,
                     rank=rank,
                     rank_pattern=setting.rank_pattern,
+                    share=setting.share,
                     residual=residual_of(setting.optimizer),
                 )
         given: dict[str, Any] = {"8bit": {"state_dtype": "int8"}, "32bit": {"state_dtype": "float32"}}.get(

@@ -135,6 +135,7 @@ class Planner:
             "ranks": self.at(self.rank).ranks,
             "sketches": self.at(self.rank).sketches,
             "backward_side": setting.is_backward_side,
+            "share": setting.share if setting.is_backward_side else None,
             "dtype": setting.dtype,
             "batch": setting.batch,
             "seq": self.seq,
