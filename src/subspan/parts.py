@@ -221,6 +221,14 @@ class Residual(Protocol):
         only on the basis and the key, so that all ranks and all micro-batches of a step have the same.
         """
 
+    @abstractmethod
+    def sketch_axes(self, columns: int, rank: int, key: Key) -> tuple[Tensor, float] | None:
+        """Return the axes ``(s,)`` and the factor ``c`` of the directions of one matrix, or ``None``.
+
+        Law: where it is not ``None``, ``sketch`` with this key gives ``O = c (I - Q Qᵀ) E``, with these columns of the
+        identity for ``E``. Then ``G O`` takes a gather and a small product.
+        """
+
     @property
     @abstractmethod
     def takes_rows(self) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -82,8 +83,8 @@ def test_both_executions_give_the_same_weights(name: str, residual: Sketch, merg
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("share", ["auto", "none"])
-@pytest.mark.parametrize("parts", [1, 3])
-def test_carriers_get_the_sketched_gradient(llama: Any, share: str, checkpointed: bool, parts: int) -> None:
+@pytest.mark.parametrize(("parts", "draw"), [(1, "gaussian"), (3, "gaussian"), (3, "coordinates")])
+def test_carriers_get_the_sketched_gradient(llama: Any, share: str, checkpointed: bool, parts: int, draw: str) -> None:
     """Every carrier gets ``G [Q O]``, at a step that chooses the basis and at those that do not. Layers that share a
     basis share the sketch, all micro-batches of a step have one, and another step has another.
     """
@@ -92,8 +93,9 @@ def test_carriers_get_the_sketched_gradient(llama: Any, share: str, checkpointed
         model.train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     plain = copy.deepcopy(model)
-    subspan.project_backward(model, rank=RANK, share=share, residual=WIDE)
-    optimizer = subspan.create("sara_sketch_adamw", model, lr=0.0, stagger=False, residual=WIDE, update_proj_gap=2)
+    residual = replace(WIDE, draw=draw)
+    subspan.project_backward(model, rank=RANK, share=share, residual=residual)
+    optimizer = subspan.create("sara_sketch_adamw", model, lr=0.0, stagger=False, residual=residual, update_proj_gap=2)
     drawn = []
     for step in range(3):
         for batch in batches(parts, seed=step):
@@ -230,12 +232,13 @@ def test_bf16_rounds_the_whole_step_on_average() -> None:
     assert exact.abs().max() > 1e-3
 
 
-def test_autocast() -> None:
+@pytest.mark.parametrize("draw", ["gaussian", "coordinates"])
+def test_autocast(draw: str) -> None:
     """Activations in bf16 keep an ``h`` in bf16; the carriers' gradients are near those of fp32."""
     found = []
     for enabled in (False, True):
         model = network().float()
-        optimizer = build(model, True)
+        optimizer = build(model, True, Sketch(6, draw=draw))
         x = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             loss = model(x).square().mean()

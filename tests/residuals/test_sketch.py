@@ -4,11 +4,13 @@ import copy
 import itertools
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
 from support.helpers import RANK, SHAPES, feed, gradients, matrix_of, oriented_side, parameter
 from support.parsers import PARSER
+from torch.utils.flop_counter import FlopCounterMode
 
 from subspan import SubspaceAdamW, SubspaceOptimizer, create, project_backward
 from subspan.factory import residual_of
@@ -18,6 +20,7 @@ from subspan.residuals import Fira, Sketch
 from subspan.residuals.draws import DRAWS
 from subspan.rules import RULES
 from subspan.selectors import Coordinates, Gaussian, Random, Switch
+from subspan.step.frame import draw_frame
 from subspan.utils.errors import SettingError
 
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -89,6 +92,38 @@ def test_the_variance_is_that_of_the_theory_page(draw, s, axes):
     }[draw]
     assert abs(found.mean().item() - known) < 5 * found.std().item() / count**0.5 + 1e-12
     assert known > 0.3 * ((n - r) / s - 1)  # so there is something to compare
+
+
+@pytest.mark.parametrize("weight", ["unbiased", "one"])
+@pytest.mark.parametrize("selector", [Random(), Coordinates("top")], ids=repr)
+def test_axes_are_gathered(selector, weight):
+    """A frame whose directions are axes does what their matrix would do, with fewer operations.
+
+    That is so for a gradient, for its ``[R T]`` lifted back, and for a weight of the same dtype or another.
+    """
+    m, n, r, s = 9, 12, 4, 3
+    (G,), key = gradients((m, n), 1), Key(0, "weight", 2)
+    state = selector.init(G, r)
+    selector.refresh_(G, state, Key(0, "weight", 0))
+    Q, residual = matrix_of(selector, state, n), Sketch(s, draw="coordinates", weight=weight)
+    frame = draw_frame(selector, residual, state, (m, n), r, key, G)
+    O = residual.sketch(torch.empty(n, s, dtype=G.dtype), r, lambda A: A - A @ Q @ Q.T, key)
+    close = partial(torch.testing.assert_close, rtol=0, atol=1e-12)
+    with FlopCounterMode(display=False) as flops:
+        both = frame.project(G)
+    close(both, torch.cat([G @ Q, G @ O], 1))
+    assert flops.get_total_flops() <= 2 * m * r * (n + s)
+    R, T = frame.look(G)
+    close(torch.cat([R, T], 1), both)
+    close(frame.project(frame.project_back(both)), both)
+    close(frame.project_back(both) @ torch.cat([Q, O], 1), both)
+    phi = torch.linspace(1, 2, m, dtype=G.dtype)[:, None]
+    for W in (G.clone(), G.T.contiguous().T):
+        frame.subtract_(W, T, phi.clone())
+        close(W, G - phi * T @ O.T)
+    lower = G.to(torch.float32)
+    frame.subtract_(lower, T, phi.clone())
+    torch.testing.assert_close(lower, (G - phi * T @ O.T).float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("draw", ["coordinates", "cosines"])

@@ -50,6 +50,9 @@ class Plain(Residual):
     def sketch(self, like: Tensor, rank: int, outside: Callable[[Tensor], Tensor], key: Key) -> Tensor:
         raise AssertionError("this residual has no sketch")
 
+    def sketch_axes(self, columns: int, rank: int, key: Key) -> tuple[Tensor, float] | None:
+        return None
+
     def lose_(self, momentum: Tensor, state: State) -> None:
         """Drop the momentum."""
 

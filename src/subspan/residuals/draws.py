@@ -12,7 +12,7 @@ others.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +36,11 @@ def gaussian(like: Tensor, rank: int, outside: Callable[[Tensor], Tensor], gener
     return outside(O.mT).mT * math.sqrt((n - rank) / s)
 
 
+def axes(columns: int, width: int, generator: torch.Generator, batch: Sequence[int] = ()) -> Tensor:
+    """Draw ``width`` of the columns without replacement, each as likely as any other; return them, ``(..., width)``."""
+    return torch.rand(*batch, columns, generator=generator).topk(width).indices
+
+
 def coordinates(like: Tensor, rank: int, outside: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
     """Draw ``s`` of the ``n`` coordinates without replacement, each as likely as any other: ``O = sqrt(n / s) P E``.
 
@@ -43,7 +48,7 @@ def coordinates(like: Tensor, rank: int, outside: Callable[[Tensor], Tensor], ge
     the variance is at most ``(n / s - 1) ||g||²``. Nothing is orthonormalised.
     """
     n, s = like.shape[-2:]
-    index = torch.rand(*like.shape[:-2], n, generator=generator).topk(s).indices.to(like.device)
+    index = axes(n, s, generator, like.shape[:-2]).to(like.device)
     E = torch.zeros_like(like).scatter_(-2, index.unsqueeze(-2), math.sqrt(n / s))
     return outside(E.mT).mT
 
@@ -58,7 +63,7 @@ def cosines(like: Tensor, rank: int, outside: Callable[[Tensor], Tensor], genera
     """
     n, s = like.shape[-2:]
     signs = torch.randint(2, (*like.shape[:-2], n, 1), generator=generator) * 2 - 1
-    k = torch.rand(*like.shape[:-2], n, generator=generator).topk(s).indices.unsqueeze(-2)
+    k = axes(n, s, generator, like.shape[:-2]).unsqueeze(-2)
     i = torch.arange(n).unsqueeze(-1)
     # Whole turns are left out as integers. Then the angle is exact, however large n is.
     angle = ((2 * i + 1) * k % (4 * n)).to(like.device, like.dtype) * (math.pi / (2 * n))

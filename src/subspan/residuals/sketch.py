@@ -1,8 +1,9 @@
 """Follow the gradient outside the subspace too, as Fira does, but by a sketch of it that is drawn afresh at every step.
 
     Qᵀ O = 0,  E[O Oᵀ] = I - Q Qᵀ          the directions O (n, s) of this step: see subspan.residuals.draws
-    T     = G O                             (m, s)
-    phi_i = ||U_i|| / ||R_i||               row i of the oriented matrices, with Fira's guard
+    R     = G Q,  T = G O                   (m, r) and (m, s), of the oriented gradient G (m, n) and the basis Q (n, r)
+    U     = rule(R)                         (m, r)
+    phi_i = ||U_i|| / ||R_i||               of row i, with Fira's guard
     S     = phi * T
     S    <- S * min(1, gamma ||S_prev|| / ||S||)      Fira's limiter on the growth of the norm; none at the first step
     D     = scale * U Qᵀ + S Oᵀ
@@ -10,18 +11,23 @@
 As ``phi`` does not depend on the draw, ``E[D]`` is Fira's direction, before the limiter: every step may go in every
 direction, whatever the basis is. A row ``g`` of the gradient outside the subspace becomes ``g O Oᵀ``. For orthonormal
 directions, times ``sqrt((n - r) / s)``, the variance of that is ``((n - r) / s - 1) ||g||²``. With all ``s = n - r`` of
-them it is zero, and ``D`` is Fira's.
+them it is zero, and ``D`` is Fira's. "Theory as experiments" in the documentation derives both.
+
+A row of the gradient that lies wholly outside the subspace does not move, as with Fira: ``R_i = 0``, and its factor is
+zero as soon as ``U_i`` is.
 
 Nothing of ``O`` is kept or sent, because it is drawn from a key. ``T`` is used once. One number is kept for the
 limiter. As ``E||T||² = ||G (I - Q Qᵀ)||²``, the squared norm of ``[R T]`` is that of the gradient on average.
 
-Source: none known to us. Deviations from Fira (Chen et al. 2024, arXiv 2410.01623), apart from the sketch:
+Source: Fira (Chen et al. 2024, arXiv 2410.01623) for ``phi`` and the limiter. For the sketch none is known to us.
+Deviations from Fira, apart from the sketch:
 
 - The guard of ``phi`` takes ``||[R T]_i||`` for ``||G_i||``.
 - The limiter looks at ``||S||``, which estimates the norm of Fira's residual. The norm of ``S Oᵀ`` is ``sqrt((n - r) /
   s)`` times that.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -32,7 +38,7 @@ from torch import Tensor
 from subspan import linalg
 from subspan.parts import ALL_HERE, Key, Rows
 from subspan.residuals.base import Plain, check_limiter, last_norm, limited_, row_factors, row_norms
-from subspan.residuals.draws import DRAWS, gaussian
+from subspan.residuals.draws import DRAWS, axes, gaussian
 from subspan.storage.allocation import State
 from subspan.utils.errors import SettingError
 from subspan.utils.ranks import Rank, is_rank, rank_of_side
@@ -50,12 +56,16 @@ class Sketch(Plain):
         width: number ``s`` of the directions: a whole number >= 1, or a share of the columns of the oriented matrix,
             above 0 and below 1. ``None`` stands for the rank. There are no more than ``n - r`` outside the basis; a
             larger width means all of them.
-        factor: ``"norms"`` for Fira's row factors, or ``None`` for factors of 1.
+        factor: ``"norms"`` for Fira's row factors, or ``None`` for factors of 1, which suit a rule whose step is as
+            large as the gradient, such as SGD.
         weight: ``"unbiased"``, so that the residual is Fira's on average; or ``"root"`` or ``"one"``, which replace the
             weight ``(n - r) / s`` of that by its square root or by 1.
         limiter: largest growth of the residual's norm from one step to the next, > 0; ``None`` turns it off.
         draw: ``"gaussian"``, ``"coordinates"`` or ``"cosines"``: how the directions are drawn, see
             ``subspan.residuals.draws``.
+
+    Raises:
+        SettingError: a setting is out of range. An optimizer refuses a selector whose basis is not orthonormal.
     """
 
     needs_orthonormal = True
@@ -93,8 +103,18 @@ class Sketch(Plain):
     def sketch(self, like: Tensor, rank: int, outside: Callable[[Tensor], Tensor], key: Key) -> Tensor:
         n, s = like.shape[-2:]
         draw = DRAWS[self.draw] if s < n - rank else gaussian  # which draws all directions there are
-        O = draw(like, rank, outside, linalg.keyed_generator("sketch", *key))
-        return O * (s / (n - rank)) ** _POWERS[self.weight]
+        return draw(like, rank, outside, linalg.keyed_generator("sketch", *key)) * self._weight(s, n - rank)
+
+    def sketch_axes(self, columns: int, rank: int, key: Key) -> tuple[Tensor, float] | None:
+        s = self.sketch_width(columns, rank)
+        if self.draw != "coordinates" or s == columns - rank:
+            return None
+        index = axes(columns, s, linalg.keyed_generator("sketch", *key))
+        return index, math.sqrt(columns / s) * self._weight(s, columns - rank)
+
+    def _weight(self, s: int, outside: int) -> float:
+        """Return what directions with the unbiased weight are multiplied by, for ``s`` of all that are outside."""
+        return float((s / outside) ** _POWERS[self.weight])
 
     def combine(
         self,

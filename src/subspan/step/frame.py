@@ -6,6 +6,13 @@ residual draws for this step, if it has a sketch. All that such a step needs of 
     [R T] = G [Q O]        (..., m, r + s)
 
 so this is what backward-side layers make, and what micro-batches and ranks add up.
+
+Where the directions are axes, ``O = c (I - Q Qᵀ) E``, they take no product of the size of ``O``. With ``C = Qᵀ E (r,
+s)``,
+
+    T = c (G E - R C),        S Oᵀ = c (S Eᵀ - (S Cᵀ) Qᵀ)
+
+where ``G E`` gathers columns, and ``S Eᵀ`` adds to columns.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,6 +29,16 @@ from subspan.step.work import Slot
 from subspan.storage.allocation import State
 
 
+class Axes(NamedTuple):
+    """The directions ``O = c (I - Q Qᵀ) E`` of one matrix, where ``E`` has columns of the identity."""
+
+    j: Tensor
+    """``(s,)``: which columns."""
+    c: float
+    C: Tensor
+    """``Qᵀ E (r, s)``."""
+
+
 class Frame(NamedTuple):
     """The basis of one parameter, and the sketch of one step."""
 
@@ -29,13 +46,13 @@ class Frame(NamedTuple):
     state: State
     """What the selector keeps, and other entries."""
     rank: int
-    O: Tensor | None
+    O: Tensor | Axes | None
     """``(..., n, s)``; ``None`` for a residual without a sketch."""
 
     def project(self, G: Tensor) -> Tensor:
         """Map ``(m, n) -> (m, r + s)``: return ``[R T]``."""
         R = self.selector.project(G, self.state)
-        return R if self.O is None else torch.cat([R, linalg.project(G, self.O)], -1)
+        return R if self.O is None else torch.cat([R, self._along(G, R)], -1)
 
     def project_back(self, S: Tensor) -> Tensor:
         """Map ``(m, r + s) -> (m, n)``: return the ``G`` of the smallest norm with this ``[R T]``, if ``QᵀQ = I``."""
@@ -43,8 +60,9 @@ class Frame(NamedTuple):
         G = self.selector.project_back(R, self.state)
         if self.O is None:
             return G
-        inverse = torch.linalg.pinv(self.O.mT @ self.O, hermitian=True)  # directions need not be orthonormal
-        return G.add_(T @ inverse @ self.O.mT)
+        O = self._directions()
+        inverse = torch.linalg.pinv(O.mT @ O, hermitian=True)  # directions need not be orthonormal
+        return G.add_(T @ inverse @ O.mT)
 
     def split(self, S: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ``R`` and the ``T`` of ``[R T]``."""
@@ -52,7 +70,8 @@ class Frame(NamedTuple):
 
     def look(self, G: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``R``, and what the residual sees of the gradient: ``T``, or ``G`` if there is no sketch."""
-        return self.selector.project(G, self.state), G if self.O is None else linalg.project(G, self.O)
+        R = self.selector.project(G, self.state)
+        return R, G if self.O is None else self._along(G, R)
 
     def subtract_(self, W: Tensor, seen: Tensor, phi: Tensor) -> None:
         """Compute ``W <- W - (phi * T) Oᵀ``, or ``W <- W - phi * G`` if there is no sketch."""
@@ -63,11 +82,30 @@ class Frame(NamedTuple):
 
     def subtract_sketch_(self, W: Tensor, S: Tensor) -> None:
         """Compute ``W <- W - S Oᵀ``, without another tensor of the size of ``W`` if that is possible."""
-        assert self.O is not None
-        if W.ndim == 2 and W.dtype == S.dtype:
-            W.addmm_(S, self.O.mT, alpha=-1)
+        in_place = W.ndim == 2 and W.dtype == S.dtype
+        if in_place and isinstance(self.O, Axes):
+            W.index_add_(1, self.O.j, S, alpha=-self.O.c)
+            self.selector.subtract_(W, (S @ self.O.C.mT).mul_(-self.O.c), self.state)
+        elif in_place:
+            W.addmm_(S, self._directions().mT, alpha=-1)
         else:
-            W.sub_(S @ self.O.mT)
+            W.sub_(S @ self._directions().mT)
+
+    def _along(self, G: Tensor, R: Tensor) -> Tensor:
+        """Return ``T = G O``, given ``R = G Q``."""
+        if not isinstance(self.O, Axes):
+            return linalg.project(G, self._directions())
+        gathered = G.index_select(-1, self.O.j).to(R.dtype)
+        return gathered.addmm_(R, self.O.C, beta=self.O.c, alpha=-self.O.c)
+
+    def _directions(self) -> Tensor:
+        """Return ``O`` as a matrix."""
+        assert self.O is not None
+        if isinstance(self.O, Tensor):
+            return self.O
+        inside = self.selector.project_back(self.O.C.mT, self.state)  # of the axes, (s, n)
+        E = torch.zeros_like(inside).scatter_(1, self.O.j[:, None], 1)
+        return (E - inside).mT * self.O.c
 
 
 def draw_frame(
@@ -88,6 +126,11 @@ def draw_frame(
     def outside(A: Tensor) -> Tensor:
         return A - selector.project_back(selector.project(A, state), state)
 
+    found = residual.sketch_axes(shape[-1], rank, key) if len(shape) == 2 else None
+    if found is not None:
+        index, c = found[0].to(like.device), found[1]
+        E = torch.zeros(s, shape[-1], dtype=dtype, device=like.device).scatter_(1, index[:, None], 1)
+        return Frame(selector, state, rank, Axes(index, c, selector.project(E, state).mT))
     empty = torch.empty((*shape[:-2], shape[-1], s), dtype=dtype, device=like.device)
     return Frame(selector, state, rank, residual.sketch(empty, rank, outside, key))
 
