@@ -199,6 +199,7 @@ class SubspaceOptimizer(Restorable):
                 loss = closure()
         if self._in_backward is not None:
             self._in_backward.finish()
+        self.carriers.meet()
         rules = [self.method.rule_of(group) for group in self.param_groups]
         works = []
         for slot in self.slots():
@@ -209,6 +210,7 @@ class SubspaceOptimizer(Restorable):
         if not works and self._in_backward is None:
             self.following.say_that_nothing_is_trained()
         step_on_(self.method, self.state, works, self.inside)
+        self.carriers.choose_late()
         for group in self.param_groups:
             group["clock"] += 1
         self.carriers.schedule()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from subspan.backward.layer import BackwardLinear
 from subspan.backward.projection import Projection
 from subspan.backward.sharing import Share, groups_of, of_one_rank
-from subspan.distributed import is_sharded
+from subspan.distributed import is_sharded, several_processes
 from subspan.groups import EXCLUDED, RankPattern, check_rank, select_linear
 from subspan.parts import Key, Residual, Selector, check_part
 from subspan.storage.allocation import State
@@ -19,6 +19,21 @@ from subspan.utils.ranks import Rank, rank_of_side
 
 logger = logging.getLogger(__name__)
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
+
+
+class Noting:
+    """What a model with backward-side layers does before a pass: they learn which wrapper averages their gradients.
+
+    A layer learns it in its own pass too, but on this rank none of them may run.
+    """
+
+    def __init__(self, projections: list[Projection]) -> None:
+        self.projections = projections
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it asks Python, not tensors
+    def __call__(self, model: nn.Module, inputs: Any) -> None:
+        if several_processes():
+            self.projections[0].note_wrapper()
 
 
 class Handle:
@@ -31,6 +46,7 @@ class Handle:
 
     def __init__(self, projections: list[Projection], divided: str | None = None) -> None:
         self.projections, self.divided = projections, divided
+        self.noting: Any = None
 
     @property
     def layers(self) -> Iterator[BackwardLinear]:
@@ -107,6 +123,8 @@ class Handle:
         self.merge()
         for layer in list(self.layers):
             layer.leave()
+        if self.noting is not None:
+            self.noting.remove()
         self.projections = []
 
 
@@ -224,4 +242,8 @@ def project_backward(
             layer.join(projection, f"{name}.weight")
         projections.append(projection)
     logger.info("backward-side: %d linear layers at rank %s share %d bases", len(layers), rank, len(projections))
-    return Handle(projections, divided)
+    for projection in projections:
+        projection.peers = projections
+    handle = Handle(projections, divided)
+    handle.noting = model.register_forward_pre_hook(Noting(projections))
+    return handle

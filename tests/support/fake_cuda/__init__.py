@@ -1,7 +1,6 @@
 """CUDA devices for fake tensors, on a build of torch for the CPU: whole steps run on them, without values.
 
-Where a tensor of the CPU meets one of the device, or where the host would read a value of the device, a step fails as it
-would fail, or wait, on a card.
+A step fails where a tensor of the CPU meets one of the device, and where the host would wait for a value of the device.
 """
 
 import functools
