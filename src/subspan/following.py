@@ -24,7 +24,7 @@ from subspan.groups import FLATTENED
 from subspan.step.backward_side import check_carrier
 from subspan.step.carriers import layer_of
 from subspan.step.method import Method
-from subspan.step.parameter_state import state_of
+from subspan.step.parameter_state import check_trainable, state_of
 from subspan.step.shardable import check_sharded
 from subspan.step.work import names_of
 from subspan.storage.allocation import State
@@ -261,6 +261,7 @@ class Following:
         begun = was is not None and old is not None and carry and not _is_untouched(old, group)
         if was is not None and form[0] != was.form[0]:
             self._check_reshaped(p, name, was, begun)
+        check_trainable(p, name, group)
         check_carrier(method, p)
         check_sharded(method, p, group)
         state = state_of(method, p, group)

@@ -13,7 +13,7 @@ from subspan.backward.sharing import Share, groups_of, of_one_rank
 from subspan.distributed import is_sharded, several_processes
 from subspan.groups import EXCLUDED, RankPattern, check_rank, select_linear
 from subspan.parts import Key, Residual, Selector, check_part
-from subspan.storage.allocation import State
+from subspan.storage.allocation import State, is_plain
 from subspan.utils.errors import SettingError
 from subspan.utils.ranks import Rank, rank_of_side
 
@@ -220,6 +220,11 @@ def project_backward(
             raise SettingError(
                 f"targets: the weight of {name!r} is tied ({', '.join(tied)}), so its gradient does not come from this "
                 "layer only; exclude it"
+            )
+        if not is_plain(layer.weight):
+            raise SettingError(
+                f"targets: the weight of {name!r} is a {type(layer.weight).__name__}, which a backward-side layer cannot "
+                "multiply by; exclude it, and the optimizer projects it"
             )
         if not layer.weight.requires_grad:
             raise SettingError(f"targets: the weight of {name!r} is frozen; exclude it")

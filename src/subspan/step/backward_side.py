@@ -261,7 +261,8 @@ class Carriers:
             if one.layer.projection is projection:
                 rule = method.rule_of(one.group)
                 held = open_(one.p, rule, states[one.p], one.group, 2)
-                refresh.carry_over(method, change.to(one.p.dtype), held.state, held.moments, rule)
+                precise = change.to(torch.promote_types(one.p.dtype, torch.float32))
+                refresh.carry_over(method, precise, held.state, held.moments, rule)
                 if method.transfer != "keep":  # what has not changed must not be rounded to 8 bits again
                     held.store_(rule)
 
