@@ -68,6 +68,14 @@ class Ranks:
             if self.sizes[d] > 1 and self.place[:d] == source[:d]:
                 dist.broadcast(A, group=self.groups[d], group_src=source[d])
 
+    def who(self, flags: Sequence[bool], device: torch.device) -> list[list[bool]]:
+        """Return each flag of every rank. All ranks give as many. Waits for the device."""
+        told = torch.zeros(len(flags), self.count, dtype=torch.int32, device=device)
+        told[:, self.index] = torch.tensor(flags, dtype=torch.int32)
+        for group in self.groups:
+            dist.all_reduce(told, group=group)
+        return [[flag > 0 for flag in row] for row in told.tolist()]
+
     def usable(self, gradients: Sequence[Tensor]) -> list[bool]:
         """Tell whether each gradient is finite and not zero, given its local rows. Waits for the device."""
         flags = [torch.stack([(~G.isfinite()).any(), (G != 0).any()]) for G in gradients]

@@ -24,7 +24,7 @@ from subspan.groups import FLATTENED
 from subspan.step.backward_side import check_carrier
 from subspan.step.carriers import layer_of
 from subspan.step.method import Method
-from subspan.step.parameter_state import state_of
+from subspan.step.parameter_state import check_trainable, state_of
 from subspan.step.shardable import check_sharded
 from subspan.step.work import names_of
 from subspan.storage.allocation import State
@@ -261,6 +261,7 @@ class Following:
         begun = was is not None and old is not None and carry and not _is_untouched(old, group)
         if was is not None and form[0] != was.form[0]:
             self._check_reshaped(p, name, was, begun)
+        check_trainable(p, name, group)
         check_carrier(method, p)
         check_sharded(method, p, group)
         state = state_of(method, p, group)
@@ -350,7 +351,7 @@ def _is_untouched(state: State, group: Mapping[str, Any]) -> bool:
     if state.get("refresh_step", -1) >= 0:
         return False
     step = state.get("step")
-    if not isinstance(step, Tensor):
+    if type(step) is not Tensor:  # a rule of its own kind, or a fake tensor, which has no value
         return bool(group["clock"] == 0)
     return step.is_meta or float(step) == 0
 

@@ -93,10 +93,24 @@ def gram_flops(m: int, n: int) -> int:
 
 
 def column_norms(G: Tensor | Gram) -> Tensor:
-    """Return the norm ``||G_i||`` of each column, ``(..., n)``, in fp64."""
+    """Return the norm ``||G_i||`` of each column, ``(..., n)``, in fp64 on the CPU. Waits for the device."""
     if isinstance(G, Gram):
-        return G.matrix.diagonal().double().clamp_min(0).sqrt()
-    return torch.linalg.vector_norm(G, dim=-2, dtype=torch.float64)
+        return G.matrix.diagonal().to("cpu", torch.float64).clamp_min(0).sqrt()
+    norms, unit = scaled_norm(G, -2)
+    return norms.to("cpu", torch.float64) * unit.to("cpu", torch.float64)
+
+
+def scaled_norm(G: Tensor, dim: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return a norm of ``G`` over ``dim`` as the product of two tensors, neither of which underflows or overflows.
+
+    On the CPU the first is the norm in fp64, and the second is 1. Other devices may have no fp64: there the second is
+    the largest entry.
+    """
+    if G.device.type == "cpu":
+        return torch.linalg.vector_norm(G, dim=dim, dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    largest = torch.linalg.vector_norm(G, ord=torch.inf, dim=dim, keepdim=True)
+    divided = G.float() / torch.where(largest > 0, largest, 1.0).float()
+    return torch.linalg.vector_norm(divided, dim=dim), largest.squeeze(dim).float()
 
 
 def largest(G: Tensor | Gram) -> float:

@@ -34,12 +34,12 @@ from subspan.step.carriers import layer_of
 from subspan.step.frame import whole_sketches
 from subspan.step.in_backward import Clip, StepInBackward, check
 from subspan.step.method import Method
-from subspan.step.parameter_state import state_of
+from subspan.step.parameter_state import check_trainable, state_of
 from subspan.step.parameters import step_on_
 from subspan.step.settings import FIELDS, AllStepOptions, StepSettings, check_names, spelled_out
 from subspan.step.shardable import check_shardable, check_sharded
 from subspan.step.weights import step_inside
-from subspan.step.work import work_of
+from subspan.step.work import names_of, work_of
 from subspan.utils.errors import SettingError
 from subspan.utils.ranks import Rank
 
@@ -159,7 +159,8 @@ class SubspaceOptimizer(Restorable):
             # A rank of the constructor may meet a group of biases; one that the group itself sets may not.
             if own_rank is not None and group["params"] and all(p.ndim < 2 for p in group["params"]):
                 raise SettingError(_no_matrix(own_rank))
-            for p in group["params"]:
+            for name, p in zip(names_of(self.param_groups)[-1], group["params"], strict=True):
+                check_trainable(p, name, group)
                 check_carrier(self.method, p)
                 check_sharded(self.method, p, group)
                 self.state[p] = state_of(self.method, p, group)
@@ -201,6 +202,7 @@ class SubspaceOptimizer(Restorable):
                 loss = closure()
         if self._in_backward is not None:
             self._in_backward.finish()
+        self.carriers.meet()
         rules = [self.method.rule_of(group) for group in self.param_groups]
         works = []
         for slot in self.slots():
@@ -211,6 +213,7 @@ class SubspaceOptimizer(Restorable):
         if not works and self._in_backward is None:
             self.following.say_that_nothing_is_trained()
         step_on_(self.method, self.state, works, self.inside)
+        self.carriers.choose_late()
         for group in self.param_groups:
             group["clock"] += 1
         self.carriers.schedule()

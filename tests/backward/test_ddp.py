@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from backward import ddp_worker
+from backward import ddp_worker, unused_worker
 from backward.ddp_worker import RANK, batches, build, optimizer_of
 from support.processes import launch
 
@@ -57,3 +57,37 @@ def test_two_ranks(tmp_path: Path, name: str, select_from: str, dense: dict[str,
     carriers = sum(8 * layer.weight.numel() * columns // layer.in_features for layer in layers)
     for ours, theirs in zip(report["bytes"], dense["bytes"], strict=True):
         assert theirs - ours == weights - carriers
+
+
+UNUSED: list[tuple[str, dict[str, Any]]] = [
+    ("rso_adamw", {}),
+    ("rso_adamw", {"merge": "refresh", "targets": ["b", "c"]}),
+    ("sara_adamw", {}),
+    ("sara_adamw", {"select_from": "mean"}),
+    ("galore_adamw", {"merge": "refresh", "targets": ["b"]}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), UNUSED)
+def test_layers_that_run_on_some_ranks_only(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
+    """The replicas stay equal bit for bit, and no rank waits for another. Where bases are drawn, they are those of one
+    process that runs all of it.
+    """
+    launch(unused_worker.main, 2, name, json.dumps(settings), str(tmp_path / "run"))
+    (first, refreshed), (second, others) = (torch.load(tmp_path / f"run.{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert refreshed == others
+    assert len(refreshed) > 3
+    begun = unused_worker.Branches().double()
+    assert not any(torch.equal(first[key], value) for key, value in begun.state_dict().items())
+    if name != "rso_adamw":
+        return
+    model = unused_worker.Branches().double()
+    optimizer = unused_worker.optimizer_of(name, model, settings)
+    for step in range(unused_worker.STEPS):
+        for rank in (0, 1):
+            (model(unused_worker.batch(step, rank), unused_worker.used(step, rank)).square().mean() / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(first[key], value, rtol=1e-8, atol=1e-10)

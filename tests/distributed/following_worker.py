@@ -1,6 +1,6 @@
 """One rank of runs whose optimizer is built before ``fully_shard``: each is compared with one that is built after.
 
-Its arguments: the recipe, its settings as JSON, whether the layers are backward-side ("backward" or "plain"), how the
+Its arguments: the recipe, its settings as JSON, the layers ("backward", also in bf16: "bf16", or "plain"), how the
 parameters reach the groups ("swapped" or "left"), how many steps come before, and the path of what it writes.
 """
 
@@ -22,8 +22,8 @@ def make(recipe, settings, model):
 
 
 def prepared(execution):
-    model = build()
-    if execution == "backward":
+    model = build().to(torch.bfloat16 if execution == "bf16" else torch.float64)
+    if execution != "plain":
         subspan.project_backward(model, rank=RANK, share="none", select_from="mean")
     return model
 
@@ -49,7 +49,8 @@ def swap_as_accelerate(model, optimizer, mesh):
 
 def step(model, optimizer, x, y):
     rank, world = dist.get_rank(), dist.get_world_size()
-    loss_of(model, x.chunk(world)[rank], y.chunk(world)[rank]).backward()
+    dtype = next(model.parameters()).dtype
+    loss_of(model, x.chunk(world)[rank].to(dtype), y.chunk(world)[rank].to(dtype)).backward()
     optimizer.step()
     optimizer.zero_grad()
 

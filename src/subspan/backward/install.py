@@ -12,16 +12,31 @@ from subspan.backward.inputs import Inputs
 from subspan.backward.layer import BackwardLinear
 from subspan.backward.projection import Projection
 from subspan.backward.sharing import Share, groups_of, met_by, of_one_rank, passes_on
-from subspan.distributed import is_sharded
+from subspan.distributed import is_sharded, several_processes
 from subspan.groups import EXCLUDED, RankPattern, check_rank, select_linear
 from subspan.parts import Key, Residual, Selector, check_part
 from subspan.roles import inputs_of
-from subspan.storage.allocation import State
+from subspan.storage.allocation import State, is_plain
 from subspan.utils.errors import SettingError
 from subspan.utils.ranks import Rank, rank_of_side
 
 logger = logging.getLogger(__name__)
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
+
+
+class Noting:
+    """What a model with backward-side layers does before a pass: they learn which wrapper averages their gradients.
+
+    A layer learns it in its own pass too, but on this rank none of them may run.
+    """
+
+    def __init__(self, projections: list[Projection]) -> None:
+        self.projections = projections
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it asks Python, not tensors
+    def __call__(self, model: nn.Module, inputs: Any) -> None:
+        if several_processes():
+            self.projections[0].note_wrapper()
 
 
 class Handle:
@@ -34,6 +49,7 @@ class Handle:
 
     def __init__(self, projections: list[Projection], divided: str | None = None) -> None:
         self.projections, self.divided = projections, divided
+        self.noting: Any = None
 
     @property
     def layers(self) -> Iterator[BackwardLinear]:
@@ -111,6 +127,8 @@ class Handle:
         self.merge()
         for layer in list(self.layers):
             layer.leave()
+        if self.noting is not None:
+            self.noting.remove()
         self.projections = []
 
 
@@ -212,6 +230,11 @@ def project_backward(
                 f"targets: the weight of {name!r} is tied ({', '.join(tied)}), so its gradient does not come from this "
                 "layer only; exclude it"
             )
+        if not is_plain(layer.weight):
+            raise SettingError(
+                f"targets: the weight of {name!r} is a {type(layer.weight).__name__}, which a backward-side layer cannot "
+                "multiply by; exclude it, and the optimizer projects it"
+            )
         if not layer.weight.requires_grad:
             raise SettingError(f"targets: the weight of {name!r} is frozen; exclude it")
     met = met_by(model, layers, share)
@@ -242,4 +265,8 @@ def project_backward(
     for names in met or ():
         inputs.note(passes_on(names, number_of, groups))
     logger.info("backward-side: %d linear layers at rank %s share %d bases", len(layers), rank, len(projections))
-    return Handle(projections, divided)
+    for projection in projections:
+        projection.peers = projections
+    handle = Handle(projections, divided)
+    handle.noting = model.register_forward_pre_hook(Noting(projections))
+    return handle

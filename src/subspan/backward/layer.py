@@ -47,8 +47,13 @@ class BackwardLinear(nn.Linear):
             self._note_shard()
 
     def _note_shard(self) -> None:
-        if is_sharded(self.carrier):  # past nn.Module, which would register it once more
-            self.__dict__["shard"] = self.carrier
+        if not is_sharded(self.carrier):
+            return
+        if self.carrier.dtype != self.weight.dtype and self.projection.merge == "step":
+            # fully_shard wants one dtype for all that is trained. Only displacements need fp32, and there are none.
+            self._parameters["carrier"] = nn.Parameter(self.carrier.detach().to(self.weight.dtype))
+            mark(self.carrier, self)
+        self.__dict__["shard"] = self.carrier  # past nn.Module, which would register it once more
 
     @property
     def home(self) -> nn.Parameter:
@@ -74,7 +79,10 @@ class BackwardLinear(nn.Linear):
     @untraced  # the basis may change in it, and what is saved depends on that
     def _train(self, x: Tensor) -> Tensor:
         kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        casts = torch.is_autocast_enabled(kind)
+        if not casts and x.dtype != self.weight.dtype:
+            return super().forward(x)  # which raises what nn.Linear raises
+        dtype = torch.get_autocast_dtype(kind) if casts else x.dtype
         with torch.autocast(kind, enabled=False):
             entered, layer_pass = self.projection.join_pass(self.number, x, dtype)
             moved = self.projection.displaced_by(self) if self.projection.displaced else None
@@ -112,7 +120,7 @@ class BackwardLinear(nn.Linear):
         self.projection.fold_copy()  # the basis of a copy is not moved with it
         super()._apply(fn, recurse)
         # Steps add up in the carrier in fp32, whatever the dtype of the weight.
-        if self.carrier.dtype in (torch.bfloat16, torch.float16):
+        if self.carrier.dtype in (torch.bfloat16, torch.float16) and not is_sharded(self.carrier):
             self.carrier.data = self.carrier.data.float()
         mark(self.carrier, self)  # for a DTensor, another parameter has been made
         self._note_shard()

@@ -44,6 +44,11 @@ class Projection:
         key: what the sketch of the coming step is drawn from.
         process_group: the data-parallel ranks that share the basis. If none are given, they are those of the
             DistributedDataParallel whose forward pass reaches the layers.
+        late: whether some of these ranks may not run the layers in a step (``find_unused_parameters``). Then a gradient
+            is kept until the step, where all ranks meet, and chooses the basis of the steps after it.
+        due, begun: whether the plan of this step was to change the basis, and whether a pass on this rank has begun to.
+        kept: the gradients that are kept, by number of their layer.
+        peers: all projections of the model, of which this is one.
     """
 
     def __init__(
@@ -68,7 +73,9 @@ class Projection:
         self._wrapper: weakref.ref[Any] | None = None
         self.layers: list[Any] = []  # each a CarriedLayer
         self.plan: Plan = "keep"
-        self.formed = self.displaced = False
+        self.formed = self.displaced = self.late = self.due = self.begun = False
+        self.kept: Box = {}
+        self.peers: list[Projection] = [self]
         self.selector: Selector | None = None
         self.residual: Residual | None = None
         self.key: Key | None = None
@@ -99,21 +106,24 @@ class Projection:
         """Note that a step is over, what the next pass does, and what the next sketch is drawn from."""
         self.plan, self.key, self.formed = plan, key or self.key, False
         self.inputs.expect(self.place, plan == "form")
+        self.due, self.begun = plan != "keep", False
+        self.kept = {}
         self._pass = self._stepping = None  # layers that have not run must not keep the input alive
 
     @untraced  # it asks Python, not tensors
     def note_wrapper(self) -> None:
         """Take the process group of the wrapper whose forward pass is running, unless one has been given.
 
-        A forward pass that is repeated in the backward pass (activation checkpointing) runs outside of the wrapper, so
-        what was noted stays.
+        All peers take it: some of them may not run on this rank. A forward pass that is repeated in the backward pass
+        (activation checkpointing) runs outside of the wrapper, so what was noted stays.
         """
         wrapper = None if self._given else running_wrapper()
         if wrapper is None or (self._wrapper is not None and self._wrapper() is wrapper):
             return
-        self._wrapper = weakref.ref(wrapper)
-        if averages(wrapper, (layer.carrier for layer in self.layers)):
-            self.process_group = wrapper.process_group
+        for peer in self.peers:
+            peer._wrapper = weakref.ref(wrapper)
+            if not peer._given and averages(wrapper, (layer.carrier for layer in peer.layers)):
+                peer.process_group, peer.late = wrapper.process_group, bool(wrapper.find_unused_parameters)
 
     @property
     def driver(self) -> Driver:
@@ -134,7 +144,11 @@ class Projection:
             selector, weight = self.selector, self.layers[0].weight
             state = {key: self.state[key] for key in selector.init(weight, self.rank)}
         none = dict.fromkeys(("_driver", "_pass", "_stepping", "_wrapper", "process_group", "residual", "key"))
-        return self.__dict__ | none | {"selector": selector, "state": state, "_rounding": {}, "_given": False}
+        return (
+            self.__dict__
+            | none
+            | {"selector": selector, "state": state, "_rounding": {}, "_given": False, "late": False, "kept": {}}
+        )
 
     # --- the forward pass ---------------------------------------------------------------------------------------------
 
@@ -155,7 +169,10 @@ class Projection:
                 f"{self.layers[0].weight_name}: shares a basis with layers that fully_shard has put into other "
                 "groups; shard the module that holds them all, or call project_backward with share='none'"
             )
+        if self.late and self.plan == "form" and self.state["refresh_step"] < 0:
+            self.plan = "draw"  # there is no gradient yet to choose from
         if self.plan != "keep":
+            self.begun = True
             self.fold()
         if self.plan == "draw":
             driver.refresh_projection(self, None)
@@ -173,7 +190,10 @@ class Projection:
     def _choose(self, box: Box) -> dict[int, Tensor]:
         """Turn each layer's gradient into its ``R``; the basis is chosen first if that has not been done."""
         numbers = sorted(box)
-        if self.plan == "form":
+        if self.plan == "form" and self.late:
+            for number in numbers:
+                self.kept[number] = box[number] + self.kept[number] if number in self.kept else box[number]
+        elif self.plan == "form":
             self.driver.refresh_projection(self, torch.cat([box[number] for number in numbers]))
             self.formed = self.plan != "form"
         frame = self.frame()

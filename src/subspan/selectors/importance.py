@@ -64,8 +64,12 @@ class Importance(DrawnSelector):
             raise SettingError(f"floor={self.floor!r}: expected a share between 0 and 1")
 
     def log_weights(self, sigma: Tensor) -> Tensor:
-        """Return ``log w (..., k)`` for singular values ``sigma (..., k)``; at large powers ``w`` would underflow."""
-        log_w = torch.xlogy(self.power, sigma.double())  # 0 * log 0 = 0, so power 0 is uniform over zeros too
+        """Return ``log w (..., k)`` for singular values ``sigma (..., k)``; at large powers ``w`` would underflow.
+
+        It is on the CPU, where the indices are drawn: not every device has fp64.
+        """
+        sigma = sigma.to("cpu", torch.float64)
+        log_w = torch.xlogy(self.power, sigma)  # 0 * log 0 = 0, so power 0 is uniform over zeros too
         total = log_w.logsumexp(-1, keepdim=True)
         # A matrix of zeros in a stack says nothing about its directions.
         log_w = torch.where(total.isneginf(), -math.log(sigma.shape[-1]), log_w - total)

@@ -16,6 +16,7 @@ Deviations from the published code:
 - The basis moves before the gradient is projected, and not after.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -67,8 +68,8 @@ class OnlinePCA(TrackingSelector):
         Q, M, V = (state[name] for name in ("basis", "basis_exp_avg", "basis_exp_avg_sq"))
         good = linalg.usable(G)
         slope = self.slope(G, Q)
-        step = state["basis_step"].add_(good).double()
-        c1, c2 = ((1 - beta**step).to(Q.dtype) for beta in self.betas)
+        step = state["basis_step"].add_(good)
+        c1, c2 = (self.correction(beta, step).to(Q.dtype) for beta in self.betas)
         M.copy_(torch.where(good, beta1 * M + (1 - beta1) * slope, M))
         V.copy_(torch.where(good, beta2 * V + (1 - beta2) * slope.square(), V))
         new = Q * (1 - self.lr * self.weight_decay) - self.lr * (M / c1) / ((V / c2).sqrt() + 1e-8)
@@ -79,11 +80,18 @@ class OnlinePCA(TrackingSelector):
         return old.mT @ Q
 
     @staticmethod
+    def correction(beta: float, step: Tensor) -> Tensor:
+        """Return ``1 - beta^step``, in fp64 on the CPU, and to the precision of fp32 where there may be no fp64."""
+        if step.device.type == "cpu":
+            return 1 - beta ** step.double()
+        return -torch.expm1(step * math.log(beta)) if beta > 0 else torch.where(step > 0, 1.0, 0.0)
+
+    @staticmethod
     def slope(G: Tensor, Q: Tensor) -> Tensor:
         """Return ``dL/dQ (n, r)``."""
         Y = linalg.project(G, Q)
-        # In fp64: the square of a small gradient would underflow.
-        norm = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True, dtype=torch.float64).to(Q.dtype)
+        norms, unit = linalg.scaled_norm(G, (-2, -1))  # the square of a small gradient would underflow
+        norm = (norms * unit).to(Q.dtype)[..., None, None]
         A = Q.mT @ Q
         A.diagonal(dim1=-2, dim2=-1).sub_(2)
         Y = Y / norm

@@ -164,7 +164,7 @@ class Carriers:
     def refresh_projection(self, projection: CarriedProjection, G: Tensor | None) -> None:
         """Choose a new basis, from ``G (m, in)`` if one is given, and carry the moments of every carrier over."""
         method, states = self.owner.method, self.owner.state
-        order, first, layer, group = next(one for one in self if one.layer is projection.layers[0])
+        order, first, layer, group = self._first(projection)
         state, weight = states[first], layer.weight
         key = method.key(layer.weight_name, group["clock"])
         rank, width = projection.rank, weight.shape[1]
@@ -174,28 +174,102 @@ class Carriers:
             # What a selector finds in noise is a random subspace, whatever it looks for.
             generator = linalg.keyed_generator("noise", *key)
             G = torch.randn(rank, width, generator=generator).to(weight.device)
-        elif G.shape[0] < rank:  # fewer singular vectors than the rank: rows of zero add the others
-            G = torch.cat([G, G.new_zeros(rank - G.shape[0], width)])
         ranks = distributed.ranks_of(first, projection.process_group)
         if ranks.count == 1 and projection.plan == "form":
             self._say_that_it_is_alone()
         if ranks.count == 1 or projection.plan != "form":
-            change = refresh.choose(method, G, state, key)
+            change = refresh.choose(method, _filled(G, rank), state, key)
         else:  # what depends on a gradient is chosen by one rank and sent to all
             if projection.select_from == "mean":
                 ranks.mean_(G)
-            wanted = refresh.Wanted(state, key, rank, G[:1], order % ranks.count, G)
+            wanted = refresh.Wanted(state, key, rank, G[:1], order % ranks.count, _filled(G, rank))
             [change] = refresh.choose_by_owner(method, [wanted], ranks)
-        projection.plan = self._plan(state, group, order)
+        self._adopt(projection, change)
+
+    @torch.no_grad()
+    def meet(self) -> None:
+        """Draw the bases that have been drawn in a pass on another rank, but not on this one.
+
+        This is for layers that some ranks may not run. It comes before a step, to which all ranks come. They tell each
+        other which of the bases that were due they have drawn.
+        """
+        due = [one for one in self if one.layer.number == 0]
+        due = [one for one in due if one.layer.projection.late and one.layer.projection.due]
+        if not due:
+            return
+        ranks = distributed.ranks_of(due[0].p, due[0].layer.projection.process_group)
+        begun = ranks.who([one.layer.projection.begun for one in due], due[0].p.device)
+        for one, having in zip(due, begun, strict=True):
+            projection = one.layer.projection
+            if any(having) and not projection.begun:
+                projection.fold()
+                if projection.plan == "draw" or self.owner.state[one.p]["refresh_step"] < 0:
+                    projection.plan = "draw"
+                    self.refresh_projection(projection, None)
+
+    @torch.no_grad()
+    def choose_late(self) -> None:
+        """Choose the bases of layers that some ranks may not run, after a step, from what has been kept for it.
+
+        All ranks first tell each other which of them have a gradient. A basis for which there is none stays due.
+        """
+        due = [one for one in self if one.layer.number == 0 and one.layer.projection.late]
+        due = [one for one in due if one.layer.projection.plan == "form"]
+        if not due:
+            return
+        ranks = distributed.ranks_of(due[0].p, due[0].layer.projection.process_group)
+        has = ranks.who([bool(one.layer.projection.kept) for one in due], due[0].p.device)
+        for one, having in zip(due, has, strict=True):
+            if not any(having):
+                continue
+            method, projection, weight = self.owner.method, one.layer.projection, one.layer.weight
+            state, key = self.owner.state[one.p], method.key(one.layer.weight_name, one.group["clock"])
+            own, like = projection.kept, weight.new_zeros(1, weight.shape[1])
+            mean = projection.select_from == "mean"
+            if own or mean:
+                like = next(iter(own.values()))[:1] if own else like
+                parts = [own.get(layer.number) for layer in projection.layers]
+                shapes = [tuple(layer.weight.shape) for layer in projection.layers]
+                G = torch.cat(
+                    [like.new_zeros(s) if part is None else part for part, s in zip(parts, shapes, strict=True)]
+                )
+            if mean:
+                ranks.mean_(G)
+            first = one.order % ranks.count
+            owner = next(
+                place % ranks.count for place in range(first, first + ranks.count) if having[place % ranks.count]
+            )
+            chosen_from = _filled(G, projection.rank) if own or mean else None
+            wanted = refresh.Wanted(state, key, projection.rank, like, owner, chosen_from)
+            [change] = refresh.choose_by_owner(method, [wanted], ranks)
+            if change is not None:
+                projection.fold()
+            self._adopt(projection, change)
+
+    def _first(self, projection: CarriedProjection) -> Carrier:
+        """Return the first carrier of a projection, whose state holds the basis."""
+        return next(one for one in self if one.layer is projection.layers[0])
+
+    def _adopt(self, projection: CarriedProjection, change: Tensor | None) -> None:
+        """Go on in a new basis: carry the moments of every carrier over."""
+        method, states = self.owner.method, self.owner.state
+        order, first, _, group = self._first(projection)
+        projection.plan = self._plan(states[first], group, order)
         if change is None:
             return
         for one in self:
             if one.layer.projection is projection:
                 rule = method.rule_of(one.group)
                 held = open_(one.p, rule, states[one.p], one.group, 2)
-                refresh.carry_over(method, change.to(one.p.dtype), held.state, held.moments, rule)
+                precise = change.to(torch.promote_types(one.p.dtype, torch.float32))
+                refresh.carry_over(method, precise, held.state, held.moments, rule)
                 if method.transfer != "keep":  # what has not changed must not be rounded to 8 bits again
                     held.store_(rule)
+
+
+def _filled(G: Tensor, rank: int) -> Tensor:
+    """Return ``G``, with rows of zeros up to ``rank``: these add singular vectors where it has fewer than the rank."""
+    return G if G.shape[0] >= rank else torch.cat([G, G.new_zeros(rank - G.shape[0], G.shape[1])])
 
 
 def check_carrier(method: Method, p: Tensor) -> None:

@@ -32,6 +32,14 @@ class CarriedProjection(Protocol):
     select_from: str
     process_group: Any
     """The data-parallel ranks that share the basis; ``None`` if there are no others."""
+    late: bool
+    """Whether some of these ranks may not run the layers, so that a basis is chosen in the step and not in a pass."""
+    due: bool
+    """Whether the plan of this step was to change the basis."""
+    begun: bool
+    """Whether a pass on this rank has begun to."""
+    kept: dict[int, Tensor]
+    """The gradients ``(out, in)`` that are kept for this, by number of their layer."""
 
     def bind(self, selector: Any, residual: Any, state: State, driver: "Driver") -> None:
         """Take the basis in ``state``, and make ``driver`` the one that chooses it."""

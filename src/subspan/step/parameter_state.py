@@ -14,7 +14,7 @@ from subspan.step.method import Method
 from subspan.step.proximal import Proximal
 from subspan.step.work import local_layout
 from subspan.storage import eight_bit
-from subspan.storage.allocation import State
+from subspan.storage.allocation import State, is_plain
 from subspan.utils.errors import SettingError
 
 SCHEDULE: dict[str, int] = {"refresh_step": -1, "skipped_refreshes": 0}
@@ -32,9 +32,30 @@ class Parts(NamedTuple):
     proximal: Proximal
 
 
+def check_trainable(p: Tensor, name: str, group: Mapping[str, Any]) -> None:
+    """Raise unless ``p`` has entries that a step can be taken on."""
+    if p.is_complex():
+        raise SettingError(
+            f"params: {name!r} is complex ({p.dtype}), and steps are taken on real numbers only; keep its parts as "
+            "torch.view_as_real(...) in a real parameter, or train it with another optimizer"
+        )
+    if p.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise SettingError(
+            f"params: {name!r} is of {p.dtype}; weights are trained in float32, bfloat16, float16 or float64: cast it, or "
+            "leave it out"
+        )
+    if p.ndim > 1 and p.numel() == 0 and group["rank"] is not None:
+        raise SettingError(
+            f"params: {name!r} of shape {tuple(p.shape)} has no entry, so there is nothing to project; leave it out, or "
+            "build the optimizer when the parameter has its shape"
+        )
+
+
 def state_of(method: Method, p: Tensor, group: Mapping[str, Any]) -> State:
     """Allocate everything that is held for ``p``: sharded where ``p`` is, and in 8 bits where the group says so."""
     local = distributed.local(p)
+    if not is_plain(local):  # only its shape, dtype and device are asked for
+        local = torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape)
     state = _whole(method, p, local, group)
     rows = None
     if distributed.is_sharded(p):

@@ -25,8 +25,13 @@ def check_shardable(method: Method, p: Tensor, group: Mapping[str, Any]) -> None
         return
     why = None
     if p.ndim == 3 and not group["flatten"]:
-        why = f"params: a stack of matrices {tuple(p.shape)}"
-    elif (
+        raise SettingError(
+            f"params: a stack of matrices {tuple(p.shape)} cannot be projected where fully_shard has sharded it over ranks: "
+            "its first dimension is sharded, so that a rank has whole matrices of the stack, or none, and a basis that "
+            "one rank chooses for all has no place for that. Train the stack at full rank (exclude it by name), or wrap the "
+            "model in DistributedDataParallel instead"
+        )
+    if (
         # Of std the columns are compressed, and of a weight (in, out) always.
         PROJ_TYPES[group["proj_type"]] != "short"
         and not group.get("transposed", False)
@@ -41,5 +46,5 @@ def check_shardable(method: Method, p: Tensor, group: Mapping[str, Any]) -> None
         raise SettingError(
             f"{why}: does not work where the rows of a weight are sharded over ranks (fully_shard); use proj_type='std' or "
             "'right'; a selector that chooses from the Gram matrix, such as selectors.Importance(), or draws, such as "
-            "selectors.Random(); residuals.Discard() or residuals.Fira(); and exclude stacks of experts"
+            "selectors.Random(); and residuals.Discard() or residuals.Fira()"
         )

@@ -14,7 +14,7 @@ from subspan.step.layout import Layout
 from subspan.step.method import Method
 from subspan.step.proximal import Proximal
 from subspan.step.work import Held, Work
-from subspan.storage.allocation import State
+from subspan.storage.allocation import State, is_plain
 from subspan.storage.stochastic_rounding import add_rounded_
 
 Inside = Callable[[Rule, Tensor, State, Rows], tuple[Tensor, Tensor]]
@@ -83,13 +83,20 @@ def _apply_(work: Work, p: Tensor, D: Tensor, factor: Tensor) -> None:
     if (generator := rounding_generator(work, p)) is not None:
         add_rounded_(p, D.neg_(), 1 - group["lr"] * group["weight_decay"], generator)
         return
+    if not is_plain(p):
+        keep = 1 - group["lr"] * group["weight_decay"]
+        p.add_(D.neg_()) if group["weight_decay"] == 0 else p.copy_(p.detach() * keep - D)
+        return
     _decay_(p, group)
     p.sub_(D)
 
 
 def rounding_generator(work: Work, weight: Tensor) -> torch.Generator | None:
-    """Return what draws the stochastic rounding of this step; ``None`` where ``weight`` is rounded to nearest."""
-    if not work.slot.group["bf16_stochastic_round"] or weight.dtype != torch.bfloat16:
+    """Return what draws the stochastic rounding of this step; ``None`` where ``weight`` is rounded to nearest.
+
+    A tensor subclass rounds in its own way.
+    """
+    if not work.slot.group["bf16_stochastic_round"] or weight.dtype != torch.bfloat16 or not is_plain(weight):
         return None
     return linalg.keyed_generator("round", *work.key, *distributed.place_of(work.slot.p), device=weight.device)
 
@@ -100,7 +107,8 @@ def _lifts_in_place(p: Tensor, layout: Layout, group: Mapping[str, Any], phi: Te
     For that the weight must be seen as matrices without a copy. It must also be as precise as what is subtracted, or be
     rounded to nearest once.
     """
-    if (p.dtype == torch.bfloat16 and group["bf16_stochastic_round"]) or (phi is not None and phi.dtype != p.dtype):
+    rounded = p.dtype == torch.bfloat16 and group["bf16_stochastic_round"]
+    if rounded or not is_plain(p) or (phi is not None and phi.dtype != p.dtype):
         return False
     return p.ndim == len(layout.shape) or p.is_contiguous()
 

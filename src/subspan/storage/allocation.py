@@ -24,6 +24,16 @@ def allocate(like: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.zeros(tuple(shape), device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
+def is_plain(p: Tensor) -> bool:
+    """Tell whether ``p`` has all operations of a tensor. A subclass of another library may have a few of them only.
+
+    Quantised weights that can be trained, such as torchao's, have ``add_``, ``copy_`` and arithmetic into new tensors.
+    """
+    kind = type(p)
+    own: bool = getattr(kind, "__torch_dispatch__", None) is not getattr(Tensor, "__torch_dispatch__", None)
+    return not own or kind.__module__.startswith("torch.")
+
+
 def check_state(own: State, saved: Mapping[str, Any], name: str) -> None:
     """Raise unless ``saved`` can be copied into ``own``. The error names parameter, entry and difference."""
     if own.keys() != saved.keys():
