@@ -216,7 +216,7 @@ def _write(folder: Path, documents: Documents, tokenizer: PreTrainedTokenizerBas
         "bytes": sizes,
         "digest": digest.hexdigest(),
     }
-    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 def _chunks(documents: Iterator[tuple[Split, str]]) -> Iterator[list[tuple[Split, str]]]:
