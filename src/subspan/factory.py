@@ -64,7 +64,7 @@ def create(
 
     Args:
         name: one of ``list_optimizers()``. Full-rank ones ignore what concerns subspaces; ``adamw`` is torch's.
-        model: its ``nn.Linear`` weights are projected, except those that ``exclude`` names.
+        model: the weights of its linear layers are projected, except those that ``exclude`` names.
         lr: learning rate; ``None`` stands for the recipe's own, also for scale, transfer, betas, eps and state_dtype.
         rank: dimension of the subspace, >= 1, or its share of each compressed side, such as 0.25. The default is 128,
             or that of the model's backward-side layers where nothing else is projected.
@@ -147,6 +147,8 @@ def create(
         state_dtype=state_dtype or recipe.state_dtype,
         **settings,
     )
+    if isinstance(model, nn.Module):
+        optimizer.following.watch(model)
     return _with_known_overrides(optimizer, overrides)
 
 

@@ -1,29 +1,38 @@
 """Which parameters are projected, and to which rank: they are sorted into groups by their names."""
 
 import difflib
+import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from subspan.roles import Role, if_little_is_projected, is_conv1d, roles_by_name, roles_of
 from subspan.step.carriers import CarriedLayer, layer_of
 from subspan.step.settings import check_settings
 from subspan.utils.errors import SettingError
 from subspan.utils.names import canonical_name, canonical_names
 from subspan.utils.ranks import RANKS, Rank, is_rank, rank_of_side
 
+logger = logging.getLogger(__name__)
+
+_OF_EMBEDDINGS_AND_NORMS = (r"embed|(\b|_)emb", r"\bw[tp]e\b", r"norm[^.]*(\.[^.]+)?$")
 EXCLUDED = (
-    r"embed|(\b|_)emb",
-    r"\bw[tp]e\b",
-    r"norm",
+    *_OF_EMBEDDINGS_AND_NORMS,
+    r"unembed|embed(ding)?s?_out|out(put)?_embed",
     r"\b(lm_)?head\b",
     r"\bscore\b",
     r"\bclassifier\b",
-    r"(^|\.)output\.weight$",
+    r"^(\D*\.)?output\.weight$",
+    r"router",
     r"lora_",
 )
-"""Regular expressions for names that stay full rank: embeddings, norms, heads and adapters."""
+"""Regular expressions for names that stay full rank: embeddings, norms, heads, routers and adapters.
+
+Where a module is given, embeddings and norms are found by what they do, and the expressions for these, which are the
+first three, are not asked: ``norm1.linear`` of a diffusion transformer is a linear layer.
+"""
 
 FLATTENED = "Parameters flattened by FSDP1 or DeepSpeed have lost their shape: shard with fully_shard (FSDP2) instead"
 
@@ -117,10 +126,13 @@ def param_groups(
         rank_pattern: other ranks by regular expression, such as ``{r"q_proj": 32, r"mlp": 0.5}``, whole numbers or
             shares. The first one that is found in the canonical name of a projected matrix gives its rank.
         targets: which matrices are projected. ``"all-linear"`` means every matrix that ``exclude`` does not name; in a
-            module, these are the weights of ``nn.Linear`` and stacks of matrices, such as experts. Any other string is
-            a regular expression for the whole name of a parameter or its module. Of a list of strings each is a part of
+            module, these are the weights of linear layers (``nn.Linear``, transformers' ``Conv1D``, the projections of
+            ``nn.MultiheadAttention``) and stacks of matrices, such as experts. Embeddings, heads and
+            routers are none of these, whatever their class and name; see ``subspan.roles``. Any other string is a
+            regular expression for the whole name of a parameter or its module. Of a list of strings each is a part of
             names, or such an expression. A list or an expression wins over ``exclude``.
-        exclude: regular expressions; a name in which one is found stays full rank.
+        exclude: regular expressions; a name in which one is found stays full rank. One that begins with ``+``, such as
+            ``"+mlp"``, is added to the default list, which the others replace.
         overrides: group settings by regular expression, such as ``{r"k_proj": {"rank": 64}}``; the first match wins.
             A rank among them wins over ``rank_pattern``.
         lr_full: learning rate of the parameters that ``targets`` does not name (embeddings, heads, norms, biases), also
@@ -129,6 +141,10 @@ def param_groups(
             the optimizer.
         decayed: names of the parameters that get ``weight_decay``, if these are not the matrices.
 
+    Weights that are ``(in, out)`` are in groups with ``transposed=True``, which only a module tells. The biases
+    ``(E, n)`` of experts, and tokens ``(1, 1, n)``, are vectors. A warning says so if less than a tenth of a module is
+    projected.
+
     Returns:
         Parameter groups with names, in the order above, without empty ones. An optimizer that is built from them prints
         a table of them.
@@ -136,8 +152,6 @@ def param_groups(
     Raises:
         SettingError: a target, a rank pattern or an override matches nothing, or a setting is out of range.
     """
-    if isinstance(exclude, str):
-        exclude = (exclude,)
     if not isinstance(targets, str) and not all(isinstance(target, str) for target in targets):
         raise SettingError(f"targets={targets!r}: expected 'all-linear', a list of strings, or a regular expression")
     given = {"rank": rank, "lr": lr_full, "weight_decay": weight_decay}
@@ -165,11 +179,11 @@ def param_groups(
     # A target may name backward-side layers; these are projected already.
     made = {layer.weight_name for _, p in named if (layer := layer_of(p)) is not None}
     projected = set()
+    roles = roles_of(model) if isinstance(model, nn.Module) else roles_by_name(named)
     if rank is not None or lr_full is not None:
         projected = _projected_names(
-            model, others, targets, exclude, given_names, made, frozen, needed=rank is not None
+            model, roles, others, targets, exclude, given_names, made, frozen, needed=rank is not None
         )
-    filters = _convolutions(model)
     decayed = None if decayed is None else {canonical_name(name) for name in decayed}
 
     for pattern, settings in (overrides or {}).items():
@@ -179,9 +193,11 @@ def param_groups(
     used: set[str] = set()
     matrices: list[str] = []
     overridden: set[str] = set()
-    groups: dict[tuple[int, Rank, bool, bool, str], dict[str, Any]] = {}
+    groups: dict[tuple[int, Rank, bool, bool, bool, str], dict[str, Any]] = {}
     for name, p in named:
-        kind = 0 if name in projected or name in carriers else 1 if p.ndim > 1 else 2
+        role = _role(roles, p)
+        is_vector = p.ndim < 2 or role.kind == "vector"
+        kind = 0 if name in projected or name in carriers else 2 if is_vector else 1
         pattern, settings = next(((row.pattern, s) for row, s in rows if _finds(row, name, given_names)), ("", {}))
         own_rank = rank if kind == 0 else None
         if kind == 0:
@@ -192,7 +208,7 @@ def param_groups(
                 own_rank = ranks.of(matrices[-1], rank)
         # Three dimensions look like a stack of matrices, but those of a convolution are none.
         has_rank = own_rank is not None or settings.get("rank") is not None
-        flatten = has_rank and p.ndim == 3 and id(p) in filters
+        flatten = has_rank and p.ndim == 3 and role.kind == "convolution"
         used.add(pattern)
         if (layer := carriers.get(name)) is not None:
             own_rank = layer.projection.asked
@@ -201,11 +217,13 @@ def param_groups(
             elif (found := ranks.finds(matrices[-1])) is not None:
                 _check_made(f"rank_pattern[{found!r}]", ranks.ranks[found], layer, name)
         decay = kind < 2 if decayed is None else name in decayed or (layer is not None and layer.weight_name in decayed)
-        place = (kind, own_rank or 0, flatten, not decay, pattern)
+        place = (kind, own_rank or 0, flatten, role.transposed, not decay, pattern)
         if place not in groups:
             group: dict[str, Any] = {"params": [], "rank": own_rank}
             if flatten:
                 group["flatten"] = True
+            if role.transposed:
+                group["transposed"] = True
             if kind > 0 and lr_full is not None:
                 group["lr"] = lr_full
             if weight_decay is not None:
@@ -223,6 +241,12 @@ def param_groups(
                 )
             raise SettingError(f"overrides: {row.pattern!r} matches no parameter; {_names_like(row.pattern, named)}")
     ranks.check_used(matrices, overridden)
+    if rank is not None and targets == "all-linear" and isinstance(model, nn.Module):
+        sizes = [(name, "projected", p.numel()) for name, p in named if name in projected]
+        sizes += [(name, "projected", layer.weight.numel()) for name, layer in carriers.items()]
+        sizes += [(name, _role(roles, p).kind, p.numel()) for name, p in others if name not in projected]
+        if (words := if_little_is_projected(sizes)) is not None:
+            logger.warning("%s", words)
     return [groups[key] for key in sorted(groups)]
 
 
@@ -236,45 +260,60 @@ def _check_made(what: str, asked: object, layer: CarriedLayer, name: str) -> Non
         )
 
 
-def select_linear(model: nn.Module, targets: str | Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Linear]:
+def select_linear(model: nn.Module, targets: str | Sequence[str], exclude: Sequence[str]) -> dict[str, Any]:
     """Return the layers of ``model`` that ``targets`` names, by their canonical names; see ``param_groups``.
 
+    They are of class ``nn.Linear`` or transformers' ``Conv1D``. Other layers and stacks of matrices that
+    ``"all-linear"`` means too are left out, and one line of the log names them.
+
     Raises:
-        SettingError: a target matches nothing, or a parameter that is not the weight of an ``nn.Linear``.
+        SettingError: a target matches nothing, or a parameter that is not the weight of one of these classes.
     """
     raw = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     canonical = canonical_names(name for name, _ in raw)
     named: list[tuple[str, Tensor]] = [(canonical[name], p) for name, p in raw]
-    found: dict[str, nn.Linear] = {}
+    found: dict[str, Any] = {}
+    left: list[str] = []
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    chosen = _projected_names(
-        model, named, targets, exclude, {short: name for name, short in canonical.items()}, (), frozen, needed=True
-    )
+    given = {short: name for name, short in canonical.items()}
+    chosen = _projected_names(model, roles_of(model), named, targets, exclude, given, (), frozen, needed=True)
     for (name, _), (raw_name, _) in zip(named, raw, strict=True):
         if name not in chosen:
             continue
         owner, _, own = raw_name.rpartition(".")
         module = model.get_submodule(owner)
-        if type(module) is not nn.Linear or own != "weight":
+        if own != "weight" or not (type(module) is nn.Linear or is_conv1d(module)):
             if targets == "all-linear":
-                continue  # a stack of experts, or a layer of a class of its own
+                left.append(name)  # a stack of experts, or a layer of a class of its own
+                continue
             raise SettingError(
-                f"targets: {name!r} belongs to a {type(module).__name__}; only the weight of an nn.Linear can be made in "
-                "the backward pass; exclude it, and the optimizer projects it"
+                f"targets: {name!r} belongs to a {type(module).__name__}; only the weight of an nn.Linear, or of "
+                "transformers' Conv1D, can be made in the backward pass; exclude it, and the optimizer projects it"
             )
         found[name.rpartition(".")[0]] = module
     if not found:
         raise SettingError(f"targets={targets!r}: no nn.Linear among them; {_names_like('', named)}")
+    if left:
+        logger.info(
+            "backward-side: %d stacks of matrices and layers of other classes are left out, such as %s; they keep their "
+            "gradients, and the optimizer projects them",
+            len(left),
+            left[0],
+        )
     return found
 
 
-def _convolutions(model: object) -> set[int]:
-    modules = model.modules() if isinstance(model, nn.Module) else []
-    return {id(m.weight) for m in modules if isinstance(m, nn.modules.conv._ConvNd)}
+def _excluded(exclude: Sequence[str]) -> tuple[str, ...]:
+    """The expressions that are meant: those that begin with a plus are added to the default ones."""
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    if not any(pattern.startswith("+") for pattern in exclude):
+        return exclude
+    return (*EXCLUDED, *(pattern.removeprefix("+") for pattern in exclude if pattern not in EXCLUDED))
 
 
 def _projected_names(
     parameters: object,
+    roles: Mapping[int, Role],
     named: list[tuple[str, Tensor]],
     targets: str | Sequence[str],
     exclude: Sequence[str],
@@ -288,18 +327,24 @@ def _projected_names(
 
     Where they are ``needed``, it is an error if all-linear finds none.
     """
-    matrices = [name for name, p in named if p.ndim > 1]
+    matrices = [name for name, p in named if p.ndim > 1 and _role(roles, p).kind != "vector"]
     if targets == "all-linear":
+        expressions = _excluded(exclude)
         if isinstance(parameters, nn.Module):
-            modules = list(parameters.modules())
-            # By identity, because a head tied to the embedding is one parameter with two names.
-            linear = {id(m.weight) for m in modules if isinstance(m, nn.Linear)}
-            linear -= {id(m.weight) for m in modules if isinstance(m, nn.Embedding)}
-            # Experts, whose weights are stacked in one parameter.
-            linear |= {id(p) for p in parameters.parameters() if p.ndim == 3} - _convolutions(parameters)
-            matrices = [name for name, p in named if id(p) in linear]
-        kept = [_compiled(pattern, "exclude") for pattern in exclude]
-        found = {name for name in matrices if not any(_finds(pattern, name, given) for pattern in kept)}
+            matrices = [name for name, p in named if _role(roles, p).is_projected]
+        else:
+            matrices = [name for name, p in named if name in matrices and _role(roles, p).kind != "router"]
+        kept = [_compiled(pattern, "exclude") for pattern in expressions]
+        known = {name for name, p in named if _role(roles, p).kind == "linear"}
+        found = {
+            name
+            for name in matrices
+            if not any(
+                _finds(pattern, name, given)
+                for pattern in kept
+                if name not in known or pattern.pattern not in _OF_EMBEDDINGS_AND_NORMS
+            )
+        }
         if needed and not found and not made:
             raise SettingError(_nothing_to_project(named, frozen, kept))
         return found
@@ -328,6 +373,10 @@ def _projected_names(
             )
         found |= hits.difference(made)
     return found
+
+
+def _role(roles: Mapping[int, Role], p: Tensor) -> Role:
+    return roles.get(id(p), Role("other"))
 
 
 def _nothing_to_project(

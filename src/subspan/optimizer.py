@@ -16,7 +16,7 @@ It calls the parts of a step in this order, holds no formulas and names no metho
 import difflib
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any, overload
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from subspan import distributed, summary
+from subspan.following import Following
 from subspan.groups import EXCLUDED, FLATTENED, param_groups
 from subspan.parts import Residual, Rule, Selector, Transfer
 from subspan.state_dict import Restorable
@@ -44,8 +45,8 @@ from subspan.utils.ranks import Rank
 
 logger = logging.getLogger(__name__)
 
-_OF_GROUPS = ("params", "param_names", "initial_lr", "lagged_norm")
-"""Keys that torch, its schedulers and a step in the backward pass put into a parameter group."""
+_OF_GROUPS = ("params", "param_names", "initial_lr", "lagged_norm", "transposed")
+"""Keys that torch, its schedulers, a step in the backward pass and ``param_groups`` put into a parameter group."""
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -56,12 +57,13 @@ class SubspaceOptimizer(Restorable):
     Matrices of groups with a ``rank`` are trained inside a subspace. Everything else takes the rule's full-rank step at
     ``lr``, without ``scale``: groups with ``rank=None``, vectors, and matrices with a side no larger than the rank. A
     parameter of three dimensions is a stack of matrices (experts), each with a basis of its own. One of four or five is
-    flattened to ``(out, -1)``, as is one of three in a group with ``flatten=True`` (a 1-d convolution).
+    flattened to ``(out, -1)``, as is one of three in a group with ``flatten=True`` (a 1-d convolution). The matrices of
+    a group with ``transposed=True`` are ``(in, out)``, as those of transformers' ``Conv1D`` are, and not ``(out, in)``.
 
     A non-finite gradient reaches moments and weights as it does in ``torch.optim``; it never reaches a basis.
 
     Args:
-        params: a module (its ``nn.Linear`` weights are projected, except what ``exclude`` names),
+        params: a module (the weights of its linear layers are projected, except what ``exclude`` names),
             ``named_parameters()`` (every matrix is, except what ``exclude`` names), parameter groups (those with
             ``rank`` are, as with galore_torch), or bare tensors (every matrix is).
         lr: learning rate, a float or a tensor; it is read at every step.
@@ -75,7 +77,7 @@ class SubspaceOptimizer(Restorable):
             all. ``None`` does so only for backward-side layers, whose first bases are then drawn at random.
         seed: seed of every random choice. A choice depends only on the seed, the parameter's name and the step.
         targets: with a module or named parameters: ``"all-linear"``, a list of substrings, or a regular expression.
-        exclude: regular expressions of names that stay full rank.
+        exclude: regular expressions of names that stay full rank; one that begins with ``+`` is added to the default.
 
     The other keywords are the settings of ``step.settings.StepSettings``, such as ``update_proj_gap=200``.
 
@@ -115,10 +117,12 @@ class SubspaceOptimizer(Restorable):
                 f"rule={rule!r}: its setting {taken[0]!r} is one of every parameter group, which it would overwrite; "
                 "give the rule's another name"
             )
-        self.carriers = Carriers(self)
+        self.carriers, self.following = Carriers(self), Following(self)
         self._built = False
         super().__init__(_as_groups(params, rank, targets, exclude), defaults)
         self._built = True
+        if isinstance(params, nn.Module):
+            self.following.watch(params)
         check_ranks(self.slots(), rank)
         if stagger is None and any(layer_of(p) is not None for p in self._parameters()):
             self.method = replace(self.method, stagger=True)
@@ -136,6 +140,8 @@ class SubspaceOptimizer(Restorable):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and allocate all of its state (contract R3). Nothing is added if a setting is wrong."""
+        if self._built:
+            self.follow(in_pass=True)
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise SettingError(f"params: {param_group!r} is no parameter group; expected a dict with 'params'")
         for key in param_group.keys() - {"params", "param_names", *self.defaults}:
@@ -157,6 +163,7 @@ class SubspaceOptimizer(Restorable):
                 check_carrier(self.method, p)
                 check_sharded(self.method, p, group)
                 self.state[p] = state_of(self.method, p, group)
+            self.following.note(group)
             group["method"] = self.method.text  # whatever group it was made from
             if self._built:  # else the constructor does this, when all groups are there
                 check_ranks(self.slots(), None)
@@ -164,6 +171,7 @@ class SubspaceOptimizer(Restorable):
         except Exception:
             for p in self.param_groups.pop()["params"]:
                 self.state.pop(p, None)
+            del self.following.built[len(self.param_groups) :]
             raise
 
     def _check_group(self, settings: Mapping[str, Any]) -> None:
@@ -198,13 +206,10 @@ class SubspaceOptimizer(Restorable):
         for slot in self.slots():
             if slot.p.grad is None:  # those that have stepped in the backward pass have no gradient any more
                 continue
-            if slot.p not in self.state:
-                raise SettingError(
-                    f"params: {slot.name!r} {tuple(slot.p.shape)} has been put into its group since, and has no state. If "
-                    f"it is another tensor of the same model, load a state_dict of this optimizer. {FLATTENED}"
-                )
             gradient = distributed.local_gradient(slot.p, slot.name)
             works.append(work_of(self.method, slot, gradient, rules[slot.number]))
+        if not works and self._in_backward is None:
+            self.following.say_that_nothing_is_trained()
         step_on_(self.method, self.state, works, self.inside)
         for group in self.param_groups:
             group["clock"] += 1
@@ -297,9 +302,6 @@ class SubspaceOptimizer(Restorable):
     def warn_of_full_rank() -> None:
         """Warn that no matrix is projected, which is never a silent outcome (contract R13)."""
         logger.warning("no matrix is projected, so this is full-rank training: give a rank below the matrices' sides")
-
-    def _parameters(self) -> Iterator[Tensor]:
-        return (p for group in self.param_groups for p in group["params"])
 
     def summary(self) -> str:
         """Return the parts and one table.

@@ -141,3 +141,22 @@ def test_weights_of_every_kind_in_one_model():
     optimizer.step()
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == name.startswith(("unused", "frozen")), name
+
+
+@pytest.mark.parametrize("shape", [(48, 20), (20, 48), (32, 32), (3, 16, 24)], ids=str)
+@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+def test_a_weight_that_is_transposed_keeps_what_is_in_and_what_is_out(shape, proj_type):
+    """The gradient of a weight (in, out) is oriented as that of the same weight (out, in), and so is its state."""
+    plain = layout_of(shape, 4, proj_type)
+    transposed = layout_of((*shape[:-2], shape[-1], shape[-2]), 4, proj_type, transposed=True)
+    G = torch.randn(shape)
+    assert torch.equal(plain.enter(G), transposed.enter(G.mT.contiguous()))
+    assert plain.row_dim == transposed.row_dim
+    assert layout_of(shape, None, proj_type).row_dim - layout_of(shape, None, proj_type, transposed=True).row_dim == -1
+
+
+@pytest.mark.parametrize("proj_type", ["std", "right", "left"])
+def test_sharded_rows_of_a_transposed_weight_leave_the_columns_too(proj_type):
+    """Its rows are the inputs, and no rank has all of them."""
+    assert layout_of((20, 48), 4, proj_type, sharded=True, transposed=True).side == "right"
+    assert layout_of((20, 48), 4, proj_type, sharded=True, transposed=True).of_rows(5).row_dim == -2

@@ -7,12 +7,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from subspan.backward.conv1d import convert
+from subspan.backward.inputs import Inputs
 from subspan.backward.layer import BackwardLinear
 from subspan.backward.projection import Projection
-from subspan.backward.sharing import Share, groups_of, of_one_rank
+from subspan.backward.sharing import Share, groups_of, met_by, of_one_rank, passes_on
 from subspan.distributed import is_sharded
 from subspan.groups import EXCLUDED, RankPattern, check_rank, select_linear
 from subspan.parts import Key, Residual, Selector, check_part
+from subspan.roles import inputs_of
+from subspan.storage.allocation import State
 from subspan.utils.errors import SettingError
 from subspan.utils.ranks import Rank, rank_of_side
 
@@ -75,8 +79,12 @@ class Handle:
             like = first.weight.new_ones(1, first.in_features)
             selector.refresh_(like, state, Key(seed, first.weight_name, step))
             projection.bind(selector, None, state, self)
-            projection.plan, projection.displaced = "keep", True
+            projection.expect("keep")
+            projection.displaced = True
         return [layer.carrier for layer in self.layers]
+
+    def look(self, device: torch.device, state: State) -> None:
+        """Do nothing: a basis that ``enter`` draws stays where it was drawn."""
 
     def refresh_projection(self, projection: Projection, G: Tensor | None) -> None:
         """Raise, because bases that ``enter`` draws change only when it is called again."""
@@ -95,7 +103,7 @@ class Handle:
             projection.fold()
 
     def remove(self) -> None:
-        """Merge, and make every layer an ``nn.Linear`` again, with a weight that gets gradients.
+        """Merge, and make every layer what it was again, with a weight that gets gradients.
 
         The optimizer that was built for the carriers cannot be used any more.
         """
@@ -132,11 +140,13 @@ def project_backward(
         rank_pattern: other ranks by regular expression, such as ``{r"q_proj": 32, r"mlp": 0.5}``, whole numbers or
             shares. The first one that is found in the canonical name of a layer's weight gives its rank. Layers of
             different rank share no basis, also where they have the same input; a warning says so.
-        targets, exclude: which ``nn.Linear`` layers to change; see ``subspan.param_groups``.
+        targets, exclude: which layers to change, of class ``nn.Linear`` or transformers' ``Conv1D``; see
+            ``subspan.param_groups``. Stacks of experts are left out; the optimizer projects them.
         share: which layers have one basis and save one ``x Q``. ``"auto"`` runs the model once on its ``dummy_inputs``,
-            which models of transformers have; layers that get the same tensor share. A dict is inputs of the model to
-            run it on instead. Lists of names, such as ``[["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]``,
-            say which layers share. With ``"none"`` no layers share.
+            which models of transformers have, or on an image or a spectrogram of the size in its config; layers that
+            get the same tensor share. If the model does not run, no layers share, and a warning says so. A dict is
+            inputs of the model to run it on instead. Lists of names, such as ``[["q_proj", "k_proj", "v_proj"],
+            ["gate_proj", "up_proj"]]``, say which layers share. With ``"none"`` no layers share.
         merge: when steps go into the weight. With ``"step"`` each step changes the weight. With ``"refresh"`` steps add
             up in the carrier, in fp32, and the weight changes when the basis does; this is for weights in bf16, which
             lose small steps. Saving merges a copy. Code that reads ``layer.weight`` itself, such as an average of the
@@ -183,15 +193,15 @@ def project_backward(
     layers = select_linear(model, targets, exclude)
     pattern.check_used([f"{name}.weight" for name in layers])
     asked = {name: pattern.of(f"{name}.weight", rank) for name in layers}
-    ranks = {name: rank_of_side(asked[name], layer.in_features) for name, layer in layers.items()}
+    ranks = {name: rank_of_side(asked[name], inputs_of(layer)) for name, layer in layers.items()}
     owners: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(p), []).append(name)
     for name, layer in layers.items():
-        if ranks[name] > layer.in_features:
+        if ranks[name] > inputs_of(layer):
             found = pattern.finds(f"{name}.weight")
             raise SettingError(
-                f"{'rank' if found is None else f'rank_pattern[{found!r}]'}={ranks[name]}: above the {layer.in_features} "
+                f"{'rank' if found is None else f'rank_pattern[{found!r}]'}={ranks[name]}: above the {inputs_of(layer)} "
                 f"input features of {name!r}; lower it, or exclude the layer"
             )
         if len(tied := owners[id(layer.weight)]) > 1:
@@ -201,23 +211,32 @@ def project_backward(
             )
         if not layer.weight.requires_grad:
             raise SettingError(f"targets: the weight of {name!r} is frozen; exclude it")
-    groups, divided = of_one_rank(groups_of(model, layers, share), ranks, share)
+    met = met_by(model, layers, share)
+    groups, divided = of_one_rank(groups_of(model, layers, share, met), ranks, share)
     if divided is not None:
         logger.warning("%s", divided)
-    projections = []
+    projections, inputs = [], Inputs()
     for names in groups:
         patterned = [pattern.finds(f"{name}.weight") is not None for name in names]
         first = names[patterned.index(False)] if not all(patterned) else names[0]
         r = ranks[first]
-        s = 0 if residual is None else residual.sketch_width(layers[first].in_features, r)
+        s = 0 if residual is None else residual.sketch_width(inputs_of(layers[first]), r)
         projection = Projection(
-            r, merge, select_from, process_group, sketch_width=s, asked=asked[first], by_pattern=all(patterned)
+            r,
+            merge,
+            select_from,
+            process_group,
+            inputs=inputs,
+            in_features=inputs_of(layers[first]),
+            sketch_width=s,
+            asked=asked[first],
+            by_pattern=all(patterned),
         )
         for name in names:
-            layer = layers[name]
-            layer.__class__ = BackwardLinear
-            assert isinstance(layer, BackwardLinear)
-            layer.join(projection, f"{name}.weight")
+            convert(layers[name]).join(projection, f"{name}.weight")
         projections.append(projection)
+    number_of = {name: number for number, names in enumerate(groups) for name in names}
+    for names in met or ():
+        inputs.note(passes_on(names, number_of, groups))
     logger.info("backward-side: %d linear layers at rank %s share %d bases", len(layers), rank, len(projections))
     return Handle(projections, divided)

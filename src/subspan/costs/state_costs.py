@@ -155,7 +155,8 @@ class StateCosts:
         if p.weight is None:
             weights, carriers = size, 0
             rank = None if self.selector is None else group.get("rank")
-            layout = layout_of(p.shape, rank, group.get("proj_type", "std"), group.get("flatten", False), sharded)
+            flatten, transposed = group.get("flatten", False), group.get("transposed", False)
+            layout = layout_of(p.shape, rank, group.get("proj_type", "std"), flatten, sharded, transposed)
             layout = layout.of_rows(rows) if sharded else layout
             stored = self._stored(states_of_parts(self._parts(group), local, layout))
         else:

@@ -31,6 +31,7 @@ from subspan.step.refresh import low_rank_suffices
 from subspan.step.weights import Inside
 from subspan.step.work import Slot, work_of
 from subspan.utils.checks import DIVISORS, is_divisor
+from subspan.utils.compiler import untraced
 from subspan.utils.errors import SettingError
 
 Clip = Literal["none", "per_param", "lagged_global"]
@@ -46,6 +47,9 @@ class Stepper(Protocol):
 
     def slots(self) -> Iterable[Slot]:
         """Return where each parameter is kept."""
+
+    def follow(self, *, in_pass: bool) -> None:
+        """Fit the state to what the parameters are now."""
 
 
 _GONE = (
@@ -152,12 +156,27 @@ class StepInBackward:
         self._squares: dict[Tensor, Tensor] = {}
         self._factor: Tensor | None = None
         self._rules: dict[int, Rule] = {}
-        self._slots = {slot.p: slot for slot in optimizer.slots() if slot.p.requires_grad}
+        self._slots: dict[Tensor, Slot] = {}
+        self._handles: list[Any] = []
+        self._hook()
         if clip == "lagged_global":  # from the start, because a checkpoint is loaded into the keys that are there
             optimizer.param_groups[0].setdefault("lagged_norm", 0.0)
-        self._handles: list[Any] = [p.register_post_accumulate_grad_hook(self._receive) for p in self._slots]
         if model is not None and distributed.several_processes():
             self._handles.append(model.register_forward_pre_hook(_refuse_averaging))
+
+    def _hook(self) -> None:
+        self._slots = {slot.p: slot for slot in self.optimizer.slots() if slot.p.requires_grad}
+        self._hooks = {p: p.register_post_accumulate_grad_hook(self._receive) for p in self._slots}
+
+    def follow(self) -> None:
+        """Wait for the gradients of the parameters that the optimizer has now."""
+        slots = {slot.p: slot for slot in self.optimizer.slots() if slot.p.requires_grad}
+        if not self.enabled or slots.keys() == self._slots.keys():
+            self._slots = slots
+            return
+        for handle in self._hooks.values():
+            handle.remove()
+        self._hook()
 
     @property
     def settings(self) -> tuple[int, Clip, float]:
@@ -166,18 +185,21 @@ class StepInBackward:
 
     def remove(self) -> None:
         """Take the hooks away."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._hooks.values()):
             handle.remove()
         self._handles.clear()
+        self._hooks.clear()
 
     @property
     def enabled(self) -> bool:
         """Whether the hooks are there."""
-        return bool(self._handles)
+        return bool(self._hooks)
 
     @torch.no_grad()
     def _receive(self, p: Tensor) -> None:
         """Take a micro-batch's gradient, which autograd has put into ``p.grad`` or added to the stand-in there."""
+        if not self.seen:
+            self.optimizer.follow(in_pass=True)
         slot = self._slot(p)
         stand_in = _stand_in(p)
         if stand_in is None and self.is_summing(p):  # zero_grad has taken it away, and with it the sum
@@ -295,7 +317,7 @@ _AVERAGING = (
 )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # it asks Python, not tensors
+@untraced  # it asks Python, not tensors
 def _refuse_averaging(model: nn.Module, inputs: Any) -> None:
     """Raise in the forward pass of a model that steps in the backward pass and that DistributedDataParallel wraps."""
     wrapper = distributed.running_wrapper()

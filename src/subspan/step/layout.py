@@ -25,7 +25,7 @@ class Layout(NamedTuple):
 
     @property
     def row_dim(self) -> int:
-        """The dimension of the oriented matrix along which the rows of the weight lie."""
+        """The dimension of the oriented matrix along which the outputs lie: the rows of a weight ``(out, in)``."""
         return -1 if self.side == "left" else -2
 
     @property
@@ -48,8 +48,26 @@ class Layout(NamedTuple):
         return (D.mT if self.side == "left" else D).reshape(shape)
 
 
+class TransposedLayout(Layout):
+    """The layout of matrices ``(in, out)``, whose columns stand for the outputs.
+
+    With some of the rows only (``of_rows``) it is a plain one: a mean over an output would need rows of other ranks.
+    """
+
+    __slots__ = ()
+
+    @property
+    def row_dim(self) -> int:
+        return -2 if self.side == "left" else -1
+
+
 def layout_of(
-    shape: Sequence[int], rank: Rank | None, proj_type: str, flatten: bool = False, sharded: bool = False
+    shape: Sequence[int],
+    rank: Rank | None,
+    proj_type: str,
+    flatten: bool = False,
+    sharded: bool = False,
+    transposed: bool = False,
 ) -> Layout:
     """Return the layout of a parameter in a group with these settings.
 
@@ -62,18 +80,22 @@ def layout_of(
         rank: the rank, or its share of the side that is compressed; ``None`` for full rank.
         proj_type: one of ``PROJ_TYPES``.
         flatten: whether three dimensions are those of a convolution.
-        sharded: whether its rows are sharded over ranks. Then the columns are compressed where ``proj_type`` leaves the
-            side to the shape.
+        sharded: whether its rows are sharded over ranks. Then the columns are compressed, unless ``proj_type`` asks for
+            the other side by name.
+        transposed: whether the matrices are ``(in, out)``. ``right`` compresses the inputs, ``left`` the outputs.
     """
     shape = tuple(shape)
     if len(shape) > 3 or (flatten and len(shape) == 3):
         shape = (shape[0], math.prod(shape[1:]))
+    kind = TransposedLayout if transposed else Layout
     if rank is None or len(shape) < 2:
-        return Layout(shape, None)
+        return kind(shape, None)
     rows, columns = shape[-2:]
+    outputs, inputs = (columns, rows) if transposed else (rows, columns)
     named = PROJ_TYPES[proj_type]
-    side: Side = "right"
-    if named == "left" or (named != "right" and not sharded and (rows < columns) == (named == "short")):
-        side = "left"
+    of_outputs = named == "left" or (named != "right" and (outputs < inputs) == (named == "short"))
+    side: Side = "left" if of_outputs != transposed else "right"
+    if sharded and (named != "left" or transposed):
+        side = "right"
     own = rank_of_side(rank, columns if side == "right" else rows)
-    return Layout(shape, None) if own >= min(rows, columns) else Layout(shape, side, own)
+    return kind(shape, None) if own >= min(rows, columns) else kind(shape, side, own)

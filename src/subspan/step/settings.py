@@ -58,8 +58,8 @@ class StepSettings:
         update_proj_gap: steps between refreshes, >= 1.
         scale: factor on the step of projected matrices. ``lr * scale`` is their learning rate: halve one, double the
             other.
-        proj_type: the side to compress: ``std`` (the shorter), ``reverse_std`` (the longer), ``right`` (columns) or
-            ``left`` (rows).
+        proj_type: the side to compress: ``std`` (the shorter), ``reverse_std`` (the longer), ``right`` (the inputs,
+            which are the columns of an ``nn.Linear``) or ``left`` (the outputs).
         weight_decay: decoupled weight decay, which is multiplied by ``lr``.
         flatten: whether parameters of three dimensions are convolutions, flattened to ``(out, -1)``, and not stacks.
         eta: strength of the proximal term of RSO, ``||B||² / (2 eta)``, where ``B`` is the way since the last refresh.

@@ -27,7 +27,9 @@ def check_shardable(method: Method, p: Tensor, group: Mapping[str, Any]) -> None
     if p.ndim == 3 and not group["flatten"]:
         why = f"params: a stack of matrices {tuple(p.shape)}"
     elif (
-        PROJ_TYPES[group["proj_type"]] != "short"  # of std the columns are compressed
+        # Of std the columns are compressed, and of a weight (in, out) always.
+        PROJ_TYPES[group["proj_type"]] != "short"
+        and not group.get("transposed", False)
         and layout_of(p.shape, group["rank"], group["proj_type"], group["flatten"]).side == "left"
     ):
         why = f"proj_type={group['proj_type']!r}, which is the rows of a matrix {tuple(p.shape)}"

@@ -75,7 +75,9 @@ def whole_layout(p: Tensor, group: Mapping[str, Any]) -> Layout:
     if layer_of(p) is not None:
         return Layout(tuple(p.shape), None)
     sharded = distributed.is_sharded(p)
-    return layout_of(p.shape, group["rank"], group["proj_type"], group["flatten"], sharded)
+    # A key of these groups only: in all of them, torch's sharded checkpoints of earlier versions would lack it.
+    transposed = group.get("transposed", False)
+    return layout_of(p.shape, group["rank"], group["proj_type"], group["flatten"], sharded, transposed)
 
 
 def local_layout(p: Tensor, group: Mapping[str, Any], local: Tensor | None = None) -> Layout:

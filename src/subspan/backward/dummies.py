@@ -1,0 +1,48 @@
+"""Inputs to run a model on once, when nobody gives any: those of transformers, or what its config says."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def inputs_to_try(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield inputs that ``model`` may run on, the likeliest first.
+
+    They are its ``dummy_inputs``, which are token ids in all models of transformers that do not say otherwise, what
+    its ``main_input_name`` asks for by its config (pixels, a spectrogram or a waveform), and both together.
+    """
+    own = getattr(model, "dummy_inputs", None)
+    dummy = dict(own) if isinstance(own, Mapping) else {}
+    config = getattr(model, "config", None)
+    made = _made(getattr(model, "main_input_name", ""), config) if config is not None else {}
+    if set(dummy) == {"input_ids"} and made:
+        yield made
+    if dummy:
+        yield dummy
+    pixels = made or _made("pixel_values", config)
+    if dummy and pixels:
+        yield dummy | pixels
+
+
+def _made(name: str, config: Any) -> dict[str, Any]:
+    """Make the main input of a model from its config, if it is of a kind that is known here."""
+    decoded = {"decoder_input_ids": torch.zeros(1, 2, dtype=torch.long)} if _of(config, "is_encoder_decoder") else {}
+    if name == "pixel_values":
+        size, channels = _of(config, "image_size"), _of(config, "num_channels") or 3
+        sides = (size, size) if isinstance(size, int) else size
+        if isinstance(sides, list | tuple) and len(sides) == 2:
+            return {name: torch.zeros(1, channels, *sides)} | decoded
+        return {name: torch.zeros(1, channels, 224, 224)} | decoded if config is not None and size is None else {}
+    if name == "input_features" and (bins := _of(config, "num_mel_bins")):
+        return {name: torch.zeros(1, bins, 2 * (_of(config, "max_source_positions") or 1500))} | decoded
+    if name == "input_values":
+        return {name: torch.zeros(1, 16_000)}
+    return {}
+
+
+def _of(config: Any, name: str) -> Any:
+    """Return a setting of a config, or of the config of its vision model."""
+    found = getattr(config, name, None)
+    return found if found is not None else getattr(getattr(config, "vision_config", None), name, None)
