@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import subspan
 from subspan import SubspaceAdamW, create, param_groups
 from subspan.step.layout import layout_of
+from subspan.utils.errors import SettingError
 
 LINEAR = [
     f"self_attn.{name}_proj" for name in "qkvo"
@@ -367,3 +368,48 @@ def test_full_rank_has_a_second_rate() -> None:
         "linear.weight": 0.1, "embed.weight": 0.4, "head.weight": 0.4, "linear.bias": 0.4, "head.bias": 0.4
     }  # fmt: skip
     assert rates["adamw"] == rates["adamw_8bit"] == rates["galore_adamw"]
+
+
+def test_a_list_has_parts_of_names_or_expressions(llama):
+    """As transformers documents it; a part of a name is looked for first."""
+    model = llama
+    for targets in (["q_proj"], [r".*\.q_proj"], [r".*attn\.q_proj\.weight"]):
+        names, _ = by_rank(param_groups(model, rank=2, targets=targets))
+        assert len(names) == 2
+        assert all("q_proj" in name for name in names)
+    with pytest.raises(SettingError, match=r"targets: '.*\(' is no regular expression"):
+        param_groups(model, rank=2, targets=["q_proj", "nothing("])
+
+
+def test_frozen_matrices_are_named_as_the_reason():
+    """Quantised layers are frozen; nobody is sent to another way of sharding for that."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    for layer in model:
+        layer.weight.requires_grad_(False)
+    with pytest.raises(SettingError, match=r"every matrix is frozen.*requires_grad_\(True\)$"):
+        param_groups(model, rank=2)
+    for layer in model:
+        layer.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
+    quantised = "Weights in int8 are quantised: load the model without quantisation"
+    with pytest.raises(SettingError, match=rf"every matrix is frozen.*{quantised}"):
+        param_groups(model, rank=2)
+    for layer in model:
+        layer.bias.requires_grad_(False)
+    with pytest.raises(SettingError, match=rf"no trainable parameter.*{quantised}"):
+        param_groups(model, rank=2)
+
+
+def test_adapters_are_left_out_on_purpose():
+    """What ``peft_config`` leaves trainable is LoRA's; with names they are projected all the same."""
+    model = nn.Module()
+    model.base, model.lora_A, model.lora_B = (
+        nn.Linear(16, 16),
+        nn.Linear(16, 4, bias=False),
+        nn.Linear(4, 16, bias=False),
+    )
+    model.base.requires_grad_(False)
+    with pytest.raises(
+        SettingError, match=r"'lora_'\) are excluded on purpose.*without peft_config.*targets=\['lora_'\]"
+    ):
+        param_groups(model, rank=2)
+    assert [group["rank"] for group in param_groups(model, rank=2, targets=["lora_"])] == [2]

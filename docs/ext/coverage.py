@@ -32,6 +32,8 @@ PUBLIC = (
     "subspan.distributed",
     "subspan.linalg",
     "subspan.inspection",
+    "subspan.integrations.accelerate",
+    "subspan.integrations.lightning",
     "subspan.integrations.transformers",
     "subspan.checkpoints.sharded",
     "subspan.checkpoints.writer",

@@ -388,7 +388,7 @@ def _nothing_to_project(
     if not matrices:
         if any(p.ndim > 1 for p in frozen):
             return (
-                "model: every matrix is frozen, so there is nothing to project; unfreeze those to train with "
+                "model: every matrix is frozen, so there is no matrix to project; unfreeze those to train with "
                 f"requires_grad_(True){_quantised(frozen)}"
             )
         return f"targets='all-linear': there is no matrix {among}{FLATTENED}"

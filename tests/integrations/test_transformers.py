@@ -160,7 +160,7 @@ def test_settings_that_a_rule_lacks_are_said(
 
 
 def test_a_version_that_hands_over_groups(llama: Any, text: Any, tmp_path: Path) -> None:
-    """transformers 4.57 calls the class with groups, or with the model of the dict: the optimizer is the same."""
+    """Version 4.57 calls the class with groups, or with the model of the dict: the optimizer is the same."""
     args = arguments(tmp_path, weight_decay=0.1)
 
     class Older(Trainer):

@@ -201,7 +201,7 @@ def test_zero_grad_drops_what_has_been_summed(set_to_none: bool) -> None:
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("gap", [1, 1000])
 def test_the_norm_is_that_of_what_was_used(parts: int, gap: int) -> None:
-    """Of gradients where bases are due, and of ``R = G Q`` between; also when the last micro-batches are missing."""
+    """That of gradients where bases are due, and of ``R = G Q`` between, also where micro-batches are missing."""
     model, plain = network(), network()
     optimizer = build("sara_adamw", model, update_proj_gap=gap)
     optimizer.enable_step_in_backward(model, accumulate=2)

@@ -20,7 +20,7 @@ def seal(folder: Path, skip: str | None = None) -> None:
     """
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not (skip and path.match(skip))]
     files = {path.relative_to(folder).as_posix(): _entry(path) for path in paths}
-    (folder / RECORD).write_text(json.dumps({"hash": "blake2b", "files": files}, indent=1) + "\n")
+    (folder / RECORD).write_text(json.dumps({"hash": "blake2b", "files": files}, indent=1) + "\n", encoding="utf-8")
 
 
 def is_sealed(folder: Path) -> bool:

@@ -87,7 +87,7 @@ def inspect(run: Path, begin: int | None = None, end: int | None = None) -> dict
 
 def _read(path: Path) -> list[Row]:
     try:
-        lines = path.read_text().splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as error:

@@ -23,7 +23,7 @@ def read_records(path: Path) -> dict[str, Record]:
         InputError: a line is no record; the message names file and line.
     """
     try:
-        lines = path.read_text().splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
@@ -75,7 +75,7 @@ def read_all(folder: Path, first: Path) -> dict[str, Record]:
 def _is_study(path: Path) -> bool:
     """Whether the file holds records, by its first whole line. Other results are kept beside them."""
     try:
-        with open(path, errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             return next(("key" in found for line in file if isinstance(found := parse_line(line), dict)), False)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}; let it be read, or move it away") from error

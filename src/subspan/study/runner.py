@@ -162,7 +162,9 @@ class Runner:
         """Append the record of a run that finished or diverged, and note how any other one failed."""
         code, run = entry.process.exitcode, entry.folder / "run"
         if code == 0:
-            record = self._record(entry.cell, "finished", json.loads((run / "summary.json").read_text()), run)
+            record = self._record(
+                entry.cell, "finished", json.loads((run / "summary.json").read_text(encoding="utf-8")), run
+            )
         elif code == _DIVERGED:
             record = self._record(entry.cell, "diverged", {}, run)
         else:
@@ -205,7 +207,7 @@ class Runner:
 def _run(config: Any, log: str) -> None:
     """Run one cell in its own process, which ends with a status that :meth:`Runner._collect` knows."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ignored by the process that this one is forked from
-    with open(log, "a", buffering=1) as file:
+    with open(log, "a", buffering=1, encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     import logging

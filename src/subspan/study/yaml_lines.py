@@ -22,7 +22,7 @@ class Document:
         self.path = path
         self._lines: dict[tuple[str, ...], int] = {}
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}; give the path of {example}") from error
         except UnicodeDecodeError as error:

@@ -1,6 +1,7 @@
 """The validation loss: the exact mean over tokens."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,16 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     return cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Let ``model`` evaluate, and train again afterwards, whatever happens."""
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -25,24 +36,25 @@ def evaluate(
     batch_size: int,
     autocast: AbstractContextManager[object],
     processes: Processes = ALONE,
+    between: Callable[[], object] = lambda: None,
 ) -> float:
     """Mean negative log-likelihood per token: one sum over all tokens, one division by their number.
 
-    The ranks share the work and get the same result.
+    The ranks share the work and get the same result. Each of them calls ``between`` as often as the others, before each
+    of its batches; an exception there breaks the work off.
 
     The mean of the batches' means would instead weigh a token by the batch that it is in. Seven codes of this field
     divide by the number of batches plus one.
     """
-    model.eval()
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64)
-    with autocast:
+    with autocast, evaluating(model):
         batches = data.split(batch_size)
         for start in range(0, len(batches), processes.size):
+            between()
             own = start + processes.rank
             # The last round may have too few batches. Then a rank takes part without counting, because a sharded model
             # needs all ranks in each pass.
             batch = batches[own] if own < len(batches) else batches[start].ignored()
             total += token_losses(model, batch.to(device)).double().cpu()
-    model.train()
     return processes.sum(float(total)) / data.weight()

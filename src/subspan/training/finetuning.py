@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from subspan.training.data.labelled_batches import Examples
 from subspan.training.data.labelled_files import Columns, Row, class_names, read_examples, read_glue, set_aside
 from subspan.training.data.task_specs import find_task
 from subspan.training.data.tokenizer import load_tokenizer
-from subspan.training.evaluation import evaluate, token_losses
+from subspan.training.evaluation import evaluate, evaluating, token_losses
 from subspan.training.loop import Training
 from subspan.training.models.build import UNUSABLE, brings_weights, build_model, cannot_load, check_packs
 from subspan.training.models.lora import add_lora
@@ -183,9 +184,14 @@ class Continuation(_FinetuneTask):
         return token_losses(model, batch)
 
     def evaluate(
-        self, model: nn.Module, batch_size: int, autocast: AbstractContextManager[object], processes: Processes
+        self,
+        model: nn.Module,
+        batch_size: int,
+        autocast: AbstractContextManager[object],
+        processes: Processes,
+        between: Callable[[], object],
     ) -> dict[str, float]:
-        loss = evaluate(model, self.data.validation(), batch_size, autocast, processes)
+        loss = evaluate(model, self.data.validation(), batch_size, autocast, processes, between)
         return {"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))}
 
     def score(self, measured: dict[str, float]) -> float:
@@ -203,17 +209,21 @@ class Labelling(_FinetuneTask):
 
     @torch.no_grad()
     def evaluate(
-        self, model: nn.Module, batch_size: int, autocast: AbstractContextManager[object], processes: Processes
+        self,
+        model: nn.Module,
+        batch_size: int,
+        autocast: AbstractContextManager[object],
+        processes: Processes,
+        between: Callable[[], object],
     ) -> dict[str, float]:
         """Measure the whole validation set on every rank, because a score such as F1 is no mean over parts of it."""
-        model.eval()
         device = next(model.parameters()).device
         logits, targets = [], []
-        with autocast:
+        with autocast, evaluating(model):
             for batch in self.data.validation_batches(batch_size):
+                between()
                 logits.append(self._logits(model, batch.to(device)).cpu())
                 targets.append(batch.targets)
-        model.train()
         all_logits, all_targets = torch.cat(logits), torch.cat(targets)
         predicted = all_logits.argmax(-1) if self.labels else all_logits[:, 0]
         return {

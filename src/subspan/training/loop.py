@@ -3,8 +3,8 @@
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -23,15 +23,17 @@ from subspan.training.config.resolve import ResolvedConfig
 from subspan.training.config.resolve_finetuning import ResolvedFinetune
 from subspan.training.data.batches import Batch
 from subspan.training.lr_schedule import lr_factor
+from subspan.training.models.build import checkpoint_activations
 from subspan.training.monitor.metrics import Meter, Metrics
 from subspan.training.monitor.probes import Probes, check_probes
 from subspan.training.monitor.progress import ProgressLine
 from subspan.training.monitor.provenance import stamp
 from subspan.training.optimizer import build_optimizer, uncompressed
+from subspan.training.precision import Precision
 from subspan.training.processes import Processes
 from subspan.training.run_directory import claim, hold, locate
 from subspan.training.run_state import Best, Checkpointer, TrainState
-from subspan.training.signals import RunInterruptedError, collect_signals
+from subspan.training.signals import RunInterruptedError, StopAskedError, collect_signals
 from subspan.training.task import Task
 from subspan.utils.atomic_files import write_text
 from subspan.utils.errors import InputError
@@ -88,10 +90,9 @@ class Training(ABC, Generic[R]):
         self.tokenizer, self.data = self.task.tokenizer, self.task.data
         model = self.task.build_model()
         if config.gradient_checkpointing:
-            _checkpoint_activations(model, config.model)
-        if config.precision == "bf16":
-            for p in model.parameters():  # not the buffers: rotary frequencies in bf16 would be another model
-                p.data = p.data.to(torch.bfloat16)
+            checkpoint_activations(model, config.model)
+        self.precision = Precision(config.precision, config.device)
+        self.precision.cast_(model)
         if config.backward_side:
             project_backward(
                 model,
@@ -119,12 +120,13 @@ class Training(ABC, Generic[R]):
         self.best: Best | None = None
         self.evaluated_at = 0
         """The step of the last evaluation."""
+        self._received: list[int] = []
         self.saved_bytes: int | None = None
         """Bytes that a forward pass saves for the backward pass.
 
         They are those of the first part of the second batch, when no basis is new.
         """
-        stateful = {"data": self.data, "scheduler": self.scheduler}
+        stateful = {"data": self.data, "scheduler": self.scheduler, **self.precision.stateful()}
         self._checkpointer = Checkpointer(
             self.model, self.optimizer, stateful, self.tokenizer, processes, config.device, self.settings
         )
@@ -171,7 +173,8 @@ class Training(ABC, Generic[R]):
             ProgressLine(config.steps, self.step, shown=processes.first) as progress,
             Metrics(self.out, self.step, config.tensorboard) if processes.first else nullcontext() as metrics,
             self._open_probes() if processes.first and config.probes.subspace else nullcontext() as self.probes,
-            collect_signals() as received,
+            collect_signals() as self._received,
+            self._stopped_in_evaluations(),
         ):
             meter = Meter(config.device)
             measured: dict[str, float] = {}
@@ -183,7 +186,7 @@ class Training(ABC, Generic[R]):
                 meter.stop(loss, tokens)
                 self.seconds = time.monotonic() - began
                 last = self.step == config.steps
-                signum = self._signal(received)
+                signum = self._signal()
                 stopping = bool(signum) and not last
                 saving = stopping or last or self.step % config.checkpoint.every == 0
                 if saving or self.step % config.log_every == 0:  # what is saved must be known to have a finite loss
@@ -201,15 +204,17 @@ class Training(ABC, Generic[R]):
                     progress.say(f"step {self.step}: {self.task.words(measured)}")
                     if self._finished():
                         break
-                    signum = self._signal(received)
+                    signum = self._signal()
                     stopping = bool(signum)
                 if saving or stopping or self._is_best():
                     self._save()
                 if stopping:
-                    raise RunInterruptedError(signum, self.step, str(self.out), processes.size, self.command)
+                    raise self._interrupted(signum)
             if not measured or self.evaluated_at != self.step:
                 measured = self._evaluate(metrics)
-            tested = self.task.test(self.model, config.micro_batch_size, self._autocast(), processes)
+            tested = self.task.test(
+                self.model, config.micro_batch_size, self.precision.autocast(), processes, self._stop_if_asked
+            )
             if metrics and tested:
                 metrics.write({"step": self.step, "tokens": self.tokens, **tested})
             self.seconds = time.monotonic() - began
@@ -248,13 +253,29 @@ class Training(ABC, Generic[R]):
             checkpoints.adopt(self._resumed.parent / checkpoints.name_of(self.best.step), out / "checkpoints")
         return str(out)
 
-    def _signal(self, received: list[int]) -> int:
+    def _signal(self) -> int:
         """The signal that some rank has received, the same on every rank, or 0.
 
-        It is asked for at every step: it costs one sum of eight bytes between CPUs, and torchrun gives processes only
-        30 seconds to save.
+        It is asked for at every step and every batch of an evaluation. It costs one sum of eight bytes between CPUs,
+        and torchrun gives processes only 30 seconds to save.
         """
-        return self.processes.largest(received[0] if received else 0)
+        return self.processes.largest(self._received[0] if self._received else 0)
+
+    def _stop_if_asked(self) -> None:
+        if signum := self._signal():
+            raise StopAskedError(signum)
+
+    @contextmanager
+    def _stopped_in_evaluations(self) -> Iterator[None]:
+        """Save where a signal has broken off an evaluation. The continued run makes up for it, if it needs it."""
+        try:
+            yield
+        except StopAskedError as stop:
+            self._save()
+            raise self._interrupted(stop.signum) from None
+
+    def _interrupted(self, signum: int) -> RunInterruptedError:
+        return RunInterruptedError(signum, self.step, str(self.out), self.processes.size, self.command)
 
     def _train_step(self) -> tuple[torch.Tensor, torch.Tensor, float, int]:
         """Take one optimizer step.
@@ -272,41 +293,30 @@ class Training(ABC, Generic[R]):
             self.probes.noise(self.step + 1, batch, self._loss_of, self.model)
         for number, part in enumerate(parts, 1):
             with processes.accumulating(self.wrapped, last=number == len(parts)):
-                with self._autocast(), self._counting(number) as saved:
+                with self.precision.autocast(), self._counting(number) as saved:
                     # Divided by the targets of the whole batch, so that accumulation changes nothing, padding or not.
                     loss = self.task.losses(self.wrapped, part.to(config.device)) / max(1, weight)
                 if saved:
                     self.saved_bytes = saved.total
-                (loss * processes.size).backward()  # gradients are averaged over the ranks
+                self.precision.backward(loss * processes.size)  # gradients are averaged over the ranks
             total += loss.detach()
-        norm = self._clip_gradients()
+        parameters = list(self.model.parameters())
+        norm = processes.whole_norm(self.precision.clip_(self.optimizer, parameters, config.clip))
         lr = float(self.optimizer.param_groups[0]["lr"])
+        step = self.precision.stepping(self.optimizer)
         if self.probes:
-            self.probes.step(self.step + 1, self.optimizer.step)
+            self.probes.step(self.step + 1, step)
         else:
-            self.optimizer.step()
+            step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += tokens
         return total, norm, lr, tokens
 
-    def _clip_gradients(self) -> torch.Tensor:
-        """Scale the gradients down to the norm ``clip``, if that is set. Returns the norm before."""
-        parameters = list(self.model.parameters())
-        if self.config.clip is None:
-            # Not a clip with infinity: where one entry is infinite, that would turn every entry into NaN.
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        else:
-            norm = nn.utils.clip_grad_norm_(parameters, self.config.clip)
-        return self.processes.whole_norm(norm)
-
     def _loss_of(self, batch: Batch) -> torch.Tensor:
-        with self._autocast():
+        with self.precision.autocast():
             return self.task.losses(self.model, batch.to(self.config.device))
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.config.device, torch.bfloat16, enabled=self.config.precision == "bf16-mixed")
 
     def _counting(self, part: int) -> AbstractContextManager[SavedBytes | None]:
         if not self.task.keeps_best or self.processes.size > 1 or (self.step, part) != (1, 1):
@@ -321,7 +331,10 @@ class Training(ABC, Generic[R]):
 
     def _evaluate(self, metrics: Metrics | None) -> dict[str, float]:
         began = time.monotonic()
-        measured = self.task.evaluate(self.model, self.config.micro_batch_size, self._autocast(), self.processes)
+        config, autocast = self.config, self.precision.autocast()
+        measured = self.task.evaluate(
+            self.model, config.micro_batch_size, autocast, self.processes, self._stop_if_asked
+        )
         seconds = round(time.monotonic() - began, 3)
         self._check_finite(measured["val_loss"])
         if metrics:
@@ -380,18 +393,6 @@ class Training(ABC, Generic[R]):
         self._check_weights()
         state = TrainState(self.step, self.tokens, self.seconds, self.best, self.evaluated_at, self.saved_bytes)
         self._checkpointer.write(self.out / "checkpoints", state, self.config.checkpoint.keep)
-
-
-def _checkpoint_activations(model: nn.Module, name: str) -> None:
-    """Let ``model`` recompute its activations in the backward pass."""
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise InputError(
-            f"gradient_checkpointing=True: the model {name!r} ({type(model).__name__}) does not support it; "
-            "leave it out, or take another model"
-        )
-    # The second name is that of transformers before 5.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable()  # type: ignore[operator]  # transformers' method
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Pretraining: a model learns the next token of documents."""
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,17 +72,27 @@ class LanguageModelling:
         return token_losses(model, batch)
 
     def evaluate(
-        self, model: nn.Module, batch_size: int, autocast: AbstractContextManager[object], processes: Processes
+        self,
+        model: nn.Module,
+        batch_size: int,
+        autocast: AbstractContextManager[object],
+        processes: Processes,
+        between: Callable[[], object],
     ) -> dict[str, float]:
         if self._validation is None:
             self._validation = self.data.validation()
-        return {"val_loss": evaluate(model, self._validation, batch_size, autocast, processes)}
+        return {"val_loss": evaluate(model, self._validation, batch_size, autocast, processes, between)}
 
     def test(
-        self, model: nn.Module, batch_size: int, autocast: AbstractContextManager[object], processes: Processes
+        self,
+        model: nn.Module,
+        batch_size: int,
+        autocast: AbstractContextManager[object],
+        processes: Processes,
+        between: Callable[[], object],
     ) -> dict[str, float]:
         batch = self.data.test()
-        return {} if batch is None else {"test_loss": evaluate(model, batch, batch_size, autocast, processes)}
+        return {} if batch is None else {"test_loss": evaluate(model, batch, batch_size, autocast, processes, between)}
 
     def words(self, measured: dict[str, float]) -> str:
         return f"validation loss {measured['val_loss']:.4f}, perplexity {math.exp(measured['val_loss']):.2f}"

@@ -83,7 +83,9 @@ def claim(out: Path, settings: dict[str, Any], numbered: bool) -> Path:
     for candidate in _candidates(out) if numbered else [out]:
         try:
             candidate.mkdir(parents=True, exist_ok=True)
-            with open(candidate / "config.yaml", "x") as file:  # only one of several processes succeeds
+            with open(
+                candidate / "config.yaml", "x", encoding="utf-8"
+            ) as file:  # only one of several processes succeeds
                 file.write(text)
         except FileExistsError:
             continue
@@ -108,7 +110,7 @@ def hold(out: Path) -> Iterator[None]:
         yield
         return
     try:
-        file = open(out / ".lock", "a")  # noqa: SIM115  # closed below
+        file = open(out / ".lock", "a", encoding="utf-8")  # noqa: SIM115  # closed below
     except OSError as error:
         raise InputError(f"out={str(out)!r}: {error.strerror}; give a directory that can be written") from error
     with file:
@@ -193,7 +195,7 @@ def _differences(folder: Path, settings: dict[str, Any]) -> list[str]:
 
 def _config_of(run: Path) -> Any:
     try:
-        return yaml.safe_load((run / "config.yaml").read_text())
+        return yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(
             f"{run / 'config.yaml'} cannot be read: {first_line(error)}; mend it, or start a new run with another --out"

@@ -1,4 +1,4 @@
-"""Signals: they stop a run between two steps."""
+"""Signals: they stop a run between two steps, or between two batches of an evaluation."""
 
 import os
 import shlex
@@ -19,6 +19,14 @@ class RunInterruptedError(Exception):
         words = [command, "--config", f"{out}/config.yaml", "--out", out, "--resume", "auto"]
         again = f"{_program(processes)} {shlex.join(words)}"
         super().__init__(f"{signal.Signals(signum).name}: saved at step {step}; to continue: {again}")
+        self.signum = signum
+
+
+class StopAskedError(Exception):
+    """A signal asked the run to stop in the middle of an evaluation, which is given up."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
         self.signum = signum
 
 
@@ -51,7 +59,7 @@ def interrupt_ends_process() -> Iterator[None]:
 
 @contextmanager
 def collect_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list, to be acted on between steps. A second signal acts at once."""
+    """Collect SIGTERM and SIGINT in a list, to be acted on between steps or batches. A second signal acts at once."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield received

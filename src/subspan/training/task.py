@@ -1,5 +1,6 @@
 """What the loop asks of the task it trains. Pretraining is one task, and each way to fine-tune is another."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -36,12 +37,25 @@ class Task(Protocol):
         """The sum of the losses of all targets that count, in fp32."""
 
     def evaluate(
-        self, model: nn.Module, batch_size: int, autocast: AbstractContextManager[object], processes: Processes
+        self,
+        model: nn.Module,
+        batch_size: int,
+        autocast: AbstractContextManager[object],
+        processes: Processes,
+        between: Callable[[], object],
     ) -> dict[str, float]:
-        """Measurements of the validation set, among them ``val_loss``. They are the same on every rank."""
+        """Measurements of the validation set, among them ``val_loss``. They are the same on every rank.
+
+        ``between`` is called between batches, on every rank alike; an exception there breaks the work off.
+        """
 
     def test(
-        self, model: nn.Module, batch_size: int, autocast: AbstractContextManager[object], processes: Processes
+        self,
+        model: nn.Module,
+        batch_size: int,
+        autocast: AbstractContextManager[object],
+        processes: Processes,
+        between: Callable[[], object],
     ) -> dict[str, float]:
         """Measurements of the trained model on text that nothing is chosen by; none where there is no such text."""
 

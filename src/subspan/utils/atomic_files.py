@@ -120,7 +120,7 @@ def write_text(path: Path, text: str) -> None:
     scratch = path.with_name(f".{path.name}.{UNFINISHED}")
     with disk_errors_explained(str(path), path.parent, len(text.encode())):
         try:
-            scratch.write_text(text)
+            scratch.write_text(text, encoding="utf-8")
             sync(scratch)
             scratch.replace(path)
         except BaseException:
@@ -192,9 +192,22 @@ def _set_aside(path: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Make sure that ``path`` has reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Make sure that ``path``, a file or a directory, has reached the disk.
+
+    Windows syncs what is open for writing only, and opens no directory: a rename there is as safe as the system makes
+    it. Some file systems sync no directory either.
+    """
+    is_folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    except PermissionError:
+        if is_folder:
+            return
+        descriptor = os.open(path, os.O_RDONLY)  # a file that nobody may write any more
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (is_folder and error.errno in (errno.EBADF, errno.EINVAL, errno.ENOTSUP)):
+            raise
     finally:
         os.close(descriptor)

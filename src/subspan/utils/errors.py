@@ -59,7 +59,9 @@ def unexpected(error: BaseException) -> str:
     line = named(error)
     if not debugging():
         try:
-            with tempfile.NamedTemporaryFile("w", prefix="subspan-error-", suffix=".txt", delete=False) as file:
+            with tempfile.NamedTemporaryFile(
+                "w", prefix="subspan-error-", suffix=".txt", delete=False, encoding="utf-8"
+            ) as file:
                 traceback.print_exception(error, file=file)
             return f"{line}; the traceback is in {file.name}, and --debug shows it"
         except OSError:  # there is no place to keep it, and it must not be lost

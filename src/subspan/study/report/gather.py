@@ -114,7 +114,7 @@ def _study(path: Path) -> StudyPart:
 
 def _run(path: Path) -> RunPart:
     try:
-        config = yaml.safe_load((path / "config.yaml").read_text())
+        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # nothing but a library's reading
         raise InputError(f"{path / 'config.yaml'}: cannot be read: {error}") from error
     if not isinstance(config, dict):
@@ -147,7 +147,7 @@ def _made_by(summary: Path) -> str:
 def _json(path: Path) -> Any:
     """Return what a file of JSON says, or ``None`` for one that cannot be read."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
 

@@ -56,7 +56,7 @@ class Resolved(RunConfig):
     update_proj_gap: int = 0
     schedule: ResolvedSchedule = ResolvedSchedule()
     device: Literal["cpu", "cuda"] = "cpu"
-    precision: Literal["fp32", "bf16-mixed", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16-mixed", "bf16", "fp16"] = "fp32"
 
 
 @dataclass(frozen=True)
@@ -250,5 +250,10 @@ def check(config: Resolved, counts: Mapping[str, int | None]) -> None:
         raise InputError(f"schedule.warmup_steps={config.schedule.warmup_steps}: expected 0 to steps={config.steps}")
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise InputError("tensorboard=True: the package is not installed; pip install 'subspan[tensorboard]'")
+    if config.precision == "fp16" and config.parallel == "fsdp":
+        raise InputError(
+            "precision='fp16': the scaler of the loss does not work on sharded gradients; use --precision bf16-mixed or "
+            "fp32, or --parallel ddp"
+        )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device='cuda': torch finds no CUDA device; use --device cpu, or auto")

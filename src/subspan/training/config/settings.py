@@ -188,9 +188,10 @@ class RunConfig:
     """How the processes of torchrun share the work: with ddp each holds the whole model, with fsdp each holds a part of
     it. Both compute what one process computes, and a run may continue on another number of processes. Without torchrun
     there is one process."""
-    precision: Literal["auto", "fp32", "bf16-mixed", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16-mixed", "bf16", "fp16"] = "auto"
     """Precision of the training: bf16-mixed computes in bf16 and keeps the weights in fp32. bf16 keeps the weights in
-    bf16 too. auto is bf16-mixed on a GPU, and fp32 on a CPU."""
+    bf16 too. fp16 is for older cards: it computes in fp16, keeps the weights in fp32, and scales the loss. auto is
+    bf16-mixed on a GPU, and fp32 on a CPU."""
     gradient_checkpointing: bool = field(default=False, metadata=_INCIDENTAL)
     """Save memory by computing activations again in the backward pass."""
     threads: int | None = field(default=None, metadata=_INCIDENTAL)

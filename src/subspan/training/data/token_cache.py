@@ -232,7 +232,7 @@ def _write(folder: Path, documents: Documents, tokenizer: PreTrainedTokenizerBas
         "notes": documents.notes,
         "form": "; ".join(documents.forms),
     }
-    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 def _chunks(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:

@@ -234,3 +234,15 @@ def _llama(preset: Preset, tokenizer: PreTrainedTokenizerBase, sequence_length: 
 def _from_config(kind: Any, config: Any) -> nn.Module:
     model: nn.Module = kind.from_config(config, dtype=torch.float32)
     return model
+
+
+def checkpoint_activations(model: nn.Module, name: str) -> None:
+    """Let ``model`` recompute its activations in the backward pass."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise InputError(
+            f"gradient_checkpointing=True: the model {name!r} ({type(model).__name__}) does not support it; "
+            "leave it out, or take another model"
+        )
+    # The second name is that of transformers before 5.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()  # type: ignore[operator]  # transformers' method

@@ -47,7 +47,7 @@ class Metrics:
                 raise no_space(str(as_it_was), folder, error, self.path.stat().st_size) from error
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
         try:
-            self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  # open as long as the run
+            self._file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  # open as long as the run
         except OSError as error:
             raise no_space(str(self.path), folder, error, 1) from error
         self._board = TensorBoard(folder / "tensorboard", step) if tensorboard else None
