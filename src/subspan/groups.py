@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from subspan.roles import Role, if_little_is_projected, is_conv1d, roles_by_name, roles_of
+from subspan.roles import EXCLUDED as EXCLUDED
+from subspan.roles import OF_EMBEDDINGS_AND_NORMS, Role, if_little_is_projected, is_conv1d, roles_by_name, roles_of
 from subspan.step.carriers import CarriedLayer, layer_of
 from subspan.step.settings import check_settings
 from subspan.utils.errors import SettingError
@@ -16,23 +17,6 @@ from subspan.utils.names import canonical_name, canonical_names
 from subspan.utils.ranks import RANKS, Rank, is_rank, rank_of_side
 
 logger = logging.getLogger(__name__)
-
-_OF_EMBEDDINGS_AND_NORMS = (r"embed|(\b|_)emb", r"\bw[tp]e\b", r"norm[^.]*(\.[^.]+)?$")
-EXCLUDED = (
-    *_OF_EMBEDDINGS_AND_NORMS,
-    r"unembed|embed(ding)?s?_out|out(put)?_embed",
-    r"\b(lm_)?head\b",
-    r"\bscore\b",
-    r"\bclassifier\b",
-    r"^(\D*\.)?output\.weight$",
-    r"router",
-    r"lora_",
-)
-"""Regular expressions for names that stay full rank: embeddings, norms, heads, routers and adapters.
-
-Where a module is given, embeddings and norms are found by what they do, and the expressions for these, which are the
-first three, are not asked: ``norm1.linear`` of a diffusion transformer is a linear layer.
-"""
 
 FLATTENED = "Parameters flattened by FSDP1 or DeepSpeed have lost their shape: shard with fully_shard (FSDP2) instead"
 
@@ -336,7 +320,7 @@ def _projected_names(
             if not any(
                 _finds(pattern, name, given)
                 for pattern in kept
-                if name not in known or pattern.pattern not in _OF_EMBEDDINGS_AND_NORMS
+                if name not in known or pattern.pattern not in OF_EMBEDDINGS_AND_NORMS
             )
         }
         if needed and not found and not made:

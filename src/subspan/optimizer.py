@@ -26,6 +26,7 @@ from typing_extensions import Unpack
 from subspan import distributed, summary
 from subspan.groups import EXCLUDED, FLATTENED, param_groups
 from subspan.parts import Residual, Rule, Selector, Transfer
+from subspan.roles import embeddings_among
 from subspan.state_dict import Restorable
 from subspan.step.backward_side import Carriers, check_carrier, check_ranks
 from subspan.step.carriers import layer_of
@@ -326,10 +327,16 @@ def _as_groups(params: Params, rank: Rank | None, targets: str | list[str], excl
             f"targets={targets!r}, exclude={exclude!r}: choose by name, and groups and bare tensors are taken as they "
             "come; leave both out, or pass the model, its named_parameters(), or what subspan.param_groups makes of them"
         )
-    if not given or isinstance(given[0], dict):
-        return given
-    if rank is not None and sum(p.ndim > 1 for p in given) > 1:
-        logger.warning(
-            "parameters without names: every matrix is projected, embeddings and heads too; pass model.named_parameters()"
-        )
+    if given and isinstance(given[0], dict):
+        given = [{**group, "params": _listed(group["params"])} if "params" in group else group for group in given]
+        # A group that has a rank itself says what it wants.
+        inside = [p for group in given if "rank" not in group for p in group.get("params", ())]
+    else:
+        inside = given
+    if rank is not None and (words := embeddings_among(inside)) is not None:
+        logger.warning("%s", words)
     return given
+
+
+def _listed(params: Any) -> list[Any]:
+    return [params] if isinstance(params, Tensor) else list(params)

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -21,6 +21,25 @@ _BIAS = re.compile(r"b\d*(_|$)|.*bias")
 _NO_STACK = re.compile(r"emb|pos|token|query|bias|mask|prompt|prefix|latent")
 _ROUTING = re.compile(r"rout|gat(e|ing)$|^wg$|switch|classifier")
 _ROUTER = re.compile(r"Router|Gating|TopK?Gate|MoEGate|MoeGate")
+
+
+OF_EMBEDDINGS_AND_NORMS = (r"embed|(\b|_)emb", r"\bw[tp]e\b", r"norm[^.]*(\.[^.]+)?$")
+"""The expressions of ``EXCLUDED`` for names of embeddings and norms, which a module says itself."""
+EXCLUDED = (
+    *OF_EMBEDDINGS_AND_NORMS,
+    r"unembed|embed(ding)?s?_out|out(put)?_embed",
+    r"\b(lm_)?head\b",
+    r"\bscore\b",
+    r"\bclassifier\b",
+    r"^(\D*\.)?output\.weight$",
+    r"router",
+    r"lora_",
+)
+"""Regular expressions for names that stay full rank: embeddings, norms, heads, routers and adapters.
+
+Where a module is given, embeddings and norms are found by what they do, and the expressions for these, which are the
+first three, are not asked: ``norm1.linear`` of a diffusion transformer is a linear layer.
+"""
 
 
 class Role(NamedTuple):
@@ -139,6 +158,28 @@ def if_little_is_projected(rows: Iterable[tuple[str, str, int]]) -> str | None:
         f"Most of it is {words}, such as {name!r}. To project it too, name it with targets, as in targets=[{name!r}]: a "
         "list says everything that is to be projected, and its names may be parts of names"
     )
+
+
+def embeddings_among(params: Sequence[Any]) -> str | None:
+    """Return a warning if parameters that all get one rank are not chosen by name, or hold an embedding or a head.
+
+    Args:
+        params: tensors, or names and tensors.
+    """
+    way_out = (
+        "pass the model, model.named_parameters(), or groups of subspan.param_groups; in the Trainer of transformers, "
+        "optimizer_cls_and_kwargs=(subspan.integrations.transformers.Subspace, dict(name=..., rank=...))"
+    )
+    named = [p for p in params if isinstance(p, tuple)]
+    if len(named) < len(params):
+        several = sum(getattr(p, "ndim", 0) > 1 for p in params) > 1
+        return (
+            f"parameters without names: every matrix is projected, embeddings and heads too; {way_out}" * several
+            or None
+        )
+    kept = [re.compile(pattern) for pattern in EXCLUDED]
+    found = [name for name, p in named if p.ndim > 1 and any(pattern.search(name) for pattern in kept)]
+    return f"{', '.join(found[:3])}: an embedding, a head or a router is projected; {way_out}" if found else None
 
 
 def _own_roles(module: nn.Module, path: str, widths: list[int]) -> dict[int, Role]:
