@@ -61,7 +61,7 @@ def one_parser(monkeypatch: pytest.MonkeyPatch) -> None:
     from support import parsers
 
     module = sys.modules[parsers.make_parser.__module__]  # whose name in its package is that of a function
-    monkeypatch.setattr(module, "make_parser", lambda: parsers.PARSER)
+    monkeypatch.setattr(module, "make_parser", lambda only=None: parsers.PARSER)
 
 
 @pytest.fixture(autouse=True)

@@ -45,10 +45,24 @@ def test_torch_alone():
     assert result.stdout.strip() == "done"
 
 
+def test_the_compiler_is_imported_when_it_is_needed():
+    """The names of the package are there without torch's compiler, whose import takes as long as torch's."""
+    program = """
+import sys, torch
+before = "torch._dynamo" in sys.modules
+import subspan
+for name in subspan.__all__:
+    getattr(subspan, name)
+assert "torch._dynamo" not in sys.modules or before
+"""
+    env = {**os.environ, "PYTHONPATH": str(Path(subspan.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", program], env=env, check=True)
+
+
 def test_public_names():
     """``__all__`` is complete and true."""
     assert all(hasattr(subspan, name) for name in subspan.__all__)
-    public = {name for name, value in vars(subspan).items() if not name.startswith("_") and callable(value)}
+    public = {name for name in dir(subspan) if not name.startswith("_") and callable(getattr(subspan, name))}
     assert public <= set(subspan.__all__)
 
 

@@ -207,6 +207,15 @@ def shard_state(p: Any, own: State, grown: Collection[str]) -> State:
     }
 
 
+def placed_like(p: Any, own: Tensor) -> Tensor:
+    """Return ``own``, this rank's part of a tensor with the shape of ``p``, placed as ``p`` is."""
+    if not is_sharded(p):
+        return own
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(own, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
 def placed_as(own: State, saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``saved`` with each tensor sharded or whole, as the entry of the same name in ``own``."""
 

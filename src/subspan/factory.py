@@ -147,6 +147,8 @@ def create(
         state_dtype=state_dtype or recipe.state_dtype,
         **settings,
     )
+    if isinstance(model, nn.Module):
+        optimizer.following.watch(model)
     return _with_known_overrides(optimizer, overrides)
 
 

@@ -1,6 +1,5 @@
 """Which parameters are projected, and to which rank: they are sorted into groups by their names."""
 
-import difflib
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -14,75 +13,14 @@ from subspan.step.carriers import CarriedLayer, layer_of
 from subspan.step.settings import check_settings
 from subspan.utils.errors import SettingError
 from subspan.utils.names import canonical_name, canonical_names
-from subspan.utils.ranks import RANKS, Rank, is_rank, rank_of_side
+from subspan.utils.rank_patterns import RankPattern as RankPattern
+from subspan.utils.rank_patterns import check_rank as check_rank
+from subspan.utils.rank_patterns import compiled, looks_like
+from subspan.utils.ranks import Rank, is_rank, rank_of_side
 
 logger = logging.getLogger(__name__)
 
 FLATTENED = "Parameters flattened by FSDP1 or DeepSpeed have lost their shape: shard with fully_shard (FSDP2) instead"
-
-
-def check_rank(rank: Rank, rank_pattern: Mapping[str, Rank] | None = None) -> None:
-    """Raise a ``SettingError`` unless both are in range. What a pattern matches shows only where there is a model."""
-    if not is_rank(rank):
-        raise SettingError(f"rank={rank!r}: expected {RANKS}")
-    RankPattern(rank_pattern)
-
-
-class RankPattern:
-    """Ranks by name: the first of some regular expressions that is found in a name gives its rank.
-
-    Args:
-        given: ranks by expression, such as ``{"q_proj": 32, r"layers\\.0\\.": 0.5}``; ``None`` has none.
-
-    Raises:
-        SettingError: ``given`` is no mapping, an expression is none, or a rank is out of range.
-    """
-
-    def __init__(self, given: Mapping[str, Rank] | None) -> None:
-        if given is not None and not isinstance(given, Mapping):
-            raise SettingError(
-                f"rank_pattern={given!r}: expected ranks by regular expression, such as {{'q_proj': 32, 'mlp': 0.5}}"
-            )
-        self.ranks: dict[str, Rank] = dict(given or {})
-        self._rows = [_compiled(pattern, "rank_pattern") for pattern in self.ranks]
-        for pattern, rank in self.ranks.items():
-            if not is_rank(rank):
-                raise SettingError(f"rank_pattern[{pattern!r}]={rank!r}: expected {RANKS}")
-
-    def finds(self, name: str) -> str | None:
-        """Return the expression that gives the rank of a parameter with this canonical name, if one does."""
-        return next((row.pattern for row in self._rows if row.search(name)), None)
-
-    def of(self, name: str, otherwise: Rank) -> Rank:
-        """Return the rank of a parameter with this canonical name: that of a pattern, or else the other."""
-        pattern = self.finds(name)
-        return otherwise if pattern is None else self.ranks[pattern]
-
-    def check_used(self, names: Sequence[str], overridden: Collection[str] = ()) -> None:
-        """Raise if an expression gives no matrix its rank.
-
-        Args:
-            names: the canonical names of the projected matrices.
-            overridden: those of them whose rank comes from elsewhere.
-        """
-        used = {self.finds(name) for name in names if name not in overridden}
-        for row in self._rows:
-            if row.pattern in used:
-                continue
-            found = next((name for name in names if row.search(name)), None)
-            if found is None:
-                raise SettingError(
-                    f"rank_pattern: {row.pattern!r} matches no projected matrix; {_looks_like(row.pattern, names)}"
-                )
-            if found in overridden:
-                raise SettingError(
-                    f"rank_pattern: {row.pattern!r} gives no matrix its rank, because overrides give one to {found!r}, and "
-                    "they win; leave one of the two out"
-                )
-            raise SettingError(
-                f"rank_pattern: {row.pattern!r} comes after {self.finds(found)!r}, which matches {found!r} first; put it "
-                "before"
-            )
 
 
 def param_groups(
@@ -112,9 +50,9 @@ def param_groups(
         targets: which matrices are projected. ``"all-linear"`` means every matrix that ``exclude`` does not name; in a
             module, these are the weights of linear layers (``nn.Linear``, transformers' ``Conv1D``, the projections of
             ``nn.MultiheadAttention``) and stacks of matrices, such as experts. Embeddings, heads and
-            routers are none of these, whatever their class and name; see ``subspan.roles``. A list of strings means
-            every matrix with a name that contains one of them. Any other string is a regular expression for the whole
-            name of a parameter or its module. A list or an expression wins over ``exclude``.
+            routers are none of these, whatever their class and name; see ``subspan.roles``. Any other string is a
+            regular expression for the whole name of a parameter or its module. Of a list of strings each is a part of
+            names, or such an expression. A list or an expression wins over ``exclude``.
         exclude: regular expressions; a name in which one is found stays full rank. One that begins with ``+``, such as
             ``"+mlp"``, is added to the default list, which the others replace.
         overrides: group settings by regular expression, such as ``{r"k_proj": {"rank": 64}}``; the first match wins.
@@ -146,6 +84,7 @@ def param_groups(
             f"rank_pattern={rank_pattern!r}: rank=None projects nothing; give the rank of the others too"
         )
     named = list(model.named_parameters() if isinstance(model, nn.Module) else model)
+    frozen = [p for _, p in named if not p.requires_grad]
     named = [(name, p) for name, p in named if p.requires_grad]
     canonical = canonical_names(name for name, _ in named)
     given_names = {short: name for name, short in canonical.items()}
@@ -155,6 +94,7 @@ def param_groups(
     if not named:
         raise SettingError(
             "model: no trainable parameter; give a model, or the named_parameters() of one, that is not frozen"
+            + _quantised(frozen)
         )
     carriers = {name: layer for name, p in named if (layer := layer_of(p)) is not None}
     others = [(name, p) for name, p in named if name not in carriers]
@@ -163,13 +103,15 @@ def param_groups(
     projected = set()
     roles = roles_of(model) if isinstance(model, nn.Module) else roles_by_name(named)
     if rank is not None or lr_full is not None:
-        projected = _projected_names(model, roles, others, targets, exclude, given_names, made, needed=rank is not None)
+        projected = _projected_names(
+            model, roles, others, targets, exclude, given_names, made, frozen, needed=rank is not None
+        )
     decayed = None if decayed is None else {canonical_name(name) for name in decayed}
 
     for pattern, settings in (overrides or {}).items():
         if not isinstance(settings, Mapping):
             raise SettingError(f"overrides[{pattern!r}]={settings!r}: expected group settings, such as {{'rank': 64}}")
-    rows = [(_compiled(pattern, "overrides"), dict(settings)) for pattern, settings in (overrides or {}).items()]
+    rows = [(compiled(pattern, "overrides"), dict(settings)) for pattern, settings in (overrides or {}).items()]
     used: set[str] = set()
     matrices: list[str] = []
     overridden: set[str] = set()
@@ -254,8 +196,9 @@ def select_linear(model: nn.Module, targets: str | Sequence[str], exclude: Seque
     named: list[tuple[str, Tensor]] = [(canonical[name], p) for name, p in raw]
     found: dict[str, Any] = {}
     left: list[str] = []
+    frozen = [p for p in model.parameters() if not p.requires_grad]
     given = {short: name for name, short in canonical.items()}
-    chosen = _projected_names(model, roles_of(model), named, targets, exclude, given, needed=True)
+    chosen = _projected_names(model, roles_of(model), named, targets, exclude, given, (), frozen, needed=True)
     for (name, _), (raw_name, _) in zip(named, raw, strict=True):
         if name not in chosen:
             continue
@@ -297,7 +240,8 @@ def _projected_names(
     targets: str | Sequence[str],
     exclude: Sequence[str],
     given: Mapping[str, str],
-    made: Collection[str] = (),
+    made: Collection[str],
+    frozen: Sequence[Tensor],
     *,
     needed: bool,
 ) -> set[str]:
@@ -312,7 +256,7 @@ def _projected_names(
             matrices = [name for name, p in named if _role(roles, p).is_projected]
         else:
             matrices = [name for name, p in named if name in matrices and _role(roles, p).kind != "router"]
-        kept = [_compiled(pattern, "exclude") for pattern in expressions]
+        kept = [compiled(pattern, "exclude") for pattern in expressions]
         known = {name for name, p in named if _role(roles, p).kind == "linear"}
         found = {
             name
@@ -324,19 +268,18 @@ def _projected_names(
             )
         }
         if needed and not found and not made:
-            why = "no weight of an nn.Linear is left" if any(p.ndim > 1 for _, p in named) else "there is no matrix"
-            raise SettingError(
-                f"targets='all-linear': {why} to project among {len(named)} parameters; {_names_like('', named)}. "
-                + ("Name others with targets" if any(p.ndim > 1 for _, p in named) else FLATTENED)
-            )
+            raise SettingError(_nothing_to_project(named, frozen, kept))
         return found
     patterns = [targets] if isinstance(targets, str) else list(targets)
     if not patterns:
         raise SettingError("targets=[]: nothing would be projected; give names, an expression, or 'all-linear'")
     found = set()
     for pattern in patterns:
-        if isinstance(targets, str):
-            whole = _compiled(pattern, "targets")
+        hits: set[str] = set()
+        if not isinstance(targets, str):
+            hits = {name for name in (*matrices, *made) if pattern in name or pattern in given.get(name, name)}
+        if not hits:
+            whole = compiled(pattern, "targets")
             hits = {
                 name
                 for name in (*matrices, *made)
@@ -345,11 +288,11 @@ def _projected_names(
                     for spelled in (name, given.get(name, name))
                 )
             }
-        else:
-            hits = {name for name in (*matrices, *made) if pattern in name or pattern in given.get(name, name)}
         if not hits:
-            how = "; an expression must match a whole name" if isinstance(targets, str) else ""
-            raise SettingError(f"targets: {pattern!r} matches no matrix; {_names_like(pattern, named)}{how}")
+            raise SettingError(
+                f"targets: {pattern!r} matches no matrix; {_names_like(pattern, named)}; an expression must match a whole "
+                "name"
+            )
         found |= hits.difference(made)
     return found
 
@@ -358,22 +301,39 @@ def _role(roles: Mapping[int, Role], p: Tensor) -> Role:
     return roles.get(id(p), Role("other"))
 
 
+def _nothing_to_project(
+    named: list[tuple[str, Tensor]], frozen: Sequence[Tensor], kept: Sequence[re.Pattern[str]]
+) -> str:
+    """Say why all-linear finds nothing among the trainable parameters, and what to do."""
+    matrices = [name for name, p in named if p.ndim > 1]
+    among = f"to project among {len(named)} trainable parameters; {_names_like('', named)}. "
+    if not matrices:
+        if any(p.ndim > 1 for p in frozen):
+            return (
+                "model: every matrix is frozen, so there is nothing to project; unfreeze those to train with "
+                f"requires_grad_(True){_quantised(frozen)}"
+            )
+        return f"targets='all-linear': there is no matrix {among}{FLATTENED}"
+    words = f"targets='all-linear': no weight of an nn.Linear is left {among}"
+    if all("lora_" in name for name in matrices) and any(pattern.pattern == "lora_" for pattern in kept):
+        return (
+            f"{words}The matrices of LoRA ('lora_') are excluded on purpose: they are narrow already, so that a subspace "
+            "saves next to nothing. Train the model itself, without peft_config or get_peft_model, or give the adapters a "
+            "full-rank optimizer such as 'adamw'. To project them all the same, name them: targets=['lora_']"
+        )
+    return f"{words}Name others with targets"
+
+
+def _quantised(frozen: Sequence[Tensor]) -> str:
+    """Say so if frozen weights are codes, which no optimizer can train."""
+    codes = sorted({str(p.dtype).removeprefix("torch.") for p in frozen if not p.is_floating_point()})
+    return f". Weights in {' and '.join(codes)} are quantised: load the model without quantisation" if codes else ""
+
+
 def _finds(pattern: re.Pattern[str], name: str, given: Mapping[str, str]) -> bool:
     """Tell whether ``pattern`` is found in a canonical name, or in the name as it is given."""
     return bool(pattern.search(name) or pattern.search(given.get(name, name)))
 
 
-def _compiled(pattern: str, argument: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise SettingError(f"{argument}: {pattern!r} is no regular expression: {error}; mend or escape it") from error
-
-
 def _names_like(pattern: str, named: list[tuple[str, Tensor]]) -> str:
-    return _looks_like(pattern, [name for name, p in named if p.ndim > 1] or [name for name, _ in named])
-
-
-def _looks_like(pattern: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(pattern, names, n=4, cutoff=0.2) or names[:4]
-    return "the names look like " + ", ".join(repr(name) for name in near)
+    return looks_like(pattern, [name for name, p in named if p.ndim > 1] or [name for name, _ in named])

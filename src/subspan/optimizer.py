@@ -15,7 +15,8 @@ It calls the parts of a step in this order, holds no formulas and names no metho
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any, overload
 
@@ -24,9 +25,9 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from subspan import distributed, summary
+from subspan.following import Following
 from subspan.groups import EXCLUDED, FLATTENED, param_groups
 from subspan.parts import Residual, Rule, Selector, Transfer
-from subspan.roles import embeddings_among
 from subspan.state_dict import Restorable
 from subspan.step.backward_side import Carriers, check_carrier, check_ranks
 from subspan.step.carriers import layer_of
@@ -116,10 +117,12 @@ class SubspaceOptimizer(Restorable):
                 f"rule={rule!r}: its setting {taken[0]!r} is one of every parameter group, which it would overwrite; "
                 "give the rule's another name"
             )
-        self.carriers = Carriers(self)
+        self.carriers, self.following = Carriers(self), Following(self)
         self._built = False
         super().__init__(_as_groups(params, rank, targets, exclude), defaults)
         self._built = True
+        if isinstance(params, nn.Module):
+            self.following.watch(params)
         check_ranks(self.slots(), rank)
         if stagger is None and any(layer_of(p) is not None for p in self._parameters()):
             self.method = replace(self.method, stagger=True)
@@ -137,6 +140,8 @@ class SubspaceOptimizer(Restorable):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and allocate all of its state (contract R3). Nothing is added if a setting is wrong."""
+        if self._built:
+            self.follow(in_pass=True)
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise SettingError(f"params: {param_group!r} is no parameter group; expected a dict with 'params'")
         for key in param_group.keys() - {"params", "param_names", *self.defaults}:
@@ -158,6 +163,7 @@ class SubspaceOptimizer(Restorable):
                 check_carrier(self.method, p)
                 check_sharded(self.method, p, group)
                 self.state[p] = state_of(self.method, p, group)
+            self.following.note(group)
             group["method"] = self.method.text  # whatever group it was made from
             if self._built:  # else the constructor does this, when all groups are there
                 check_ranks(self.slots(), None)
@@ -165,6 +171,7 @@ class SubspaceOptimizer(Restorable):
         except Exception:
             for p in self.param_groups.pop()["params"]:
                 self.state.pop(p, None)
+            del self.following.built[len(self.param_groups) :]
             raise
 
     def _check_group(self, settings: Mapping[str, Any]) -> None:
@@ -199,13 +206,10 @@ class SubspaceOptimizer(Restorable):
         for slot in self.slots():
             if slot.p.grad is None:  # those that have stepped in the backward pass have no gradient any more
                 continue
-            if slot.p not in self.state:
-                raise SettingError(
-                    f"params: {slot.name!r} {tuple(slot.p.shape)} has been put into its group since, and has no state. If "
-                    f"it is another tensor of the same model, load a state_dict of this optimizer. {FLATTENED}"
-                )
             gradient = distributed.local_gradient(slot.p, slot.name)
             works.append(work_of(self.method, slot, gradient, rules[slot.number]))
+        if not works and self._in_backward is None:
+            self.following.say_that_nothing_is_trained()
         step_on_(self.method, self.state, works, self.inside)
         for group in self.param_groups:
             group["clock"] += 1
@@ -218,16 +222,19 @@ class SubspaceOptimizer(Restorable):
         """Step on each parameter in the backward pass, as soon as its gradient is there, and free the gradient.
 
         So only one gradient is held at a time. Call this when the model is on its device and sharded (after
-        ``fully_shard``). ``step()``, schedulers, hooks and ``state_dict`` are used as before; save after a step. Until
-        ``step()`` is called nobody else can read a gradient: ``clip_grad_norm_`` is refused. Copies and pickles step in
-        the backward pass too. See ``step/in_backward.py``.
+        ``fully_shard``). ``step()``, schedulers, hooks and ``state_dict`` are used as before; save after a step.
+        Nobody else can read a gradient. Only its norm is known, so that trainers can log it: between refreshes it is
+        the norm of ``R``, which is smaller than that of ``G``. ``clip_grad_norm_`` returns the norm of what was used,
+        before clipping, and changes nothing. It raises where it would have to clip, unless ``clip`` has done so to the
+        same ``max_norm``. Copies and pickles step in the backward pass too. See ``step/in_backward.py``.
 
         Args:
             model: holds this optimizer's parameters.
-            accumulate: number of micro-batches (backward passes) of a step; their gradients are added up.
+            accumulate: largest number of micro-batches (backward passes) of a step; their gradients are added up. A
+                parameter steps with the last of them. If it has had fewer, ``step()`` steps on these.
             clip: ``"none"`` does not clip. ``"per_param"`` scales each parameter's gradient down to ``max_norm``.
-                ``"lagged_global"`` scales all gradients by the factor that the global norm of the last step asks for.
-                Between refreshes the norm is that of ``R``.
+                ``"lagged_global"`` scales all gradients by the factor that the global norm of the last step asks for;
+                the first step is not clipped.
             max_norm: largest norm, > 0.
 
         Returns:
@@ -296,9 +303,6 @@ class SubspaceOptimizer(Restorable):
         """Warn that no matrix is projected, which is never a silent outcome (contract R13)."""
         logger.warning("no matrix is projected, so this is full-rank training: give a rank below the matrices' sides")
 
-    def _parameters(self) -> Iterator[Tensor]:
-        return (p for group in self.param_groups for p in group["params"])
-
     def summary(self) -> str:
         """Return the parts and one table.
 
@@ -310,6 +314,20 @@ class SubspaceOptimizer(Restorable):
 
 def _no_matrix(rank: Rank) -> str:
     return f"rank={rank}: there is no matrix among the parameters to project. {FLATTENED}"
+
+
+def _projects_embeddings(groups: list[dict[str, Any]]) -> bool:
+    """Whether matrices that may be embeddings would be projected only because the constructor has a rank.
+
+    One matrix is nobody's model. A group with names shows what it holds.
+    """
+    loose: list[Any] = []
+    for group in groups:
+        if isinstance(group, dict) and "rank" not in group and isinstance(group.get("params"), list | tuple):
+            loose += group["params"]
+    named = [one[0] for one in loose if isinstance(one, tuple)]
+    embeddings = any(re.search(pattern, name) for pattern in EXCLUDED for name in named)
+    return embeddings or sum(isinstance(one, Tensor) and one.ndim > 1 for one in loose) > 1
 
 
 def _as_groups(params: Params, rank: Rank | None, targets: str | list[str], exclude: tuple[str, ...]) -> list[Any]:
@@ -327,16 +345,18 @@ def _as_groups(params: Params, rank: Rank | None, targets: str | list[str], excl
             f"targets={targets!r}, exclude={exclude!r}: choose by name, and groups and bare tensors are taken as they "
             "come; leave both out, or pass the model, its named_parameters(), or what subspan.param_groups makes of them"
         )
-    if given and isinstance(given[0], dict):
-        given = [{**group, "params": _listed(group["params"])} if "params" in group else group for group in given]
-        # A group that has a rank itself says what it wants.
-        inside = [p for group in given if "rank" not in group for p in group.get("params", ())]
-    else:
-        inside = given
-    if rank is not None and (words := embeddings_among(inside)) is not None:
-        logger.warning("%s", words)
+    if not given or isinstance(given[0], dict):
+        if rank is not None and _projects_embeddings(given):
+            logger.warning(
+                "parameter groups with neither ranks nor names of their own: rank=%s projects every matrix, embeddings and "
+                "heads too. Pass the model, or what subspan.param_groups makes of it; in transformers' Trainer give "
+                "optimizer_cls_and_kwargs=(subspan.integrations.transformers.Subspace, dict(name='sara_adamw', rank=%s))",
+                rank,
+                rank,
+            )
+        return given
+    if rank is not None and sum(p.ndim > 1 for p in given) > 1:
+        logger.warning(
+            "parameters without names: every matrix is projected, embeddings and heads too; pass model.named_parameters()"
+        )
     return given
-
-
-def _listed(params: Any) -> list[Any]:
-    return [params] if isinstance(params, Tensor) else list(params)

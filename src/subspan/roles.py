@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -158,28 +158,6 @@ def if_little_is_projected(rows: Iterable[tuple[str, str, int]]) -> str | None:
         f"Most of it is {words}, such as {name!r}. To project it too, name it with targets, as in targets=[{name!r}]: a "
         "list says everything that is to be projected, and its names may be parts of names"
     )
-
-
-def embeddings_among(params: Sequence[Any]) -> str | None:
-    """Return a warning if parameters that all get one rank are not chosen by name, or hold an embedding or a head.
-
-    Args:
-        params: tensors, or names and tensors.
-    """
-    way_out = (
-        "pass the model, model.named_parameters(), or groups of subspan.param_groups; in the Trainer of transformers, "
-        "optimizer_cls_and_kwargs=(subspan.integrations.transformers.Subspace, dict(name=..., rank=...))"
-    )
-    named = [p for p in params if isinstance(p, tuple)]
-    if len(named) < len(params):
-        several = sum(getattr(p, "ndim", 0) > 1 for p in params) > 1
-        return (
-            f"parameters without names: every matrix is projected, embeddings and heads too; {way_out}" * several
-            or None
-        )
-    kept = [re.compile(pattern) for pattern in EXCLUDED]
-    found = [name for name, p in named if p.ndim > 1 and any(pattern.search(name) for pattern in kept)]
-    return f"{', '.join(found[:3])}: an embedding, a head or a router is projected; {way_out}" if found else None
 
 
 def _own_roles(module: nn.Module, path: str, widths: list[int]) -> dict[int, Role]:

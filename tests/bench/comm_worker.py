@@ -8,13 +8,13 @@ import torch.distributed as dist
 from support.processes import joined
 
 from subspan.bench.comm import CommSetting, count, row_of
-from subspan.costs.traffic import WAYS
+from subspan.costs.traffic import COUNTED
 
 
 def main(path):
     with joined():
         setting, rows = CommSetting(dist.get_world_size(), "llama-nano", 16), {}
-        for name, way in WAYS.items():
+        for name, way in COUNTED.items():
             rows[name] = row_of(setting, way, *count(setting, way))
             gc.collect()  # what DDP holds of one way must not be there in the next
         Path(f"{path}.{dist.get_rank()}.json").write_text(json.dumps(rows))

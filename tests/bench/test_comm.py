@@ -17,7 +17,7 @@ from subspan.bench.comm import CommSetting, count, measure, row_of
 from subspan.bench.setting import Setting, build_model
 from subspan.cli import main
 from subspan.costs.collectives import CountCollectives, fake_world, wire_share
-from subspan.costs.traffic import WAYS, Traffic, Way
+from subspan.costs.traffic import COUNTED, Traffic, Way
 from subspan.training.models.blocks import blocks_of
 from subspan.training.models.presets import PRESETS, llama_of
 
@@ -31,7 +31,7 @@ def eight() -> dict[str, Any]:
 
 def check(found: dict[str, Any]) -> None:
     """Every payload that was counted is that of its closed form."""
-    assert [row["name"] for row in found["rows"]] == list(WAYS)
+    assert [row["name"] for row in found["rows"]] == list(COUNTED)
     for row in found["rows"]:
         for kind in ("step", "refresh"):
             assert report.sizes_of(row[kind]) == row["formula"][kind], (row["name"], kind)
@@ -59,6 +59,8 @@ def test_bytes_by_hand(eight: dict[str, Any]) -> None:
     assert sent["adamw_ddp"] == 4 * (others + weights)
     assert sent["sara_ddp_hook"] == 4 * (others + layers * r * (4 * d + 3 * f))  # the longer side is left
     assert sent["sara_backward_ddp"] == 4 * (others + layers * r * (5 * d + 2 * f))  # the outputs are left
+    # A sketch is as wide as the rank: it makes the gradient of a carrier twice as wide.
+    assert sent["sara_sketch_backward_ddp"] == 4 * (others + layers * 2 * r * (5 * d + 2 * f))
     # 172 rows are filled up to 176; blocks are gathered twice and reduced once, the rest once each.
     block = 4 * (4 * d * d + 2 * 176 * d + d * f)
     assert sent["adamw_fsdp"] == sent["sara_fsdp"] == 4 * (3 * (layers * (block // 4 + 2 * d)) + 2 * (2 * v * d + d))
@@ -112,7 +114,7 @@ def test_real_ranks_send_as_much(tmp_path: Path) -> None:
     """Two processes of gloo, whose collectives are real, count what the fake world of two counts."""
     launch(comm_worker.main, 2, str(tmp_path / "run"))
     setting = CommSetting(2, "llama-nano", 16)
-    for name, way in WAYS.items():
+    for name, way in COUNTED.items():
         with fake_world(2):
             fake = row_of(setting, way, *count(setting, way))
         for rank in (0, 1):
@@ -159,7 +161,7 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(set(row) == keys for row in found["rows"])
     check(found)
     shown = report.text(found)
-    assert all(name in shown for name in WAYS)
+    assert all(name in shown for name in COUNTED)
     assert "formula" not in shown
     found["rows"][0]["formula"]["step"]["all_reduce"] += 1
     assert "formula" in report.text(found)

@@ -23,7 +23,7 @@ WORK = {
     f"study run {STUDY}": "subspan.study.runner.Runner.run",
     "report studies": "subspan.study.report.gather",
     "inspect runs": "subspan.study.inspect.inspect",
-    "list": "subspan.cli.list.list_optimizers",
+    "list": "subspan.recipes.list_optimizers",
     "theory momentum": f"{EXPERIMENTS['momentum'].__module__}.{EXPERIMENTS['momentum'].__name__}.run",
 }
 """A function that each command calls, by the command."""

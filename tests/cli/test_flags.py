@@ -1,11 +1,15 @@
 """Flags: every boolean setting is a switch, hyphens and underscores are the same, and values are left as they are."""
 
+import typing
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, Optional, get_args
 
 import pytest
+from jsonargparse import ArgumentParser
 from support.parsers import PARSER, PARSERS
 
+import subspan
+from subspan.cli.main import make_parser
 from subspan.cli.parser import Parser
 
 
@@ -72,3 +76,32 @@ def test_values_are_left_as_they_are() -> None:
 @pytest.mark.parametrize("flag", ["--optim.min-8bit-size=7", "--optim.min_8bit-size=7", "--optim.min_8bit_size=7"])
 def test_nested_settings(flag: str) -> None:
     assert parsed("pretrain", flag).optim.min_8bit_size == 7
+
+
+def _met(*unions: Any) -> None:
+    """Let Python meet unions whose first type is float. It answers equal ones in this order from then on."""
+    for forget in typing._cleanups:  # type: ignore[attr-defined]  # it has met others before
+        forget()
+    for union in unions:
+        assert Optional[union] is not None  # noqa: UP045  # typing keeps what it has met, X | None does not
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "plan", "bench memory", "bench comm"])
+def test_a_whole_rank_stays_one(command: str) -> None:
+    """Whatever order Python keeps a union of types in, 4 is no 4.0."""
+    _met(float | int, float | int | None)
+    found = make_parser().parse_args(
+        [*command.split(), *(["--model=llama-nano"] if command == "plan" else []), "--rank=4"]
+    )
+    for word in command.split():
+        found = found[word]
+    assert type(found.rank) is int
+
+
+@pytest.mark.parametrize("kind", [subspan.SubspaceAdamW, subspan.SubspaceOptimizer])
+def test_a_whole_rank_stays_one_for_other_command_lines(kind: type) -> None:
+    """So it does where Lightning's command line builds the optimizer."""
+    _met(float | int, float | int | None)
+    parser = ArgumentParser()
+    parser.add_class_arguments(kind, "optimizer", skip={"params", "selector", "rule", "residual"})
+    assert type(parser.parse_args(["--optimizer.rank", "4"]).optimizer.rank) is int

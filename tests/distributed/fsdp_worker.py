@@ -44,17 +44,19 @@ def train(recipe, settings, mesh, backward, in_backward):
     model.to("cpu")  # makes other parameters of those that fully_shard has made
     given = {"lr": 1e-2, "rank": RANK, "update_proj_gap": 7, "min_8bit_size": SMALLEST, **settings}
     optimizer = subspan.create(recipe, model, **given)
-    parts = 1
     if in_backward is not None:
         optimizer.enable_step_in_backward(model, **in_backward)
-        parts = in_backward.get("accumulate", 1)
-    sent, refreshes, losses = [], [], []
-    for x, y in batches():
+    sent, refreshes, losses, norms = [], [], [], []
+    for number, (x, y) in enumerate(batches()):
+        # Every third step has fewer micro-batches, as at the end of an epoch.
+        parts = 1 if in_backward is None or number % 3 == 2 else in_backward.get("accumulate", 1)
         x, y = x.chunk(dist.get_world_size())[dist.get_rank()], y.chunk(dist.get_world_size())[dist.get_rank()]
         for part in zip(x.chunk(parts), y.chunk(parts), strict=True):
             loss = loss_of(model, *part) / parts
             with watch() as backward_sent:
                 loss.backward()
+        if in_backward is not None:
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf")).full_tensor().item())
         before = [state.get("refresh_step") for state in optimizer.state.values()]
         with watch() as comm:
             optimizer.step()
@@ -73,7 +75,8 @@ def train(recipe, settings, mesh, backward, in_backward):
             if isinstance(value, torch.Tensor):
                 states[f"{name}.{key}"] = value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
     weights = {key: value.full_tensor().clone() for key, value in model.state_dict().items()}
-    return {"weights": weights, "states": states}, {"sent": sent, "refreshes": refreshes, "losses": losses}
+    report = {"sent": sent, "refreshes": refreshes, "losses": losses, "norms": norms}
+    return {"weights": weights, "states": states}, report
 
 
 def main(asked):

@@ -43,7 +43,12 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 NO_COLLECTIVE = METHODS.keys() - {"fira", "sketch", "adafactor", "lazy", "full", "pattern"}
 
 
-def one_process(recipe: str, settings: dict[str, Any], backward: dict[str, Any] | None = None) -> Any:
+def one_process(
+    recipe: str,
+    settings: dict[str, Any],
+    backward: dict[str, Any] | None = None,
+    norms: list[float] | None = None,
+) -> Any:
     model = build()
     if backward is not None:
         residual = residual_of(recipe, settings.get("residual"))
@@ -55,6 +60,8 @@ def one_process(recipe: str, settings: dict[str, Any], backward: dict[str, Any] 
     for x, y in batches():
         loss = loss_of(model, x, y)
         loss.backward()
+        if norms is not None:
+            norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())  # type: ignore[misc]
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -164,10 +171,16 @@ def test_backward_side_equals_one_process(tmp_path: Path, mesh: list[int]) -> No
 
 
 def test_step_in_backward_equals_one_process(tmp_path: Path) -> None:
-    """Two micro-batches, each gradient stepped on and freed in the backward pass: the weights of
-    stepping afterwards.
+    """Two micro-batches, at times one, each gradient stepped on and freed in the backward pass: the weights of stepping
+    afterwards, and the norm of the whole gradient.
     """
     names = {name: METHODS[name] for name in ("sara", "golore", "fira", "sketch", "full")}
     for name, ranks in run(tmp_path, [2], names, in_backward={"accumulate": 2}).items():
         weights, states, _ = one_process(*METHODS[name])
         check_equal(name, ranks, weights, states)
+        norms = [report["norms"] for _, report in ranks]
+        assert norms[0] == norms[1]
+        if name == "full":
+            expected: list[float] = []
+            one_process(*METHODS[name], norms=expected)
+            assert norms[0] == pytest.approx(expected, rel=1e-4)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from subspan.bench.setting import Setting, build
 from subspan.cli import main
-from subspan.costs.traffic import WAYS, Traffic, Way, amortised
+from subspan.costs.traffic import COUNTED, WAYS, Traffic, Way, amortised
 from subspan.planning import many_machines as scale
 from subspan.planning.many_machines import MODELS, Machines
 from subspan.training.models.presets import PRESETS, llama_of
@@ -123,7 +123,7 @@ def test_command_and_page(capsys):
 def test_counted_table_of_the_page():
     """The counted figures of the page are those of the closed forms, which tests compare with counted bytes."""
     page, model = PAGE.read_text(), llama_of(PRESETS["llama-60m"])
-    for name, way in WAYS.items():
+    for name, way in COUNTED.items():
         traffic = Traffic(model, 128, 8, way)
         step, refresh = traffic.step().wire(8), traffic.refresh().wire(8)
         sizes = " | ".join(f"{size / 1e6:.1f}" for size in (step, refresh, amortised(step, refresh)))

@@ -120,6 +120,28 @@ def test_ranks_by_share_and_by_pattern(model: str) -> None:
     assert (every["largest_rank"], every["notes"]) == (None, [])
 
 
+def test_a_sketch_beside_the_ranks(model: str) -> None:
+    """The plan says how wide h is and that T is no state; the figures say the same of carriers, states and h."""
+    setting = PlanSetting(model, "sara_sketch_adamw", rank=40, seq=16, dtype="fp32", backward_side=True)
+    found, without = plan(setting), plan(replace(setting, optimizer="sara_adamw"))
+    # No more than 24 of 64 inputs are outside; the last matrix of an MLP has 176.
+    assert found["sketches"] == {"40 + 24": 18, "40 + 40": 3}
+    assert found["ranks"] == without["ranks"] == {"40": 21}
+    assert "r + s = 40 + 24 for 18 matrices, 40 + 40 for 3 matrices: a sketch" in found["notes"][0]
+    assert "keeps h = x [Q O], which is r + s wide. R and T come and go" in text(found)
+    d, f, blocks = 64, 176, 3
+    more = 4 * blocks * (24 * (4 * d + 2 * f) + 40 * d)
+    assert found["bytes"]["carriers"] - without["bytes"]["carriers"] == more
+    assert found["bytes"]["gradients"] - without["bytes"]["gradients"] == more
+    assert found["bytes"]["states"] - without["bytes"]["states"] == 4 * 7 * blocks  # what the limiter keeps
+    assert found["bytes"]["bases"] == without["bytes"]["bases"]
+    assert found["bytes"]["activations"] - without["bytes"]["activations"] == 4 * 16 * blocks * (3 * 24 + 40)
+    ordinary = plan(replace(setting, backward_side=False))
+    assert ordinary["sketches"] == {"40 + 24": 21}  # the shorter side is compressed
+    assert "h = x" not in text(ordinary)
+    assert (without["sketches"], without["notes"]) == ({}, [])
+
+
 def test_a_share_of_a_longer_side_may_be_full_rank(model: str) -> None:
     """Under fsdp the columns are compressed: half of 176 is more than 64 rows."""
     found = plan(PlanSetting(model, rank=0.5, seq=16, world=2, parallel="fsdp"))

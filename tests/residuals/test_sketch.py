@@ -2,17 +2,23 @@
 
 import copy
 import itertools
+import math
+import re
 
 import pytest
 import torch
 from support.helpers import RANK, SHAPES, feed, gradients, matrix_of, oriented_side, parameter
+from support.parsers import PARSER
 
-from subspan import SubspaceAdamW
+from subspan import SubspaceAdamW, SubspaceOptimizer, create, project_backward
+from subspan.factory import residual_of
 from subspan.linalg import haar
 from subspan.parts import Key
 from subspan.residuals import Fira, Sketch
 from subspan.residuals.draws import DRAWS
-from subspan.selectors import Coordinates
+from subspan.rules import RULES
+from subspan.selectors import Coordinates, Gaussian, Random, Switch
+from subspan.utils.errors import SettingError
 
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 draws = pytest.mark.parametrize("draw", DRAWS)
@@ -58,6 +64,31 @@ def test_the_mean_over_draws_is_what_lies_outside(draw, n, r, s):
     assert variance < 1.05 * (n / s - 1) * outside.square().sum().item()
     assert (mean - outside).square().sum().item() < 3 * variance / count + 1e-18
     assert (0.1 * outside).square().sum().item() > 3 * variance / count + 1e-18
+
+
+@pytest.mark.parametrize("axes", [False, True], ids=["any basis", "a basis of axes"])
+@pytest.mark.parametrize("s", [1, 3, 6])
+@pytest.mark.parametrize("draw", ["gaussian", "coordinates"])
+def test_the_variance_is_that_of_the_theory_page(draw, s, axes):
+    """The mean over 4,000 draws of ``||S O Oᵀ - S||²`` is its closed form, within five standard errors.
+
+    With coordinates it depends on the columns of ``S``: one of them is made five times as large as the others.
+    """
+    n, r, count = 12, 4, 4000
+    Q = torch.eye(n, r, dtype=torch.float64) if axes else haar(torch.empty(n, r), torch.Generator().manual_seed(0))
+    G = torch.randn(5, n, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    G[:, 3 if not axes else 7] *= 5
+    S = G - G @ Q @ Q.T
+    like = torch.empty(count, n, s, dtype=torch.float64)
+    O = Sketch(s, draw=draw).sketch(like, r, lambda A: A - A @ Q @ Q.T, Key(0, "weight", 0))
+    found = (S @ O @ O.mT - S).square().sum((-2, -1)) / S.square().sum()
+    inside = float((S.square().sum(0) * Q.square().sum(1)).sum() / S.square().sum())
+    known = {
+        "gaussian": (n - r) / s - 1,
+        "coordinates": n / s - 1 - n / s * (n - s) / (n - 1) * inside,
+    }[draw]
+    assert abs(found.mean().item() - known) < 5 * found.std().item() / count**0.5 + 1e-12
+    assert known > 0.3 * ((n - r) / s - 1)  # so there is something to compare
 
 
 @pytest.mark.parametrize("draw", ["coordinates", "cosines"])
@@ -241,17 +272,35 @@ def test_a_basis_of_coordinates():
     assert change.any()
 
 
+WIDTHS = [0, -1, -0.5, 1.0, 1.5, 10.0, True, False, math.nan, math.inf, "16", "wide", [16], (8,), {}, torch.tensor(3)]
+
+
+@pytest.mark.parametrize("width", WIDTHS, ids=repr)
+def test_what_is_no_width(width):
+    """The error shows the value and everything that is allowed."""
+    words = f"width={width!r}: expected a whole number of directions >= 1, a share of the columns above 0 and below 1"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Sketch(width)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        create("sara_sketch_adamw", torch.nn.Linear(8, 6), rank=2, residual={"width": width})
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"width": 0}, "width=0: expected a whole number of directions >= 1, a share"),
-        ({"width": 1.0}, "width=1.0: .*above 0 and below 1"),
-        ({"width": True}, "width=True"),
-        ({"width": "wide"}, "width='wide'"),
         ({"factor": "norm"}, "factor='norm': expected 'norms'.*or None"),
+        ({"factor": False}, "factor=False"),
+        ({"factor": []}, r"factor=\[\]"),
         ({"weight": "two"}, "weight='two': expected one of unbiased, root, one"),
+        ({"weight": 1}, "weight=1"),
+        ({"weight": []}, r"weight=\[\]: expected one of unbiased, root, one"),
         ({"limiter": 0.0}, r"limiter=0.0: expected a growth factor .*or None to turn it off"),
+        ({"limiter": True}, "limiter=True"),
+        ({"limiter": math.nan}, "limiter=nan"),
+        ({"limiter": "1.01"}, "limiter='1.01'"),
         ({"draw": "cosine"}, r"draw='cosine': did you mean cosines\?"),
+        ({"draw": None}, "draw=None"),
+        ({"draw": ["gaussian"]}, r"draw=\['gaussian'\]"),
     ],
 )
 def test_settings_check_themselves(settings, words):
@@ -260,12 +309,75 @@ def test_settings_check_themselves(settings, words):
         Sketch(**settings)
 
 
-def test_a_basis_that_is_not_orthonormal_is_refused():
-    """There is no outside then."""
-    from subspan.selectors import Random
+@pytest.mark.parametrize("in_a_file", [False, True], ids=["flag", "file"])
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("{width: 8}", Sketch(8)),
+        ("{width: 0.25, draw: cosines}", Sketch(0.25, draw="cosines")),
+        ("{width: null, limiter: null, factor: null}", Sketch(limiter=None, factor=None)),
+        ('{"name": "sketch", "width": 1}', Sketch(1)),
+        ("{width: 0}", "width=0"),
+        ("{width: true}", "width=True"),
+        ("{width: -3}", "width=-3"),
+        ("{width: .nan}", "width=nan"),
+        ("{width: 1.0}", "width=1.0"),
+        ("{width: wide}", "width='wide'"),
+        ("{widht: 8}", r"residual setting 'widht'=8: Sketch has width, factor"),
+        ("{name: scetch}", r"residual='scetch': did you mean sketch\?"),
+    ],
+)
+def test_as_commands_and_files_write_it(written, expected, in_a_file, tmp_path):
+    """``--optim.residual`` and a run file are read alike, and a wrong value is refused with the same words."""
+    words = [f"--optim.residual={written}"]
+    if in_a_file:
+        (tmp_path / "run.yaml").write_text(f"optim:\n  residual: {written}\n")
+        words = [f"--config={tmp_path / 'run.yaml'}"]
+    given = PARSER.parse_args(["pretrain", *words]).pretrain.optim.residual
+    if isinstance(expected, Sketch):
+        assert residual_of("sara_sketch_adamw", given) == expected
+    else:
+        with pytest.raises(SettingError, match=expected):
+            residual_of("sara_sketch_adamw", given)
 
-    with pytest.raises(ValueError, match=r"residual=Sketch.*needs an orthonormal basis"):
-        SubspaceAdamW([parameter((8, 6))], rank=2, selector=Random(scaled=True), residual=Sketch())
+
+@pytest.mark.parametrize("execution", ["optimizer", "backward"])
+def test_too_wide_is_all_directions_and_is_said_once(execution, caplog):
+    """More directions than there are outside means all of them, and one line says so for all matrices."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+    if execution == "backward":
+        project_backward(model, rank=3, share="none", residual=Sketch(1000))
+    with caplog.at_level("INFO"):
+        create("sara_sketch_adamw", model, rank=3, residual=Sketch(1000))
+    (said,) = [line for line in caplog.messages if "all that is outside" in line]
+    assert "for 3 of the matrices" in said
+    assert "there are only 5 directions" in said
+
+
+@pytest.mark.parametrize(
+    "selector", [Random(scaled=True), Gaussian(), Switch(Random(), Random(scaled=True), total_steps=10)], ids=repr
+)
+@pytest.mark.parametrize("execution", ["optimizer", "backward"])
+def test_a_basis_that_is_not_orthonormal_is_refused(selector, execution):
+    """There is no outside then."""
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8))
+    if execution == "backward":
+        project_backward(model, rank=2, share="none", residual=Sketch())
+    with pytest.raises(ValueError, match=r"residual=Sketch.*needs an orthonormal basis.*selectors.Random\(\)"):
+        SubspaceAdamW(model.parameters(), rank=2, selector=selector, residual=Sketch())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_has_a_step_to_compare_with(rule):
+    """``||U_i|| / ||R_i||`` is finite and above 0 for each rule, also one that has no moments."""
+    p = parameter(SHAPES["tall"])
+    optimizer = SubspaceOptimizer(
+        [p], 1e-2, RANK, selector=Random(), rule=RULES[rule](), residual=Sketch(3, limiter=None), scale=0.0
+    )
+    change = feed(optimizer, p, gradients(SHAPES["tall"], 3))
+    assert change.isfinite().all()
+    assert change.norm() > 1e-6
 
 
 @pytest.mark.parametrize(

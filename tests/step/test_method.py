@@ -277,7 +277,7 @@ def test_a_copy_steps_in_the_backward_pass_too(clone):
     assert_same(weights(twin), weights(model))
     twin(torch.ones(5, 24)).square().mean().backward()
     with pytest.raises(RuntimeError, match="stepped on in the backward pass"):
-        next(twin.parameters()).grad.norm()
+        next(twin.parameters()).grad.sum()
     with pytest.raises(
         SettingError, match=r"gradients of a step in the backward pass are under way.*after optimizer.step"
     ):

@@ -1,12 +1,14 @@
 """What a study file says, and what is wrong with one."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.studies import make, write
 
+from subspan.factory import residual_of
 from subspan.study.study_file import load_study
 from subspan.training.config.settings import EvaluationConfig
 from subspan.utils.errors import InputError
@@ -21,6 +23,20 @@ def test_rows_have_the_base_and_their_own(tmp_path: Path) -> None:
     assert row.config.evaluation == EvaluationConfig(every=2, tokens=32)
     assert row.config.optim.selector == {"power": 2.0}
     assert row.lr == 0.01  # the method's own
+
+
+def test_the_rows_of_the_sketch_are_of_one_width() -> None:
+    """Each row of ``sketch_nano`` looks at 32 directions, and stands on both sides; no two of a side are alike."""
+    study = load_study(Path(__file__).parents[2] / "studies" / "sketch_nano.yaml")
+    rows = {row.name: row.config for row in study.rows if row.name != "full_adam"}
+    ordinary = {name: config for name, config in rows.items() if not name.endswith("_backward")}
+    assert len(ordinary) == 7
+    assert rows.keys() - ordinary.keys() == {f"{name}_backward" for name in ordinary}
+    for name, config in ordinary.items():
+        rank = config.rank or 16  # that of llama-nano
+        assert rank + residual_of(config.optimizer, config.optim.residual).sketch_width(64, int(rank)) == 32
+        assert replace(config, backward_side=True) == rows[f"{name}_backward"]
+    assert len({str(config) for config in ordinary.values()}) == 7
 
 
 def test_a_grid_is_a_row_for_each_point_compared_point_by_point(tmp_path: Path) -> None:

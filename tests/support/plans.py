@@ -44,7 +44,7 @@ def real_step(setting: PlanSetting) -> dict[str, int]:
     ranks: dict[str, Any] = {"rank": chosen.rank, "rank_pattern": setting.rank_pattern}
     handle = None
     if setting.is_backward_side:
-        handle = subspan.project_backward(model, residual=residual_of(setting.optimizer), **ranks)
+        handle = subspan.project_backward(model, share=setting.share, residual=residual_of(setting.optimizer), **ranks)
     settings = {"8bit": {"state_dtype": "int8"}}.get(setting.state or "", {})
     optimizer = subspan.create(setting.optimizer, model, update_proj_gap=1000, stagger=False, **ranks, **settings)
     if setting.checkpointing:

@@ -31,9 +31,12 @@ def test_nonconvergence(capsys):
     found = run(capsys, "nonconvergence", "--n", "6", "--r", "2", "--seed", "1", "--steps", "6000")
     assert found["holds"]
     assert all(claim["holds"] for claim in found["claims"])
-    assert set(found["final"]) == set(METHODS) == {"sgd", "galore", "golore", "golore_hybrid", "sara", "sara_floor"}
+    published = {"sgd", "galore", "golore", "golore_hybrid", "sara", "sara_floor"}
+    sketched = {"galore_fixed", "galore_sketch", "galore_fixed_sketch", "galore_sketch_norms"}
+    assert set(found["final"]) == set(METHODS) == published | sketched
     above = {name: value - found["optimum"] for name, value in found["final"].items()}
-    assert above.pop("galore") > 0.02 * found["noise_level"]
+    for stuck in ("galore", "galore_fixed", "galore_sketch_norms"):
+        assert above.pop(stuck) > 0.02 * found["noise_level"]
     assert all(-1e-9 < left < 0.02 * found["noise_level"] for left in above.values())
     assert found["variants"]["large_batch"]["final"]["galore"] - found["optimum"] < 0.02 * found["noise_level"]
 
@@ -58,6 +61,24 @@ def test_the_problem_is_the_papers():
     f(X).backward()
     step = X.detach() - 0.3 * (X.grad + xi)  # torch's momentum begins with the whole gradient
     assert setting.final("sgd", [noise], 1) == [pytest.approx(f(step).item(), rel=1e-12)]
+
+
+def test_the_sketch_is_what_moves_the_rest(monkeypatch):
+    """With a fixed basis the claim about the sketch fails if its directions are drawn only once."""
+    setting, problems = Nonconvergence(n=8, r=2, seed=1), [Gradients("adversarial", 1)]
+    optimum, level = -0.5 * float(setting.target().square().sum()), 3.0
+    assert setting.final("galore_fixed_sketch", problems, 2000)[0] - optimum < 0.02 * level
+    drawn = linalg.keyed_generator
+    monkeypatch.setattr(linalg, "keyed_generator", lambda what, *key: drawn(what, *key[: 0 if what == "sketch" else 9]))
+    assert setting.final("galore_fixed_sketch", problems, 2000)[0] - optimum > 0.02 * level
+
+
+def test_a_sketch_that_would_diverge_is_not_claimed_to_arrive():
+    """The step outside has (n - r) / s times the mean square of the gradient, so large rates are not for it."""
+    claims = {lr: str(Nonconvergence(n=9, r=1, lr=lr, steps=1).run()["claims"]) for lr in (0.2, 0.3)}
+    assert "galore_sketch reaches" in claims[0.2]
+    assert "galore_sketch reaches" not in claims[0.3]
+    assert "galore_sketch_norms reaches" not in claims[0.2]
 
 
 def test_claims_can_fail(capsys):

@@ -4,7 +4,10 @@ Shapes: input ``x (..., in)``, weight ``W (out, in)``, basis ``Q (in, r)``, ``h 
 ``B (out, r)``. Where the residual has a sketch ``O (in, s)``, ``[Q O]`` takes the place of ``Q``, and ``[R T]`` that of
 ``R``; then a carrier has ``r + s`` columns, of which only ``r`` can be a displacement.
 
-Layers with the same input ``x`` meet in one ``gather`` node, which stands between their carriers and them:
+Where the widths of several bases add up to that of ``x``, layers keep ``x``, which is one tensor for all of them, and
+make ``h`` in the backward pass (``backward.inputs``).
+
+Layers with the same basis meet in one ``gather`` node, which stands between their carriers and them:
 
     B_1, B_2, ... -> gather -> tickets -> linear_1, linear_2, ...
 
@@ -14,7 +17,7 @@ projects them, and drops them. In both cases the carriers get their gradients fr
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,13 +29,28 @@ Choose = Callable[[Box], dict[int, Tensor]]
 """Turns gradients ``G (out, in)`` into ``R (out, r)``, both by number of their layer. It may change the basis first."""
 
 
+class Directions(Protocol):
+    """``[Q O]`` of a pass, as maps. Nothing in them is part of a graph."""
+
+    def down(self, A: Tensor) -> Tensor:
+        """Map ``x (..., in) -> h (..., r + s)``."""
+
+    def inside(self, A: Tensor) -> Tensor:
+        """Map ``x (..., in) -> x Q (..., r)``."""
+
+    def back(self, A: Tensor) -> Tensor:
+        """Map ``(..., r) -> (..., in)``, the adjoint of ``inside``."""
+
+
 class LayerPass(NamedTuple):
     """What one layer needs for one forward pass and the backward pass after it."""
 
     number: int
     """Number of the layer."""
     kept: Tensor
-    """What is saved of the input: ``h``, or ``x`` if a gradient is to be formed."""
+    """What is saved of the input: ``h`` or ``x``."""
+    whole: bool
+    """Whether it is ``x``."""
     ticket: Tensor
     """Node of the graph, ``(out, r)``, which receives ``R``."""
     box: Box | None
@@ -68,16 +86,16 @@ def linear(
     bias: Tensor | None,
     layer_pass: LayerPass,
     moved: Tensor | None,
-    back: Callable[[Tensor], Tensor],
+    directions: Directions,
 ) -> Tensor:
     """Compute ``x Wᵀ + b``, and add ``(x Q) Bᵀ`` if the weight has moved by ``B Qᵀ``.
 
     Args:
         weight: gets no gradient. It may be of another dtype than ``x``, as under autocast, and is saved as it is.
         moved: ``B``, or ``None`` if it is zero.
-        back: map ``(..., r) -> (..., in)``, the adjoint of ``x -> h``.
+        directions: those of the basis.
     """
-    y: Tensor = _Linear.apply(x, weight, bias, layer_pass.ticket, moved, layer_pass, back)
+    y: Tensor = _Linear.apply(x, weight, bias, layer_pass.ticket, moved, layer_pass, directions)
     return y
 
 
@@ -91,13 +109,16 @@ class _Linear(torch.autograd.Function):
         ticket: Tensor,
         moved: Tensor | None,
         layer_pass: LayerPass,
-        back: Any,
+        directions: Directions,
     ) -> Tensor:
-        ctx.number, ctx.box, ctx.back, ctx.ticket = layer_pass.number, layer_pass.box, back, ticket.shape
+        ctx.number, ctx.box, ctx.whole = layer_pass.number, layer_pass.box, layer_pass.whole
+        ctx.directions, ctx.ticket = directions, ticket.shape
         ctx.save_for_backward(layer_pass.kept, weight, moved)
         y = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        if moved is not None:  # ``kept`` is h then, because displacements are merged before gradients are formed
-            y = y + torch.nn.functional.linear(layer_pass.kept[..., : moved.shape[1]], moved.to(x.dtype))
+        if moved is not None:
+            kept = layer_pass.kept
+            h = directions.inside(kept) if layer_pass.whole else kept[..., : moved.shape[1]]
+            y = y + torch.nn.functional.linear(h, moved.to(x.dtype))
         return y
 
     @staticmethod
@@ -110,9 +131,12 @@ class _Linear(torch.autograd.Function):
         if needs[0]:
             dx = dy @ weight.to(dy.dtype)
             if moved is not None:
-                dx += ctx.back(dy @ moved.to(dy.dtype)).to(dx.dtype)
+                dx += ctx.directions.back(dy @ moved.to(dy.dtype)).to(dx.dtype)
         if needs[2]:
             db = rows.sum(0)
+        if ctx.whole and ctx.box is None:
+            with torch.autocast(kept.device.type, enabled=False):  # as in the forward pass
+                kept = ctx.directions.down(kept)
         R = rows.mT @ kept.reshape(-1, kept.shape[-1])
         if ctx.box is not None:
             ctx.box[ctx.number] = R  # this is G, since ``kept`` is x

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from subspan.backward.conv1d import convert
+from subspan.backward.inputs import Inputs
 from subspan.backward.layer import BackwardLinear
 from subspan.backward.projection import Projection
-from subspan.backward.sharing import Share, groups_of, of_one_rank
+from subspan.backward.sharing import Share, groups_of, met_by, of_one_rank, passes_on
 from subspan.distributed import is_sharded
 from subspan.groups import EXCLUDED, RankPattern, check_rank, select_linear
 from subspan.parts import Key, Residual, Selector, check_part
 from subspan.roles import inputs_of
+from subspan.storage.allocation import State
 from subspan.utils.errors import SettingError
 from subspan.utils.ranks import Rank, rank_of_side
 
@@ -77,8 +79,12 @@ class Handle:
             like = first.weight.new_ones(1, first.in_features)
             selector.refresh_(like, state, Key(seed, first.weight_name, step))
             projection.bind(selector, None, state, self)
-            projection.plan, projection.displaced = "keep", True
+            projection.expect("keep")
+            projection.displaced = True
         return [layer.carrier for layer in self.layers]
+
+    def look(self, device: torch.device, state: State) -> None:
+        """Do nothing: a basis that ``enter`` draws stays where it was drawn."""
 
     def refresh_projection(self, projection: Projection, G: Tensor | None) -> None:
         """Raise, because bases that ``enter`` draws change only when it is called again."""
@@ -205,20 +211,32 @@ def project_backward(
             )
         if not layer.weight.requires_grad:
             raise SettingError(f"targets: the weight of {name!r} is frozen; exclude it")
-    groups, divided = of_one_rank(groups_of(model, layers, share), ranks, share)
+    met = met_by(model, layers, share)
+    groups, divided = of_one_rank(groups_of(model, layers, share, met), ranks, share)
     if divided is not None:
         logger.warning("%s", divided)
-    projections = []
+    projections, inputs = [], Inputs()
     for names in groups:
         patterned = [pattern.finds(f"{name}.weight") is not None for name in names]
         first = names[patterned.index(False)] if not all(patterned) else names[0]
         r = ranks[first]
         s = 0 if residual is None else residual.sketch_width(inputs_of(layers[first]), r)
         projection = Projection(
-            r, merge, select_from, process_group, sketch_width=s, asked=asked[first], by_pattern=all(patterned)
+            r,
+            merge,
+            select_from,
+            process_group,
+            inputs=inputs,
+            in_features=inputs_of(layers[first]),
+            sketch_width=s,
+            asked=asked[first],
+            by_pattern=all(patterned),
         )
         for name in names:
             convert(layers[name]).join(projection, f"{name}.weight")
         projections.append(projection)
+    number_of = {name: number for number, names in enumerate(groups) for name in names}
+    for names in met or ():
+        inputs.note(passes_on(names, number_of, groups))
     logger.info("backward-side: %d linear layers at rank %s share %d bases", len(layers), rank, len(projections))
     return Handle(projections, divided)

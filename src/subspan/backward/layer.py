@@ -7,15 +7,17 @@ from torch import Tensor, nn
 
 from subspan.backward.autograd import linear
 from subspan.backward.projection import Projection
-from subspan.distributed import several_processes
+from subspan.distributed import is_sharded, several_processes
 from subspan.step.carriers import mark
+from subspan.utils.compiler import untraced
 
 
 class BackwardLinear(nn.Linear):
     """``y = x Wᵀ + (x Q) Bᵀ + b`` with ``W`` frozen and the carrier ``B (out, r)``, which is zero or a displacement.
 
-    The gradient of ``B`` is ``R = dyᵀ (x Q)``, the projection of the gradient of ``W``. To compute it, neither ``x`` is
-    saved nor the full gradient formed. ``project_backward`` makes such a layer of an ``nn.Linear``, in place.
+    The gradient of ``B`` is ``R = dyᵀ (x Q)``, the projection of the gradient of ``W``. To compute it, the full
+    gradient is not formed. Nor is ``x`` saved, unless bases of their own would save more of it.
+    ``project_backward`` makes such a layer of an ``nn.Linear``, in place.
 
     With a sketch the carrier has ``s`` more columns, for whose sake its gradient is ``[R T] = dyᵀ (x [Q O])``. They are
     always zero.
@@ -42,9 +44,21 @@ class BackwardLinear(nn.Linear):
         super().__setattr__(name, value)
         if name == "carrier":  # fully_shard puts another parameter in its place
             mark(value, self)
+            self._note_shard()
+
+    def _note_shard(self) -> None:
+        if is_sharded(self.carrier):  # past nn.Module, which would register it once more
+            self.__dict__["shard"] = self.carrier
+
+    @property
+    def home(self) -> nn.Parameter:
+        """The carrier that an optimizer holds: the shard, where ``fully_shard`` has gathered it for a pass."""
+        shard: nn.Parameter | None = self.__dict__.get("shard")
+        return self.carrier if shard is None else shard
 
     def leave(self) -> None:
         """Become an ``nn.Linear`` again. The displacement must be in the weight already."""
+        self.__dict__.pop("shard", None)
         del self.carrier, self.projection, self.number, self.weight_name
         self.__class__ = nn.Linear  # type: ignore[assignment]
         self.weight.requires_grad_(True)
@@ -57,14 +71,14 @@ class BackwardLinear(nn.Linear):
         y = super().forward(input)
         return y + self.projection.moved(input, self).to(y.dtype) if self.projection.displaced else y
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the basis may change in it, and what is saved depends on that
+    @untraced  # the basis may change in it, and what is saved depends on that
     def _train(self, x: Tensor) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):
             entered, layer_pass = self.projection.join_pass(self.number, x, dtype)
             moved = self.projection.displaced_by(self) if self.projection.displaced else None
-            return linear(entered, self.weight, self.bias, layer_pass, moved, self.projection.back)
+            return linear(entered, self.weight, self.bias, layer_pass, moved, self.projection)
 
     # --- as a plain linear layer --------------------------------------------------------------------------------------
 
@@ -101,6 +115,7 @@ class BackwardLinear(nn.Linear):
         if self.carrier.dtype in (torch.bfloat16, torch.float16):
             self.carrier.data = self.carrier.data.float()
         mark(self.carrier, self)  # for a DTensor, another parameter has been made
+        self._note_shard()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from subspan.backward.autograd import Box, LayerPass, gather
+from subspan.backward.inputs import Inputs
 from subspan.distributed import averages, is_sharded, local, running_wrapper
 from subspan.parts import Key, Residual, Selector
 from subspan.step.carriers import CarriedLayer, Driver, Plan
 from subspan.step.frame import Frame, draw_frame
 from subspan.storage.allocation import State
 from subspan.storage.stochastic_rounding import add_rounded_
+from subspan.utils.compiler import untraced
 from subspan.utils.ranks import Rank
 
 
@@ -27,6 +29,7 @@ class Projection:
     gradient.
 
     Attributes:
+        inputs, place: the inputs of the model's bases, and the number of this one among them.
         layers: the layers that share the basis, in the order of the model.
         rank, sketch_width: number of columns of ``Q`` and of ``O``.
         asked: what the rank was made of: itself, or a share of the inputs.
@@ -50,12 +53,15 @@ class Projection:
         select_from: str,
         process_group: Any = None,
         *,
+        inputs: Inputs,
+        in_features: int,
         sketch_width: int = 0,
         asked: Rank | None = None,
         by_pattern: bool = False,
     ) -> None:
         self.rank, self.merge, self.select_from = rank, merge, select_from
         self.sketch_width = sketch_width
+        self.inputs, self.place = inputs, inputs.enlist(self.columns, in_features)
         self.asked: Rank = rank if asked is None else asked
         self.by_pattern = by_pattern
         self.process_group, self._given = process_group, process_group is not None
@@ -84,12 +90,18 @@ class Projection:
             layer.carrier.detach().zero_()
         self.selector, self.residual, self.state, self._driver = selector, residual, state, weakref.ref(driver)
 
+    def follow(self, state: State, driver: Driver) -> None:
+        """Take the basis in ``state``, to which it has been moved, if ``driver`` is the one that chooses it."""
+        if self._driver is not None and self._driver() is driver:
+            self.state = state
+
     def expect(self, plan: Plan, key: Key | None = None) -> None:
         """Note that a step is over, what the next pass does, and what the next sketch is drawn from."""
         self.plan, self.key, self.formed = plan, key or self.key, False
+        self.inputs.expect(self.place, plan == "form")
         self._pass = self._stepping = None  # layers that have not run must not keep the input alive
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it asks Python, not tensors
+    @untraced  # it asks Python, not tensors
     def note_wrapper(self) -> None:
         """Take the process group of the wrapper whose forward pass is running, unless one has been given.
 
@@ -136,7 +148,8 @@ class Projection:
         return entered, layer_pass
 
     def _begin(self, x: Tensor, dtype: torch.dtype) -> "_Pass":
-        driver = self.driver
+        driver, weight = self.driver, self.layers[0].weight
+        driver.look(weight.device, self.state)
         if any(is_sharded(layer.carrier) for layer in self.layers):
             raise RuntimeError(
                 f"{self.layers[0].weight_name}: shares a basis with layers that fully_shard has put into other "
@@ -148,11 +161,14 @@ class Projection:
             driver.refresh_projection(self, None)
         entered = x.to(dtype)
         box: Box | None = {} if self.plan == "form" or self.formed else None
-        kept = self.down(entered) if box is None else entered.detach()
+        whole = box is not None or self.inputs.keeps(self.place)
+        kept = self.inputs.meet(self.place, x, entered)
+        if not whole:
+            kept = self.down(kept)
         trained = [layer for layer in self.layers if layer.carrier.requires_grad]
         numbers = [layer.number for layer in trained]
         tickets = gather([layer.carrier for layer in trained], numbers, box, self._choose)
-        return _Pass(x, entered, kept, box, dict(zip(numbers, tickets, strict=True)))
+        return _Pass(x, entered, kept, whole, box, dict(zip(numbers, tickets, strict=True)))
 
     def _choose(self, box: Box) -> dict[int, Tensor]:
         """Turn each layer's gradient into its ``R``; the basis is chosen first if that has not been done."""
@@ -180,11 +196,14 @@ class Projection:
         with torch.no_grad():
             return _down(A.detach(), self.frame())
 
+    def inside(self, A: Tensor) -> Tensor:
+        """Return ``A Q (..., r)`` in the dtype of ``A``."""
+        assert self.selector is not None
+        return _down(A, Frame(self.selector, self.state, self.rank, None))
+
     def moved(self, x: Tensor, layer: CarriedLayer) -> Tensor:
         """Return ``(x Q) Bᵀ``, which the displacement of a layer adds to its output."""
-        assert self.selector is not None
-        h = _down(x, Frame(self.selector, self.state, self.rank, None))
-        return torch.nn.functional.linear(h, self.displaced_by(layer).to(x.dtype))
+        return torch.nn.functional.linear(self.inside(x), self.displaced_by(layer).to(x.dtype))
 
     def displaced_by(self, layer: CarriedLayer) -> Tensor:
         """Return the displacement ``B (out, r)`` of a layer, in the memory of its carrier and outside of any graph."""
@@ -286,9 +305,11 @@ def _down(A: Tensor, frame: Frame) -> Tensor:
 class _Pass:
     """One forward pass: an input, and the layers that have not run on it yet."""
 
-    def __init__(self, x: Tensor, entered: Tensor, kept: Tensor, box: Box | None, tickets: dict[int, Tensor]) -> None:
+    def __init__(
+        self, x: Tensor, entered: Tensor, kept: Tensor, whole: bool, box: Box | None, tickets: dict[int, Tensor]
+    ) -> None:
         self._x, self._version = weakref.ref(x), x._version
-        self.entered, self._kept, self._box = entered, kept, box
+        self.entered, self._kept, self._whole, self._box = entered, kept, whole, box
         self.waiting = tickets
 
     def serves(self, number: int, x: Tensor, dtype: torch.dtype) -> bool:
@@ -297,4 +318,4 @@ class _Pass:
         return same and number in self.waiting
 
     def join(self, number: int) -> LayerPass:
-        return LayerPass(number, self._kept, self.waiting.pop(number), self._box)
+        return LayerPass(number, self._kept, self._whole, self.waiting.pop(number), self._box)

@@ -16,22 +16,65 @@ logger = logging.getLogger(__name__)
 Share = str | Sequence[Sequence[str]] | Mapping[str, Any]
 
 
-def groups_of(model: nn.Module, layers: Mapping[str, Any], share: Share) -> list[list[str]]:
+def met_by(model: nn.Module, layers: Mapping[str, Any], share: Share) -> list[list[str]] | None:
+    """Run the model once, and return the names of the layers that each of their inputs meets, in their order.
+
+    It runs on the inputs in ``share``, or on inputs of its own. ``None`` if it has none that it runs on; a warning says
+    so where ``share="auto"`` depends on it.
+    """
+    if isinstance(share, Mapping):
+        return _seen(model, layers, share)
+    why = "has no dummy_inputs"
+    for inputs in inputs_to_try(model):
+        try:
+            return _seen(model, layers, inputs)
+        except SettingError as error:
+            why = f"does not run on its own {' and '.join(sorted(inputs))} ({named(error.__cause__ or error)})"
+    if share == "auto":
+        logger.warning(
+            "share='auto': %s %s to see which layers get the same tensor; each gets a basis of its own, and saves its own "
+            "x Q; give share=dict(inputs of the model), or lists of names",
+            type(model).__name__,
+            why,
+        )
+    return None
+
+
+def groups_of(
+    model: nn.Module, layers: Mapping[str, Any], share: Share, met: Sequence[list[str]] | None
+) -> list[list[str]]:
     """Sort the names of ``layers`` into groups that share, in the order of the model.
 
-    ``project_backward`` explains ``share``.
+    ``project_backward`` explains ``share``. ``met`` is what ``met_by`` has found.
     """
     if share == "none":
         return [[name] for name in layers]
-    if share == "auto":
-        return _seen_by_itself(model, layers)
-    if isinstance(share, Mapping):
-        return _seen(model, layers, share)
+    if share == "auto" or isinstance(share, Mapping):
+        return [[name] for name in layers] if met is None else _of_one_input(layers, met)
     if isinstance(share, str):
         raise SettingError(
             f"share={share!r}: expected 'auto', 'none', inputs of the model as a dict, or lists of names"
         )
     return _named(layers, share)
+
+
+def passes_on(names: Sequence[str], projections: Mapping[str, int], groups: Sequence[Sequence[str]]) -> list[int]:
+    """Return the numbers of the groups that begin a pass on an input, when ``names`` meet it in this order.
+
+    Args:
+        names: the layers, of which one may come several times.
+        projections: the number of the group of each layer.
+        groups: the layers of each group, which pass together.
+    """
+    began: list[int] = []
+    waiting: dict[int, set[str]] = {}
+    for name in names:
+        number = projections[name]
+        if name not in waiting.get(number, ()):
+            began.append(number)
+            waiting[number] = set(groups[number])
+        waiting[number].remove(name)
+    return began
 
 
 def of_one_rank(
@@ -72,25 +115,8 @@ def of_one_rank(
     )
 
 
-def _seen_by_itself(model: nn.Module, layers: Mapping[str, Any]) -> list[list[str]]:
-    """Run the model on inputs of its own; no layers share, and a warning says so, if it has none that it runs on."""
-    why = "has no dummy_inputs"
-    for inputs in inputs_to_try(model):
-        try:
-            return _seen(model, layers, inputs)
-        except SettingError as error:
-            why = f"does not run on its own {' and '.join(sorted(inputs))} ({named(error.__cause__ or error)})"
-    logger.warning(
-        "share='auto': %s %s to see which layers get the same tensor; each gets a basis of its own, and saves its own x "
-        "Q; give share=dict(inputs of the model), or lists of names",
-        type(model).__name__,
-        why,
-    )
-    return [[name] for name in layers]
-
-
 def _seen(model: nn.Module, layers: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[list[str]]:
-    """Run the model once, and see which layers get the same tensor."""
+    """Run the model once, and list the layers that get the same tensor, for each tensor."""
     calls: list[tuple[Tensor, list[str]]] = []  # the tensors are kept alive, so that no two are at one address
 
     def watch(name: str) -> Any:
@@ -121,8 +147,12 @@ def _seen(model: nn.Module, layers: Mapping[str, Any], inputs: Mapping[str, Any]
             hook.remove()
         for module, mode in modes.items():
             module.training = mode
+    return [names for _, names in calls]
+
+
+def _of_one_input(layers: Mapping[str, Any], met: Sequence[list[str]]) -> list[list[str]]:
     group_of: dict[str, int] = {}
-    for number, (_, names) in enumerate(calls):
+    for number, names in enumerate(met):
         for name in names:
             if name in group_of:  # called with two tensors: others in its group would wait for it
                 group_of[name] = -1

@@ -16,13 +16,14 @@ from torch import nn
 
 from subspan.bench.setting import Setting, build_model
 from subspan.costs.collectives import CountCollectives, Sent, fake_world
-from subspan.costs.traffic import PERIOD, WAYS, Traffic, Way, amortised
+from subspan.costs.traffic import COUNTED, PERIOD, Traffic, Way, amortised
 from subspan.factory import create, residual_of
 from subspan.groups import check_rank
 from subspan.optimizer import SubspaceOptimizer
 from subspan.training.models.presets import PRESETS, llama_of
 from subspan.training.processes import Processes
 from subspan.utils.errors import SettingError
+from subspan.utils.ranks import Rank
 from subspan.utils.suggestions import near_names
 
 _WARM_UP = 2  # steps: DDP lays out its buckets again after the first
@@ -36,14 +37,14 @@ class CommSetting:
     """Number of ranks (processes)."""
     model: str = "llama-60m"
     """Preset of the model, from `subspan list models`."""
-    rank: int | float = 128
+    rank: Rank = 128
     """Rank of the subspaces, or its share of each compressed side, such as 0.25."""
     select_from: Literal["owner", "mean"] = "owner"
     """Gradient that chooses the basis of backward-side layers: that of one rank (owner), or the mean over all ranks,
     which must then be sent."""
     threads: int = 1
     """Number of CPU threads. It does not change what is counted."""
-    rank_pattern: dict[str, int | float] | None = None
+    rank_pattern: dict[str, Rank] | None = None
     """Other ranks by name, such as {q_proj: 32, mlp: 0.5}."""
 
     def __post_init__(self) -> None:
@@ -62,14 +63,14 @@ class CommSetting:
 
 
 def measure(setting: CommSetting) -> dict[str, Any]:
-    """Count one row for each of ``WAYS``: payloads and the bytes that each rank sends, and their closed forms.
+    """Count one row for each of ``COUNTED``: payloads and the bytes that each rank sends, and their closed forms.
 
     Raises:
         SettingError: this process belongs to a process group.
     """
     torch.set_num_threads(setting.threads)
     rows = []
-    for name, way in WAYS.items():
+    for name, way in COUNTED.items():
         with fake_world(setting.world):
             counted = count(setting, way)
             gc.collect()  # DDP must go before its process group does
@@ -99,7 +100,14 @@ def row_of(setting: CommSetting, way: Way, step: Sent, refresh: Sent) -> dict[st
 
 def count(setting: CommSetting, way: Way) -> tuple[Sent, Sent]:
     """Count what an ordinary step and a refresh send, in the process group that is there."""
-    small = Setting(setting.model, tokens=32, rank=setting.rank, rank_pattern=setting.rank_pattern, sequence_length=16)
+    small = Setting(
+        setting.model,
+        tokens=32,
+        rank=setting.rank,
+        rank_pattern=setting.rank_pattern,
+        sequence_length=16,
+        share="none" if way.own_bases else "auto",
+    )
     model, handle = build_model(small, way.backward_side, setting.select_from, residual_of(way.optimizer))
     forward: Callable[..., Any] = model
     if way.sharded:

@@ -79,7 +79,7 @@ def _step(trained: Trained, batch: Tensor, layers: list[nn.Linear], form_largest
         if form_largest and trained.handle is not None:
             chosen = max(trained.handle.projections, key=lambda p: sum(layer.weight.numel() for layer in p.layers))
             if isinstance(optimizer, SubspaceOptimizer) and optimizer.selector.needs_gradient:
-                chosen.plan = "form"
+                chosen.expect("form")
         with SavedBytes(trained.model, layers, _tensors(optimizer)) as saved:
             loss = trained.forward(batch)
         loss.backward()
@@ -107,10 +107,11 @@ def _basis_bytes(optimizer: torch.optim.Optimizer) -> int:
 def _formula(setting: Setting, name: str, trained: Trained, layers: Iterable[nn.Linear]) -> dict[str, int]:
     """These are the same bytes, computed from shapes in fp32: weights W (out, in), tokens T, ranks r, sketches s.
 
-    Layers that share an input count it once, and those that share a basis count ``x [Q O]`` once.
+    Layers that share an input count it once, and those that share a basis count ``x [Q O]`` once. Where the bases of an
+    input would keep more than the input, it is kept instead.
     """
     T, llama = setting.tokens, llama_of(PRESETS[setting.model])
-    way = Way(name, backward_side=trained.handle is not None)
+    way = Way(name, backward_side=trained.handle is not None, own_bases=setting.share == "none")
     traffic = Traffic(llama, setting.rank, 1, way, rank_pattern=setting.rank_pattern)
     projected = {id(layer.weight) for layer in layers}
     shapes = [(tuple(p.shape), id(p)) for key, p in trained.model.named_parameters() if not key.endswith(".carrier")]
@@ -118,8 +119,7 @@ def _formula(setting: Setting, name: str, trained: Trained, layers: Iterable[nn.
     full = sum(count for identity, count in elements.items() if identity not in projected)
     every = sum(elements.values())
     low = sum(one.layer.out * one.columns for one in traffic.projected)
-    kept = [group[0].columns for group in traffic.bases]
-    inputs = [group[0].inputs for group in llama.sharing] * llama.layers
+    inputs = llama.layers * sum(group[0].inputs for group in llama.sharing)
     held = StateCosts.of_recipe(name).bytes_held(trained.optimizer.param_groups)
     return {
         "weight_bytes": 4 * every,
@@ -127,5 +127,5 @@ def _formula(setting: Setting, name: str, trained: Trained, layers: Iterable[nn.
         "gradient_bytes": 4 * (full + low if way.backward_side else every),
         "state_bytes": held["states"],
         "basis_bytes": held["bases"],
-        "linear_activation_bytes": 4 * T * sum(kept if way.backward_side else inputs),
+        "linear_activation_bytes": 4 * T * (traffic.kept if way.backward_side else inputs),
     }

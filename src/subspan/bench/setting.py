@@ -13,6 +13,7 @@ from subspan.groups import check_rank
 from subspan.parts import Residual
 from subspan.training.models.presets import PRESETS, llama_of
 from subspan.utils.errors import SettingError
+from subspan.utils.ranks import Rank
 from subspan.utils.suggestions import near_names
 
 
@@ -24,7 +25,7 @@ class Setting:
     """Preset of the model, from `subspan list models`."""
     tokens: int = 4096
     """Number of tokens in a step."""
-    rank: int | float = 128
+    rank: Rank = 128
     """Rank of the subspaces, or its share of each compressed side, such as 0.25."""
     sequence_length: int = 256
     """Number of tokens in a sequence."""
@@ -32,8 +33,10 @@ class Setting:
     """Random seed for weights and tokens."""
     threads: int | None = None
     """Number of CPU threads; null leaves the choice to torch."""
-    rank_pattern: dict[str, int | float] | None = None
+    rank_pattern: dict[str, Rank] | None = None
     """Other ranks by name, such as {q_proj: 32, mlp: 0.5}."""
+    share: Literal["auto", "none"] = "auto"
+    """Whether backward-side layers with one input share a basis (auto), or not (none)."""
 
     def __post_init__(self) -> None:
         if self.model not in PRESETS:
@@ -86,6 +89,7 @@ def build_model(
         model,
         rank=setting.rank,
         rank_pattern=setting.rank_pattern,
+        share=setting.share,
         select_from=select_from,
         residual=residual,
     )

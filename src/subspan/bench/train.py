@@ -54,7 +54,7 @@ def _step(trained: Trained, batch: torch.Tensor) -> None:
     trained.optimizer.step()
     trained.optimizer.zero_grad(set_to_none=True)
     for projection in trained.handle.projections if trained.handle else ():
-        projection.plan = "keep"  # the next step too is an ordinary one
+        projection.expect("keep")  # the next step too is an ordinary one
 
 
 def _flops(trained: Trained, batch: torch.Tensor) -> int:

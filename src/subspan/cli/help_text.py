@@ -52,6 +52,7 @@ class Formatter(DefaultHelpFormatter):
         if str(action.metavar).startswith("{"):  # the choices say it
             return None
         kind = super()._get_type_str(action)
+        kind = kind and re.sub(r"Annotated\[(.*?), '.*?'\]", r"\1", kind)
         return kind and re.sub(r"^Optional\[(.*)\]$", r"\1 | null", kind)
 
     def _expand_help(self, action: argparse.Action) -> str:

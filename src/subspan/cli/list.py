@@ -5,9 +5,6 @@ from dataclasses import asdict
 from typing import Any
 
 from subspan.cli.parser import Namespace, Parser
-from subspan.costs.describe import describe
-from subspan.costs.state_formulas import VARIABLES
-from subspan.recipes import list_optimizers
 
 
 def add_to(commands: Any, name: str, about: str) -> None:
@@ -28,8 +25,13 @@ def add_to(commands: Any, name: str, about: str) -> None:
 
 def run(settings: Namespace) -> int:
     if settings.what == "optimizers":
+        from subspan.recipes import list_optimizers
+
         rows = list_optimizers()
         if settings.json:
+            from subspan.costs.describe import describe
+            from subspan.costs.state_formulas import VARIABLES
+
             print(json.dumps([describe(name) | {"variables": VARIABLES} for name in rows], indent=1))
             return 0
     else:

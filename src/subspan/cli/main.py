@@ -1,5 +1,6 @@
 """``subspan COMMAND``: each command is a module of this package."""
 
+import importlib
 import os
 import signal
 import sys
@@ -8,8 +9,6 @@ from typing import Any, NamedTuple, cast
 
 from subspan import __version__
 from subspan._interrupt import begun
-from subspan.cli import bench, finetune, inspect, plan, pretrain, report, study, theory
-from subspan.cli import list as listing
 from subspan.cli.completion import SHELLS, script
 from subspan.cli.help_text import overview
 from subspan.cli.parser import Command, Parser, fail, say
@@ -17,23 +16,22 @@ from subspan.utils.errors import UserError, unexpected
 
 
 class Entry(NamedTuple):
-    """A command, and what the list of commands says about it."""
+    """What the list of commands says about a command."""
 
-    module: Any
     group: str
     about: str
 
 
 COMMANDS = {
-    "plan": Entry(plan, "before training", "compute whether a model fits in memory"),
-    "list": Entry(listing, "before training", "list the optimizers or the models"),
-    "pretrain": Entry(pretrain, "train", "pretrain a language model"),
-    "finetune": Entry(finetune, "train", "fine-tune a model on a task"),
-    "inspect": Entry(inspect, "look and compare", "look at the subspaces of a run"),
-    "study": Entry(study, "look and compare", "run many runs and compare them with paired tests"),
-    "report": Entry(report, "look and compare", "write a page of studies, runs and measurements"),
-    "bench": Entry(bench, "measure and test", "measure memory, time and traffic of training steps"),
-    "theory": Entry(theory, "measure and test", "put a theoretical claim to the test"),
+    "plan": Entry("before training", "compute whether a model fits in memory"),
+    "list": Entry("before training", "list the optimizers or the models"),
+    "pretrain": Entry("train", "pretrain a language model"),
+    "finetune": Entry("train", "fine-tune a model on a task"),
+    "inspect": Entry("look and compare", "look at the subspaces of a run"),
+    "study": Entry("look and compare", "run many runs and compare them with paired tests"),
+    "report": Entry("look and compare", "write a page of studies, runs and measurements"),
+    "bench": Entry("measure and test", "measure memory, time and traffic of training steps"),
+    "theory": Entry("measure and test", "put a theoretical claim to the test"),
 }
 _ABOUT = "Train large language models with the optimizer's state in a small, moving subspace of every weight matrix."
 _OPTIONS = {
@@ -59,14 +57,22 @@ class Top(Parser):
         return overview(_ABOUT, groups, _OPTIONS, _EXAMPLES)
 
 
-def make_parser() -> Parser:
-    """The parser of every command."""
+def command(name: str) -> Command:
+    """The module of a command. Some import torch, which takes seconds."""
+    return cast(Command, importlib.import_module(f"subspan.cli.{name}"))
+
+
+def make_parser(only: str | None = None) -> Parser:
+    """The parser of every command, or one in which no command but ``only`` knows its settings."""
     parser = Top(prog="subspan", description=_ABOUT, version=__version__, allow_abbrev=False)
     parser.add_argument("--print_completion", choices=SHELLS, help="Print a completion script.")
     parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
     commands = parser.add_subcommands(required=True, dest="command")
     for name, entry in COMMANDS.items():
-        entry.module.add_to(commands, name, entry.about)
+        if only in (None, name):
+            command(name).add_to(commands, name, entry.about)
+        else:
+            commands.add_subcommand(name, Parser(), help=entry.about)
     return parser
 
 
@@ -81,20 +87,21 @@ def _run(words: list[str]) -> int:
         os.environ["SUBSPAN_DEBUG"] = "1"  # which the processes of a study see too
     if not words:
         fail(f"expected a command: {', '.join(COMMANDS)}; see subspan --help")
-    parser = make_parser()
     if words[0].partition("=")[0] in ("--print-completion", "--print_completion"):
         shell = (words[0].partition("=")[2] or " ".join(words[1:])).strip()
         if shell not in SHELLS:
             fail(f"print_completion={shell!r}: expected {', '.join(SHELLS)}")
-        print(script(parser, shell))
+        print(script(make_parser(), shell))
         return 0
+    parser = make_parser(words[0])
     try:
         given = parser.parse_args(words)
     except UnicodeDecodeError as error:
         fail(f"a file of settings cannot be read as text: {error}; save it in UTF-8")
+    importlib.import_module("torch")  # while Ctrl-C still ends the process, since every command needs it
     begun()
     try:
-        return cast(Command, COMMANDS[given.command].module).run(given[given.command])
+        return command(given.command).run(given[given.command])
     except UserError as error:  # every other error is a fault of the program
         fail(str(error))
 

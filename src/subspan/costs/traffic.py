@@ -34,6 +34,8 @@ class Way:
     """Whether the backward pass makes the low-rank gradient."""
     hook: bool = False
     """Whether DDP sends R in place of G (``subspan.ddp.register``)."""
+    own_bases: bool = False
+    """Whether backward-side layers with one input have bases of their own (``share="none"``)."""
 
     @property
     def proj_type(self) -> str:
@@ -49,6 +51,9 @@ WAYS = {
     "sara_fsdp": Way("sara_adamw", sharded=True),
     "sara_backward_fsdp": Way("sara_adamw", sharded=True, backward_side=True),
 }
+"""The ways that are compared on many machines."""
+COUNTED = WAYS | {"sara_sketch_backward_ddp": Way("sara_sketch_adamw", backward_side=True)}
+"""The ways whose traffic is counted. A sketch is among them, for which ``[R T]`` is sent."""
 
 
 class Projected(NamedTuple):
@@ -126,25 +131,39 @@ class Traffic:
         return 2 * self.gathered_width * self._carriers() if gathered else 0
 
     @cached_property
-    def bases(self) -> list[list[Projected]]:
-        """The projected layers of all blocks. Those that share a basis are together."""
+    def inputs(self) -> list[list[list[Projected]]]:
+        """The projected layers of all blocks: for each input the bases, and for each basis its layers."""
         pattern, residual, found = RankPattern(self.rank_pattern), find(self.way.optimizer).residual, []
         for block in range(self.model.layers):
             for group in self.model.sharing:
-                shared: dict[int, list[Projected]] = {}
+                shared: dict[str | int, list[Projected]] = {}
                 for layer in group:
                     asked = pattern.of(f"model.layers.{block}.{layer.name}.weight", self.rank)
                     if self.way.backward_side:
                         n, r = layer.inputs, rank_of_side(asked, layer.inputs)
                         one = Projected(layer, n, r, residual.sketch_width(n, r))
-                        shared.setdefault(one.r, []).append(one)
+                        shared.setdefault(layer.name if self.way.own_bases else one.r, []).append(one)
                         continue
                     layout = layout_of((layer.out, layer.inputs), asked, self.way.proj_type)
                     if layout.rank is not None:
                         n = layout.oriented[-1]
-                        found.append([Projected(layer, n, layout.rank, residual.sketch_width(n, layout.rank))])
-                found += shared.values()
+                        one = Projected(layer, n, layout.rank, residual.sketch_width(n, layout.rank))
+                        shared[layer.name] = [one]
+                found.append(list(shared.values()))
         return found
+
+    @property
+    def bases(self) -> list[list[Projected]]:
+        """The projected layers of all blocks. Those that share a basis are together."""
+        return [basis for bases in self.inputs for basis in bases]
+
+    @property
+    def kept(self) -> int:
+        """Numbers that backward-side layers keep of each token: of an input ``x [Q O]`` for each basis, or ``x``.
+
+        They keep no more than ``x``, which all layers with this input can use.
+        """
+        return sum(min(bases[0][0].n, sum(basis[0].columns for basis in bases)) for bases in self.inputs)
 
     @property
     def projected(self) -> list[Projected]:

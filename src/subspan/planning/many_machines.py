@@ -219,7 +219,8 @@ def groups(model: Llama, rank: Rank, way: Way) -> list[dict[str, Any]]:
             if way.backward_side:  # the first of the layers that share a basis keeps it
                 r = rank_of_side(rank, layer.inputs)
                 columns = r + find(way.optimizer).residual.sketch_width(layer.inputs, r)
-                p = ParameterShape((layer.out, columns), weight=p, keeps_basis=number == 0, rank=r)
+                keeps = number == 0 or way.own_bases
+                p = ParameterShape((layer.out, columns), weight=p, keeps_basis=keeps, rank=r)
             projected.append(p)
     own = None if way.optimizer == "adamw" else rank
     return [{"params": projected, "rank": own, "proj_type": way.proj_type}, {"params": others, "rank": None}]

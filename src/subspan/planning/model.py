@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -138,6 +139,7 @@ class Planned:
                     self.model,
                     rank=rank,
                     rank_pattern=setting.rank_pattern,
+                    share=setting.share,
                     residual=residual_of(setting.optimizer),
                 )
         given: dict[str, Any] = {"8bit": {"state_dtype": "int8"}, "32bit": {"state_dtype": "float32"}}.get(
@@ -188,14 +190,27 @@ class Planned:
         return [slot for slot in self.optimizer.slots() if slot.group["rank"] is not None]
 
     def counts(self) -> dict[str, int]:
-        """All counts that are linear in the number of blocks. The number of matrices of a rank has the rank as key."""
+        """All counts that are linear in the number of blocks.
+
+        The number of matrices of a rank has the rank as key. That of a rank and a sketch beside it has both, as in
+        ``16 + 16``.
+        """
+        found = self._ranks()
+        ranks = Counter(str(rank) for rank, _ in sorted(found) if rank)
+        sketched = Counter(f"{rank} + {width}" for rank, width in sorted(found) if width)
+        counted = {"full": sum(rank == 0 for rank, _ in found), "matrices": len(found)}
+        return self.held | {"step": self.step, "refresh": self.refresh} | counted | ranks | sketched
+
+    def _ranks(self) -> list[tuple[int, int]]:
+        """The rank of each matrix that is to be projected, 0 for full rank, and the width of its sketch."""
         if self.handle is not None:
-            found: list[int | None] = [layer.projection.rank for layer in self.handle.layers]
-        else:
-            found = [slot.layout.rank for slot in self._projected()]
-        ranks = {str(rank): found.count(rank) for rank in sorted({rank for rank in found if rank is not None})}
-        counted = {"full": found.count(None), "matrices": len(found)}
-        return self.held | {"step": self.step, "refresh": self.refresh} | counted | ranks
+            return [(layer.projection.rank, layer.projection.sketch_width) for layer in self.handle.layers]
+        residual = residual_of(self.setting.optimizer)
+        layouts = [slot.layout for slot in self._projected()]
+        return [
+            (0, 0) if one.rank is None else (one.rank, residual.sketch_width(one.oriented[-1], one.rank))
+            for one in layouts
+        ]
 
     # --- what comes and goes ------------------------------------------------------------------------------------------
 

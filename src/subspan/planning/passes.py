@@ -13,6 +13,7 @@ from subspan.optimizer import SubspaceOptimizer
 from subspan.planning.model import Planned
 from subspan.planning.shapes import ShapesOnly
 from subspan.step.carriers import Plan
+from subspan.storage.allocation import State
 from subspan.training.data.batches import Batch
 from subspan.training.evaluation import token_losses
 from subspan.training.models.blocks import blocks_of
@@ -197,6 +198,9 @@ class _Chooser:
 
     def _expect(self, projection: Any, plan: Plan) -> None:
         projection.expect(plan, self._method.key(projection.layers[0].weight_name, 0))
+
+    def look(self, device: torch.device, state: State) -> None:
+        """Do nothing: a plan moves no model."""
 
     def refresh_projection(self, projection: Any, G: Tensor | None) -> None:
         """Take the memory, and leave the basis as it is."""

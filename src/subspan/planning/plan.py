@@ -1,6 +1,6 @@
 """The plan: bytes by kind, the peak of a step, whether it fits, and the largest batch and rank that fit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +133,9 @@ class Planner:
             "rank": None if full_rank else self.rank,
             "rank_pattern": None if full_rank else setting.rank_pattern,
             "ranks": self.at(self.rank).ranks,
+            "sketches": self.at(self.rank).sketches,
             "backward_side": setting.is_backward_side,
+            "share": setting.share if setting.is_backward_side else None,
             "dtype": setting.dtype,
             "batch": setting.batch,
             "seq": self.seq,
@@ -152,18 +154,29 @@ class Planner:
         }
 
     def notes(self) -> list[str]:
-        """Remarks on what became of the ranks."""
+        """Remarks on what became of the ranks, and on a sketch."""
         found = self.at(self.rank)
         full, matrices = (found.counts[key] for key in ("full", "matrices"))
-        divided = [] if found.divided is None else [found.divided]
+        remarks = [] if found.divided is None else [found.divided]
+        if found.sketches:
+            remarks.append(self._of_sketches(found.sketches))
         if not full:
-            return divided
+            return remarks
         rest = "none is left: this is full-rank training" if full == matrices else f"{matrices - full} are projected"
         which = f"rank {self.rank}" + (", or one of rank_pattern," if self.setting.rank_pattern else "")
         return [
-            *divided,
+            *remarks,
             f"{which} is no smaller than a side of {full} of {matrices} matrices, which are trained full rank; {rest}",
         ]
+
+    def _of_sketches(self, found: Mapping[str, int]) -> str:
+        """What a sketch makes wider, and what it leaves as it is."""
+        widths = ", ".join(f"{widths} for {count} matrices" for widths, count in found.items())
+        kept = "The backward pass keeps h = x [Q O], which is r + s wide. " if self.setting.is_backward_side else ""
+        return (
+            f"r + s = {widths}: a sketch of s directions stands beside each basis of r. {kept}R and T come and go with "
+            "each gradient, and neither T nor O is state"
+        )
 
     def assumptions(self) -> list[str]:
         """The assumptions under the figures, and what the figures leave out."""
@@ -216,6 +229,7 @@ class _AtRank:
         self.counts = counts[0] if blocks is None else extended(counts[0], counts[1], blocks)
         self.sides = self._planned[0].sides
         self.ranks = {key: self.counts[key] for key in self.counts if key.isdecimal()}
+        self.sketches = {key: self.counts[key] for key in self.counts if " + " in key}
         handle = self._planned[0].handle
         self.divided = None if handle is None else handle.divided
         self._made: dict[int, Passes] = {}

@@ -27,6 +27,7 @@ _ABOUT = {
 def text(found: Mapping[str, Any]) -> str:
     """Write one plan."""
     method = found["optimizer"] + (", backward-side" if found["backward_side"] else "")
+    method += ", bases of their own" if found["share"] == "none" else ""
     method += "" if found["rank"] is None else f", {_ranks(found)}"
     cells = [["GiB", ""]]
     for kind, size in found["bytes"].items():

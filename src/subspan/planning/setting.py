@@ -2,11 +2,13 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from subspan.groups import check_rank
-from subspan.recipes import find
 from subspan.utils.errors import SettingError
+from subspan.utils.ranks import Rank
+
+if TYPE_CHECKING:
+    from subspan.recipes import Recipe
 
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "TiB": 2**40, "GB": 10**9, "MB": 10**6, "TB": 10**12}
 
@@ -20,13 +22,15 @@ class PlanSetting:
     hub."""
     optimizer: str = "sara_adamw"
     """Name of an optimizer from `subspan list optimizers`."""
-    rank: int | float | None = None
+    rank: Rank | None = None
     """Rank of the subspaces, or its share of each compressed side, such as 0.25; null takes the preset's, or 128."""
-    rank_pattern: dict[str, int | float] | None = None
+    rank_pattern: dict[str, Rank] | None = None
     """Other ranks by name, such as {q_proj: 32, mlp: 0.5}. The first regular expression that is found in the name of a
     matrix gives its rank."""
     backward_side: bool | None = None
     """Let the backward pass make the low-rank gradient; null takes the optimizer's default."""
+    share: Literal["auto", "none"] = "auto"
+    """Backward-side: whether layers with the same input share a basis (auto), or not (none)."""
     batch: int = 1
     """Number of sequences in a forward pass of one rank."""
     seq: int | None = None
@@ -49,7 +53,9 @@ class PlanSetting:
     """Memory of a device, such as 24GiB or 80GB; with null the plan does not say whether the step fits."""
 
     def __post_init__(self) -> None:
-        recipe = find(self.optimizer)
+        from subspan.groups import check_rank  # these import torch, and the help of the command does not wait for it
+
+        recipe = _recipe(self.optimizer)
         check_rank(1 if self.rank is None else self.rank, self.rank_pattern)
         for name in ("batch", "seq", "accumulate", "world"):
             value = getattr(self, name)
@@ -79,7 +85,7 @@ class PlanSetting:
     @property
     def is_backward_side(self) -> bool:
         """Whether the backward pass makes the low-rank gradient, once the default is known."""
-        return find(self.optimizer).backward_side if self.backward_side is None else self.backward_side
+        return _recipe(self.optimizer).backward_side if self.backward_side is None else self.backward_side
 
     @property
     def budget(self) -> int | None:
@@ -95,6 +101,12 @@ class PlanSetting:
     def keeps_gradients(self) -> bool:
         """Whether gradients pile up during the backward pass. If not, they are there before it, or go as they come."""
         return self.accumulate == 1 and not self.sharded and not self.step_in_backward
+
+
+def _recipe(name: str) -> "Recipe":
+    from subspan.recipes import find
+
+    return find(name)
 
 
 def bytes_of(size: str) -> int:

@@ -74,9 +74,9 @@ class Sketch(Plain):
             )
         if self.factor not in ("norms", None):
             raise SettingError(f"factor={self.factor!r}: expected 'norms' (Fira's row factors), or None for 1")
-        if self.weight not in _POWERS:
+        if not isinstance(self.weight, str) or self.weight not in _POWERS:
             raise SettingError(f"weight={self.weight!r}: expected one of {', '.join(_POWERS)}; 'unbiased' is usual")
-        if self.draw not in DRAWS:
+        if not isinstance(self.draw, str) or self.draw not in DRAWS:
             raise SettingError(f"draw={self.draw!r}: {near_names(str(self.draw), DRAWS)}")
         check_limiter(self.limiter)
 

@@ -59,6 +59,9 @@ class Owner(Protocol):
     param_groups: list[dict[str, Any]]
     state: Any
 
+    def follow(self, *, in_pass: bool) -> None:
+        """Fit the state to what the parameters are now."""
+
 
 class Carrier(NamedTuple):
     """Where an optimizer keeps a carrier."""
@@ -77,7 +80,7 @@ class Carriers:
     """
 
     def __init__(self, owner: Owner) -> None:
-        self._said = False
+        self._said = self._looked = False
         self._owner = weakref.ref(owner)  # an optimizer without users is freed at once, and its layers say so
 
     @property
@@ -109,8 +112,25 @@ class Carriers:
                 layer.projection.bind(method.selector, method.residual, states[p], self)
         self.schedule()
 
+    def follow(self) -> None:
+        """Let each projection that is bound to this optimizer know where its basis is now."""
+        for one in self:
+            if one.layer.number == 0:
+                one.layer.projection.follow(self.owner.state[one.p], self)
+
+    def look(self, device: torch.device, state: State) -> None:
+        """Follow the parameters before a pass, if they may have changed. ``state`` is what holds the basis of the pass.
+
+        They change between steps. What is on another device than the weight has certainly not followed it.
+        """
+        held = (value for value in state.values() if isinstance(value, Tensor) and value.ndim)
+        if not self._looked or any(value.device != device for value in held):
+            self._looked = True
+            self.owner.follow(in_pass=True)
+
     def schedule(self) -> None:
         """Tell each projection what is due at the next gradient."""
+        self._looked = False
         for order, p, layer, group in self:
             if layer.number == 0:
                 key = self.owner.method.key(layer.weight_name, group["clock"])

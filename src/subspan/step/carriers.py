@@ -36,6 +36,9 @@ class CarriedProjection(Protocol):
     def bind(self, selector: Any, residual: Any, state: State, driver: "Driver") -> None:
         """Take the basis in ``state``, and make ``driver`` the one that chooses it."""
 
+    def follow(self, state: State, driver: "Driver") -> None:
+        """Take the basis in ``state``, to which it has been moved, if ``driver`` is the one that chooses it."""
+
     def expect(self, plan: Plan, key: Key | None = None) -> None:
         """Note that a step is over, and what the next pass is to do.
 
@@ -74,6 +77,9 @@ class CarriedLayer(Protocol):
 
 class Driver(Protocol):
     """What a projection asks of the optimizer that is bound to it."""
+
+    def look(self, device: Any, state: State) -> None:
+        """Before a pass: let ``state``, which holds the basis, be where the weights are, on ``device``."""
 
     def refresh_projection(self, projection: Any, G: Tensor | None) -> None:
         """Choose a new basis and carry the moments of every carrier over.

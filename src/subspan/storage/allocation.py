@@ -46,10 +46,16 @@ def check_state(own: State, saved: Mapping[str, Any], name: str) -> None:
 
 
 def copy_state_(own: State, saved: Mapping[str, Any]) -> None:
-    """Copy ``saved`` into the tensors of ``own``, which keep their dtypes and devices (contract R2)."""
+    """Copy ``saved`` into the tensors of ``own``, which keep their dtypes and devices (contract R2).
+
+    Where the parameter is on ``meta``, all of what is saved may be there. Counts on the CPU stay as they are then.
+    """
+    on_meta = any(isinstance(value, Tensor) and value.is_meta for value in own.values())
     for key, value in own.items():
         if isinstance(value, Tensor):
-            value.copy_(torch.as_tensor(saved[key]))
+            given = torch.as_tensor(saved[key])
+            if not (on_meta and given.is_meta and not value.is_meta):
+                value.copy_(given)
         else:
             own[key] = saved[key]
 

@@ -21,14 +21,14 @@ from subspan.checkpoints.checksums import digest_of
 from subspan.recipes import find
 from subspan.training.config.kinds import resolve_run
 from subspan.training.config.settings import FinetuneConfig, PretrainConfig, names_without_effect
-from subspan.training.data.documents import find_files
 from subspan.training.data.embedded import BPE, CORPUS
+from subspan.training.data.files import Hub, files_of, find_files
 from subspan.training.data.streams import STREAMS
 from subspan.training.models.presets import PRESETS
 from subspan.utils.errors import InputError
 
 _NOT_COMPUTED = names_without_effect()
-_CONTENTS = ("model", "data", "validation_data", "test_data", "tokenizer")
+_CONTENTS = ("model", "data", "validation_data", "test_data", "tokenizer", "chat_template")
 """Settings that name a content."""
 _AS_GIVEN = (*_CONTENTS, "precision")
 """Settings whose resolved value depends on the machine."""
@@ -108,7 +108,10 @@ def content_of(name: str, value: str, hashes: Mapping[str, str]) -> Any:
         return hash_of([("", path)])
     if name.endswith("data") and value.partition(":")[0] not in STREAMS:
         try:
-            return hash_of([(file.name, file) for file in find_files(value, name)])
+            sources = find_files(value, name)
+            if any(isinstance(source, Hub) for source in sources):
+                return value
+            return hash_of([(file.name, file) for source in sources for file in files_of(source)])
         except InputError as error:
             raise InputError(
                 f"{error}; or commit its hash in the study file (hashes: {{{value}: ...}}), which stands for it in a "

@@ -12,7 +12,9 @@ from subspan.training.processes import ALONE, Processes
 
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     """The sum, in fp32, of the negative log-likelihood of every target that counts."""
-    logits = model(input_ids=batch.inputs, use_cache=False).logits
+    # From positions that begin again transformers tells packed examples apart, so that none sees another.
+    places = {} if batch.positions is None else {"position_ids": batch.positions}
+    logits = model(input_ids=batch.inputs, use_cache=False, **places).logits
     return cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from subspan.checkpoints import directory as checkpoints
 from subspan.costs.state_costs import StateCosts
@@ -19,13 +19,14 @@ from subspan.training.config.resolve_finetuning import ResolvedFinetune, resolve
 from subspan.training.config.settings import FinetuneConfig
 from subspan.training.data.batches import Batch
 from subspan.training.data.bundled_task import read_authors
+from subspan.training.data.continuations import set_chat_template
 from subspan.training.data.labelled_batches import Examples
-from subspan.training.data.labelled_files import Columns, Row, class_names, read_file, read_glue, set_aside
-from subspan.training.data.task_specs import TaskSpec, find_task
+from subspan.training.data.labelled_files import Columns, Row, class_names, read_examples, read_glue, set_aside
+from subspan.training.data.task_specs import find_task
 from subspan.training.data.tokenizer import load_tokenizer
 from subspan.training.evaluation import evaluate, token_losses
 from subspan.training.loop import Training
-from subspan.training.models.build import UNUSABLE, brings_weights, build_model, cannot_load
+from subspan.training.models.build import UNUSABLE, brings_weights, build_model, cannot_load, check_packs
 from subspan.training.models.lora import add_lora
 from subspan.training.processes import ALONE, Processes
 from subspan.training.run_state import Best
@@ -61,6 +62,8 @@ class FinetuneSummary:
     tokens: int
     out: str
     seed: int
+    data_form: str = ""
+    """The form of the files and the columns that were read; empty where the task has its own data."""
 
     def as_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -81,17 +84,64 @@ class _Labelled:
     def __init__(self, config: ResolvedFinetune) -> None:
         self.config, self.spec = config, find_task(config.task)
         columns = Columns(config.text_column or "", config.pair_column, config.label_column or "")
-        self.train, self.validation = _rows(config, self.spec, columns)
+        self.form, self.notes = "", list[str]()
+        self.train, self.validation = self._rows(columns)
         self.labels = class_names(self.train, self.spec) if self.spec.kind == "classification" else ()
+        self._encoded: tuple[PreTrainedTokenizerBase, Examples] | None = None
 
+    def count(self) -> int:
+        """Return the number of sequences in an epoch."""
+        return len(self.encoded()[1].train) if self.config.packing else len(self.train)
 
-def _rows(config: ResolvedFinetune, spec: TaskSpec, columns: Columns) -> tuple[list[Row], list[Row]]:
-    if config.data:
-        train = read_file(Path(config.data), "data", spec, columns)
-        if not config.validation_data:
-            return set_aside(train, spec)
-        return train, read_file(Path(config.validation_data), "validation_data", spec, columns)
-    return read_glue(spec, columns) if spec.glue else read_authors()
+    def encoded(self) -> tuple[PreTrainedTokenizerBase, Examples]:
+        """Return the tokenizer, and the examples in its tokens."""
+        if self._encoded is None:
+            self._encoded = self._encode()
+        return self._encoded
+
+    def _rows(self, columns: Columns) -> tuple[list[Row], list[Row]]:
+        config, spec = self.config, self.spec
+        if not config.data:
+            return read_glue(spec, columns) if spec.glue else read_authors()
+        found = read_examples(config.data, "data", spec, columns, config.encoding)
+        self.form, self.notes = found.form, found.notes
+        train = [row for row in found.rows if row.part != "validation"]
+        held = [row for row in found.rows if row.part == "validation"]
+        if config.validation_data:
+            other = read_examples(config.validation_data, "validation_data", spec, columns, config.encoding)
+            self.notes += [note for note in other.notes if note not in self.notes]
+            return train or found.rows, other.rows
+        return (train, held) if train and held else set_aside(found.rows, spec)
+
+    def _encode(self) -> tuple[PreTrainedTokenizerBase, Examples]:
+        config, notes = self.config, list(self.notes)
+        if brings_weights(config.model):
+            # Read before the tokenizer, because a missing tokenizer would say less.
+            try:
+                AutoConfig.from_pretrained(config.model)
+            except UNUSABLE as error:
+                raise cannot_load(config.model, error) from error
+        tokenizer = load_tokenizer(config.tokenizer, needs_end=self.spec.kind == "lm")
+        if self.spec.kind == "lm" and config.data:
+            talks = any(row.turns for row in self.train)
+            template = f", by {set_chat_template(tokenizer, config.chat_template)}" if talks else ""
+            learnt = "all tokens" if config.learn_prompts else "the answers"
+            whole = not talks and all(row.label is None for row in self.train)
+            how = "; whole texts are learnt" if whole else f"; {learnt} are learnt (--learn_prompts)"
+            notes.insert(0, f"data: {self.form}{template}{how}")
+        examples = Examples(
+            self.train,
+            self.validation,
+            self.spec,
+            self.labels,
+            tokenizer,
+            config.max_length,
+            config.seed,
+            learn_prompts=config.learn_prompts,
+            packing=config.packing,
+            notes=notes,
+        )
+        return tokenizer, examples
 
 
 class _FinetuneTask:
@@ -102,23 +152,16 @@ class _FinetuneTask:
 
     def __init__(self, labelled: _Labelled) -> None:
         self.config, self.spec, self.labels = labelled.config, labelled.spec, labelled.labels
-        config = self.config
-        if brings_weights(config.model):
-            # Read before the tokenizer, because a missing tokenizer would say less.
-            try:
-                AutoConfig.from_pretrained(config.model)
-            except UNUSABLE as error:
-                raise cannot_load(config.model, error) from error
-        self.tokenizer = load_tokenizer(config.tokenizer, needs_end=self.spec.kind == "lm")
-        self.data = Examples(
-            labelled.train, labelled.validation, self.spec, self.labels, self.tokenizer, config.max_length, config.seed
-        )
+        self.form = labelled.form
+        self.tokenizer, self.data = labelled.encoded()
         self.adapters: Any = None
 
     def build_model(self) -> nn.Module:
         head = None if self.spec.kind == "lm" else self.labels or ("value",)
         config = self.config
         model = build_model(config.model, self.tokenizer, config.max_length, config.seed, head, "max_length")
+        if config.packing:
+            check_packs(config.model, model)
         lora = config.lora
         if lora.rank:
             self.adapters = add_lora(model, lora.rank, lora.alpha, lora.dropout)
@@ -205,7 +248,7 @@ class Finetuning(Training[FinetuneSummary]):
         resolved = resolve_finetune(config)
         with processes.one_first():
             labelled = _Labelled(resolved)
-        labelled.config = with_length(resolved, len(labelled.train))
+        labelled.config = with_length(resolved, labelled.count())
         kind: type[Continuation] | type[Labelling] = Continuation if labelled.spec.kind == "lm" else Labelling
         super().__init__(labelled.config, lambda: kind(labelled), processes)
 
@@ -237,6 +280,7 @@ class Finetuning(Training[FinetuneSummary]):
             tokens=self.tokens,
             out=str(self.out),
             seed=self.config.seed,
+            data_form=self.task.form,
         )
 
     def _merge(self, checkpoint: Path) -> None:

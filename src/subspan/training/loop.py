@@ -356,6 +356,8 @@ class Training(ABC, Generic[R]):
             return
         number = sum(p.numel() for p in self.model.parameters())
         say(f"{config.model}: {number:,} parameters in {config.precision} on {config.device}; {self.data.describe()}")
+        for note in self.data.notes():
+            say(note)
         summary = getattr(self.optimizer, "summary", None)
         say(f"{config.optimizer}: " + (summary() if summary else "torch.optim.AdamW on every parameter"))
         if full := uncompressed(self.optimizer):

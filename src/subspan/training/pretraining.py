@@ -40,6 +40,8 @@ class Summary:
     seed: int
     test_loss: float | None = None
     """The loss on the test documents; ``None`` where the data has none."""
+    data_form: str = ""
+    """The forms of the files and the column that was read; empty for streams."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -110,21 +112,24 @@ class Pretraining(Training[Summary]):
             out=str(self.out),
             seed=self.config.seed,
             test_loss=measured.get("test_loss"),
+            data_form=getattr(self.data, "form", ""),
         )
 
 
 def _open_data(config: ResolvedConfig, tokenizer: Any) -> DataSource:
     if config.data.partition(":")[0] in STREAMS:
-        for name in ("validation_data", "test_data"):
+        for name in ("validation_data", "test_data", "text_column", "encoding"):
             if (given := getattr(config, name)) is not None:
                 raise InputError(
                     f"{name}={given!r}: {config.data} has a training and a validation half, and no other text is "
-                    "measured; leave it out"
+                    "read; leave it out"
                 )
         return TokenStream(config.data, tokenizer, config.sequence_length, config.evaluation.tokens, config.packing)
     if not config.packing:
         raise InputError(
             f"packing=False: only streamed data ({', '.join(STREAMS)}) can be left unpacked; data is {config.data!r}"
         )
-    documents = find_documents(config.data, config.validation_data, config.test_data)
+    documents = find_documents(
+        config.data, config.validation_data, config.test_data, config.text_column, config.encoding
+    )
     return TokenWindows(tokenise(documents, tokenizer), config.sequence_length, config.seed, config.evaluation.tokens)

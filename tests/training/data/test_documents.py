@@ -86,7 +86,7 @@ def test_own_validation_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "x"}\n{"body": "y"}\n', r"a\.jsonl, line 2: KeyError\('text'\)"),
+        ("a.jsonl", '{"text": "x"}\n{"body": "y"}\n', r"a\.jsonl, line 2: has no column 'text'; known are body"),
         ("a.jsonl", '{"text": "x"}\nnot json\n', r"a\.jsonl, line 2"),
         ("a.jsonl", '{"text": 3}\n', r'line 1: "text" is int'),
         ("a.jsonl", "[1]\n", r"a\.jsonl, line 1"),

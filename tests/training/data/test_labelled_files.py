@@ -75,7 +75,8 @@ def test_a_cell_as_long_as_a_book(tmp_path: Path) -> None:
         ("a.csv", "text,label,text\nx,1,y\n", "classification", ["line 1", "'text' more than once", "a name of its own"]),
         ("a.jsonl", '{"text": "x", "label": 3}\n', "lm", ["line 1", "'label' is 3", "expected text"]),
         ("a.csv", b"text,label\n\xff\xfe,1\n", "classification", ["cannot be read", "UTF-8"]),
-        ("a.parquet", "x", "classification", ["a.parquet", "expected a .jsonl"]),
+        ("a.parquet", "x", "classification", ["a.parquet", "cannot be read", "put back a whole copy"]),
+        ("a.pkl", "x", "classification", ["a.pkl", "of no known kind", ".jsonl", ".parquet"]),
         ("a.csv.gz", b"no gzip", "classification", ["a.csv.gz", "cannot be read"]),
     ],
 )  # fmt: skip

@@ -5,7 +5,7 @@ from argparse import Action
 from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from subspan.utils.errors import SettingError
 
@@ -37,6 +37,8 @@ def allowed(kind: Any) -> str:
     ('[float, float] or null', "'mean', 'owner'", 'a list of str')
     """
     origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return allowed(inner[0])
     if origin is Literal:
         return ", ".join(map(repr, inner))
     if origin is tuple:
@@ -46,8 +48,7 @@ def allowed(kind: Any) -> str:
     if origin is dict or is_dataclass(kind):
         return _NAMES[dict]
     if inner:  # a union
-        # The order of such a union is not always the written one.
-        return " or ".join(map(allowed, sorted(inner, key=lambda part: (part is NoneType) * 2 + (part is float))))
+        return " or ".join(map(allowed, inner))
     return _NAMES.get(kind, getattr(kind, "__name__", str(kind)))
 
 

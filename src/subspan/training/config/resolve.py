@@ -25,6 +25,7 @@ from subspan.training.data.streams import STREAMS
 from subspan.training.models.build import own_tokenizer, preset_of
 from subspan.training.models.presets import Preset
 from subspan.utils.errors import InputError
+from subspan.utils.ranks import Rank
 
 T = TypeVar("T")
 _MOST_THREADS = 1024  # with far more, OpenMP ends the process
@@ -50,7 +51,7 @@ class Resolved(RunConfig):
     batch_size: int = 0
     micro_batch_size: int = 0
     lr: float = 0.0
-    rank: int | float = 0
+    rank: Rank = 0
     backward_side: bool = False
     update_proj_gap: int = 0
     schedule: ResolvedSchedule = ResolvedSchedule()
@@ -76,7 +77,7 @@ class Defaults:
     batch_size: int
     lr: float
     scale: float
-    rank: int | float
+    rank: Rank
     update_proj_gap: int
 
 

@@ -85,6 +85,7 @@ def resolve_finetune(config: FinetuneConfig) -> ResolvedFinetune:
         "model": config.model if preset else absolute(config.model),
         "data": config.data and absolute(config.data),
         "validation_data": config.validation_data and absolute(config.validation_data),
+        "chat_template": config.chat_template and absolute(config.chat_template, ("plain",)),
         "text_column": config.text_column or spec.text,
         "pair_column": config.pair_column or spec.pair,
         "label_column": config.label_column or spec.label,
@@ -109,10 +110,13 @@ def resolve_finetune(config: FinetuneConfig) -> ResolvedFinetune:
     )
     check_batch(resolved.batch_size, resolved.max_length, "max_length")
     _check_lora(resolved)
+    for name in ("chat_template", "learn_prompts", "packing"):
+        if (given := getattr(config, name)) and spec.kind != "lm":
+            raise InputError(f"{name}={given!r}: belongs to the task lm; the task is {config.task!r}; leave it out")
     own_files = config.task in ("classification", "regression", "lm")
     if own_files and not config.data:
         raise InputError(
-            f"data=None: the task {config.task!r} is of your own files; give --data FILE.jsonl, .csv or .tsv"
+            f"data=None: the task {config.task!r} is of your own files; give --data FILE.jsonl, .csv or another"
         )
     if config.task == "bundled" and config.data:
         raise InputError(

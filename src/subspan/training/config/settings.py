@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-T = TypeVar("T")
+from subspan.utils.ranks import Rank
+
 _INCIDENTAL = {"computes": "nothing"}
 """Metadata of a setting that changes nothing that is computed, except for rounding."""
 _MEASUREMENT = {"computes": "measurements"}
@@ -153,10 +154,10 @@ class RunConfig:
     lr: float | None = None
     """Peak learning rate. The optimizer defines the default; when a pretrained model is fine-tuned, it is in most cases
     3e-5."""
-    rank: int | float | None = None
+    rank: Rank | None = None
     """Dimension of the subspaces: a whole number, or a share of the compressed side of each matrix, such as 0.25. The
     default is that of the preset, or 4 when a pretrained model is fine-tuned."""
-    rank_pattern: dict[str, int | float] | None = None
+    rank_pattern: dict[str, Rank] | None = None
     """Other ranks by name, such as {q_proj: 32, mlp: 0.5}, whole numbers or shares. The first regular expression that
     is found in the name of a projected matrix gives its rank. By default all have `rank`."""
     update_proj_gap: int | None = None
@@ -199,18 +200,6 @@ class RunConfig:
     tensorboard: bool = field(default=False, metadata=_INCIDENTAL)
     """Write files for TensorBoard, in addition to metrics.jsonl."""
 
-    def __post_init__(self) -> None:
-        # Of int | float the parser may try float first: the order of such a union is not always the written one.
-        object.__setattr__(self, "rank", _whole(self.rank))
-        if self.rank_pattern is not None:
-            ranks = {pattern: _whole(rank) for pattern, rank in self.rank_pattern.items()}
-            object.__setattr__(self, "rank_pattern", ranks)
-
-
-def _whole(rank: T) -> T | int:
-    """Return a float as the whole number that it is, if it is one above 1. A rank of 1.0 stays, which is refused."""
-    return int(rank) if isinstance(rank, float) and rank > 1 and rank.is_integer() else rank
-
 
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
@@ -221,13 +210,19 @@ class PretrainConfig(RunConfig):
     OWNER/NAME on the Hugging Face hub, with their weights."""
     data: str = "embedded"
     """Training data: embedded (a small corpus that comes with the package); a file, folder or glob of text files (one
-    document each) or JSONL files (one document a line); c4 or slimpajama, streamed from the hub; or c4:PATH for a local
-    copy of their files."""
+    document each), or of JSON, CSV, TSV, parquet or Arrow files (one document a record), also compressed; a folder that
+    datasets has saved; OWNER/NAME on the hub; c4 or slimpajama, streamed from the hub; or c4:PATH for a local copy of
+    their files."""
     validation_data: str | None = None
-    """Files of validation documents. By default 5 % of the documents of `data` are set aside."""
+    """Files of validation documents. By default 5 % of the documents of `data` are set aside, or the last 5 % of a
+    single text."""
     test_data: str | None = None
     """Files of test documents, which are measured once, at the end, so that nothing is chosen by them. By default they
     are the documents that name their `split` as test; the embedded corpus has 16."""
+    text_column: str | None = None
+    """Column of the text in files that have columns. By default it is text, or one found by its usual names."""
+    encoding: str | None = None
+    """Encoding of the files, such as latin-1. The default is UTF-8."""
     sequence_length: int | None = None
     """Number of tokens predicted in a sequence. The default is that of the preset."""
     packing: bool = True
@@ -264,17 +259,28 @@ class FinetuneConfig(RunConfig):
     mnli, mnli-mm, qnli, rte, wnli); or classification, regression, or lm (a causal model learns to write the answer) on
     files of your own."""
     data: str | None = None
-    """File of training examples (.jsonl, .csv or .tsv, also with .gz or .xz), for the tasks on files of your own; for
-    one of GLUE, in place of its own data."""
+    """Training examples, for the tasks on files of your own: a file (JSON lines or an array, CSV, TSV, parquet, Arrow;
+    also compressed), a folder, a glob, a folder that datasets has saved, or OWNER/NAME on the hub; for one of GLUE, in
+    place of its own data."""
     validation_data: str | None = None
     """File of validation examples. By default a tenth of `data` is set aside."""
     text_column: str | None = None
-    """Column of the text, or of the prompt for lm. The default is that of the task, or text."""
+    """Column of the text; for lm that of the prompt, of the instruction, or of the turns of a chat. The default is that
+    of the task, or text, or one found by its usual names."""
     pair_column: str | None = None
-    """Column of a second text, if there is one. The default is that of the task."""
+    """Column of a second text, if there is one; for lm that of what an instruction is about. The default is that of the
+    task."""
     label_column: str | None = None
     """Column of the label, or of the answer for lm; without an answer, lm learns the whole text. The default is that of
-    the task, or label."""
+    the task, or label, or one found by its usual names."""
+    encoding: str | None = None
+    """Encoding of the files, such as latin-1. The default is UTF-8."""
+    chat_template: str | None = None
+    """For lm: template of chats, plain or a file of Jinja. The default is the tokenizer's; where it has none, plain."""
+    learn_prompts: bool = False
+    """For lm: learn prompts too. By default only the answers count in the loss; of a chat, the assistant's turns."""
+    packing: bool = False
+    """For lm: join short training examples into sequences of `max_length` tokens, in which none sees another."""
     max_length: int = 128
     """Largest number of tokens in an example. Longer examples are cut."""
     epochs: int | None = None

@@ -23,6 +23,8 @@ class Batch:
     """For examples with labels: 1 for a token and 0 for padding, ``(b, l)``."""
     kinds: Tensor | None = None
     """For models that ask for it: 0 for the first text of an example and 1 for the second, ``(b, l)``."""
+    positions: Tensor | None = None
+    """For examples that are packed into one sequence: the place of each token in its own example, ``(b, l)``."""
 
     def weight(self) -> int:
         """Return how many targets count."""
@@ -51,7 +53,7 @@ class Batch:
         return self._each(lambda A: A.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        parts = (self.inputs, self.targets, self.mask, self.kinds)
+        parts = (self.inputs, self.targets, self.mask, self.kinds, self.positions)
         return Batch(*(None if A is None else change(A) for A in parts))  # type: ignore[arg-type]  # the first two are there
 
 
@@ -112,3 +114,6 @@ class DataSource(Protocol):
 
     def describe(self) -> str:
         """Say in one line how much data there is."""
+
+    def notes(self) -> list[str]:
+        """Return lines about what was found in the data, and what of it is not used."""

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from subspan.training.data.batches import IGNORED, Batch, Order
+from subspan.training.data.continuations import Continuations, Cuts
 from subspan.training.data.labelled_files import Row
 from subspan.training.data.task_specs import TaskSpec
 from subspan.training.models.build import padding_of
@@ -23,6 +24,8 @@ class Encoded:
     ids: list[int]
     target: int | float | list[int]
     kinds: list[int] | None = None
+    positions: list[int] | None = None
+    """For examples that are packed into one sequence: the place of each token in its own example."""
 
 
 class Examples:
@@ -36,6 +39,9 @@ class Examples:
         tokenizer: the model's tokenizer.
         max_length: tokens of an example at most; longer ones are cut.
         seed: of the order of the training examples.
+        learn_prompts: for ``lm``, whether prompts are learnt too.
+        packing: for ``lm``, whether training examples are joined into sequences of ``max_length`` tokens.
+        notes: lines about the examples, for a person.
     """
 
     def __init__(
@@ -47,12 +53,24 @@ class Examples:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         seed: int,
+        *,
+        learn_prompts: bool = False,
+        packing: bool = False,
+        notes: Sequence[str] = (),
     ) -> None:
         self.labels, self.padding = tuple(labels), padding_of(tokenizer)
-        encode = _Encoder(spec, labels, tokenizer, max_length)
+        encode: _Encoder | _Learnt
+        if spec.kind == "lm":
+            encode = _Learnt(Continuations(tokenizer, max_length, learn_prompts))
+        else:
+            encode = _Encoder(spec, labels, tokenizer, max_length)
         self.train = encode(train)
+        self._examples = len(self.train)
+        if packing:
+            self.train = packed(self.train, max_length)
         # By length, so that little is padded; the order does not matter to a score.
         self.held = sorted(encode(validation), key=lambda example: len(example.ids))
+        self._notes = [*notes, *encode.cuts.words(max_length)]
         self.order = Order(len(self.train), seed)
         self.digest = _digest(self.train)
         self.held_digest = _digest(sorted(self.held, key=lambda example: (example.ids, str(example.target))))
@@ -95,13 +113,19 @@ class Examples:
 
     def describe(self) -> str:
         labels = f", {len(self.labels)} labels" if self.labels else ""
-        return f"{len(self.train):,} training and {len(self.held):,} validation examples{labels}"
+        packed = f", packed into {len(self.train):,} sequences" if len(self.train) < self._examples else ""
+        return f"{self._examples:,} training and {len(self.held):,} validation examples{labels}{packed}"
+
+    def notes(self) -> list[str]:
+        return self._notes
 
     def _batch(self, examples: Sequence[Encoded]) -> Batch:
         first = examples[0]
         ids = _filled([example.ids for example in examples], self.padding)
         if isinstance(first.target, list):  # causal attention: padding comes behind the sequence
-            return Batch(ids, _filled([example.target for example in examples], IGNORED))  # type: ignore[misc]
+            targets = _filled([example.target for example in examples], IGNORED)  # type: ignore[misc]
+            positions = None if first.positions is None else _counted([own.positions or [] for own in examples])
+            return Batch(ids, targets, positions=positions)
         mask = _filled([[1] * len(example.ids) for example in examples], 0)
         kinds = None if first.kinds is None else _filled([example.kinds or [] for example in examples], 0)
         return Batch(ids, torch.tensor([example.target for example in examples]), mask, kinds)
@@ -119,11 +143,63 @@ def _filled(rows: Sequence[list[int]], value: int) -> torch.Tensor:
     return whole
 
 
+def _counted(rows: Sequence[list[int]]) -> torch.Tensor:
+    """Return the positions, which begin again in the padding behind a sequence: an example sees no other."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *range(longest - len(row))] for row in rows])
+
+
+def packed(examples: Sequence[Encoded], length: int) -> list[Encoded]:
+    """Join examples into sequences of at most ``length`` tokens: the longest first, each where it leaves least room."""
+    bins: list[list[Encoded]] = []
+    with_room: dict[int, list[int]] = {}
+    rooms = 0  # bit n is set if a sequence has room for n more tokens
+    for example in sorted(examples, key=lambda own: -len(own.ids)):
+        size = len(example.ids)
+        fitting = rooms >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            number = with_room[room].pop()
+            if not with_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, number = max(length, size), len(bins)
+            bins.append([])
+        bins[number].append(example)
+        with_room.setdefault(room - size, []).append(number)
+        rooms |= 1 << (room - size)
+    return [
+        Encoded(
+            [token for example in own for token in example.ids],
+            [target for example in own for target in example.target],  # type: ignore[union-attr]  # a list, for lm
+            positions=[place for example in own for place in range(len(example.ids))],
+        )
+        for own in bins
+    ]
+
+
+class _Learnt:
+    """Examples of which some tokens are predicted."""
+
+    def __init__(self, encode: Continuations) -> None:
+        self.encode, self.cuts = encode, encode.cuts
+
+    def __call__(self, rows: Sequence[Row]) -> list[Encoded]:
+        return [
+            Encoded(
+                own.ids[:-1],
+                [token if learnt else IGNORED for token, learnt in zip(own.ids[1:], own.learnt[1:], strict=True)],
+            )
+            for own in self.encode(rows)
+        ]
+
+
 class _Encoder:
     def __init__(
         self, spec: TaskSpec, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> None:
         self.spec, self.tokenizer, self.length = spec, tokenizer, max_length
+        self.cuts = Cuts()
         self.numbers = {label: number for number, label in enumerate(labels)}
         # Whether the model wraps texts in tokens of its own. If not, an end-of-text token stands between a pair.
         self.wraps = tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False)
@@ -131,15 +207,16 @@ class _Encoder:
         self.end = padding_of(tokenizer) if end is None else end
 
     def __call__(self, rows: Sequence[Row]) -> list[Encoded]:
-        if self.spec.kind == "lm":
-            return self._continuations(rows)
         targets = [self._target(row) for row in rows]
         if rows[0].pair is not None and not self.wraps:
             firsts, seconds = self._plain([row.text for row in rows]), self._plain([row.pair or "" for row in rows])
             ids = [self._joined(first, second) for first, second in zip(firsts, seconds, strict=True)]
+            for first, second, own in zip(firsts, seconds, ids, strict=True):
+                self.cuts.count(len(first) + len(second) + 1, len(own))
             return [Encoded(own, target) for own, target in zip(ids, targets, strict=True)]
         pairs = None if rows[0].pair is None else [row.pair for row in rows]
         found = self.tokenizer([row.text for row in rows], pairs, truncation=True, max_length=self.length)
+        self._count(rows, found["input_ids"])
         kinds = found.get("token_type_ids") or [None] * len(rows)
         return [
             Encoded(own or [self.end], target, kind if own else None)
@@ -157,6 +234,12 @@ class _Encoder:
             )
         return self.numbers[str(row.label)]
 
+    def _count(self, rows: Sequence[Row], ids: Sequence[list[int]]) -> None:
+        """Count what is cut. Only an example of the full length can have been, and it is encoded again as a whole."""
+        for row, own in zip(rows, ids, strict=True):
+            whole = self.tokenizer(row.text, row.pair)["input_ids"] if len(own) == self.length else own
+            self.cuts.count(len(whole), len(own))
+
     def _plain(self, texts: list[str]) -> list[list[int]]:
         return list(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
 
@@ -165,18 +248,3 @@ class _Encoder:
         room = self.length - 1
         first = first[: max(room - len(second), (room + 1) // 2)]
         return [*first, self.end, *second[: room - len(first)]]
-
-    def _continuations(self, rows: Sequence[Row]) -> list[Encoded]:
-        """Encode ``end, text, answer, end``; targets are the answer and its end, or the text if there is no answer."""
-        begin = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.end
-        prompts = self._plain([row.text for row in rows])
-        answers = self._plain(["" if row.label is None else str(row.label) for row in rows])
-        found = []
-        for row, prompt, answer in zip(rows, prompts, answers, strict=True):
-            known = [] if row.label is None else prompt
-            said = [*(prompt if row.label is None else answer), self.end][: self.length]
-            # The end of the prompt, which is next to the answer, is kept.
-            known = [begin, *known[len(known) - min(len(known), self.length - len(said)) :]]
-            ids = [*known, *said]
-            found.append(Encoded(ids[:-1], [IGNORED] * (len(known) - 1) + said))
-        return found

@@ -1,26 +1,24 @@
-"""Labelled examples, from a file of JSON lines, CSV or TSV, or from GLUE through ``datasets``."""
+"""Labelled examples and instructions, from files and saved data sets, or from GLUE through ``datasets``."""
 
-import csv
-import json
+import glob
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from subspan.training.data.documents import encodable, opened, text_hash
+from subspan.training.data.columns import LABELS, SCORES, TEXTS, first_of, looked_at, samples, texts_of, unused_texts
+from subspan.training.data.documents import encodable, part_of_name, text_hash
+from subspan.training.data.files import TEXT, Source, check_encoding, find_files, kind_of
+from subspan.training.data.instructions import Turn, find_form
+from subspan.training.data.records import Record, read_records
 from subspan.training.data.task_specs import TaskSpec
 from subspan.utils.errors import FAULTS, InputError, first_line
 from subspan.utils.suggestions import near_names
 
 VALIDATION_SHARE = 0.1
-_SEPARATORS = {".csv": ",", ".tsv": "\t"}
-_KINDS = (".jsonl", ".json", *_SEPARATORS)
-_FILE = "data file"
-_LONGEST_CELL = 2**31 - 1
-"""Characters of a cell at most. ``csv`` would stop at 131,072, and takes no limit beyond what a C long holds."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,14 @@ class Row:
     """The name of a class, a number, or for ``lm`` the answer, if there is one."""
     where: str
     """File and line, for messages."""
+    turns: tuple[Turn, ...] = ()
+    """For ``lm``: the turns of a chat, in place of text and label."""
+    context: int = 0
+    """Number of turns at the beginning in which nothing is learnt."""
+    tools: Any = None
+    """The tools that the chat may use."""
+    part: Literal["train", "validation", "test"] | None = None
+    """The part that the data set files it under."""
 
 
 @dataclass(frozen=True)
@@ -44,26 +50,111 @@ class Columns:
     label: str
 
 
-def read_file(path: Path, argument: str, spec: TaskSpec, columns: Columns) -> list[Row]:
-    """Read the examples of a file.
+@dataclass(frozen=True)
+class Found:
+    """The examples of a setting, and what they are."""
+
+    rows: list[Row]
+    form: str
+    """The form of the files and its columns, in words."""
+    notes: list[str]
+    """Lines for a person."""
+
+
+def read_file(path: Path | str, argument: str, spec: TaskSpec, columns: Columns) -> list[Row]:
+    """Read the examples of a file; see ``read_examples``."""
+    return read_examples(str(path), argument, spec, columns).rows
+
+
+def read_examples(data: str, argument: str, spec: TaskSpec, columns: Columns, encoding: str | None = None) -> Found:
+    """Read the examples that ``data`` names: a file, a folder, a glob, or a data set.
+
+    Columns with the names that the task expects are found by other usual names where a file lacks them. Examples that
+    are filed as test are left out.
 
     Raises:
-        InputError: there is no such file, its kind is not known, or a line is broken or lacks a column. The message
+        InputError: there is no such file, its kind is not known, or a record is broken or lacks a column. The message
             names the file, the line and the column.
     """
-    kind = Path(path.name.removesuffix(path.suffix)).suffix if path.suffix in (".gz", ".xz") else path.suffix
-    if kind not in _KINDS:
-        raise InputError(f"{argument}={str(path)!r}: expected a {', '.join(_KINDS)} file (also .gz, .xz)")
-    if not path.is_file():
-        raise InputError(f"{argument}={str(path)!r}: no such file; give the path of a file of examples")
-    rows = []
-    with opened(path, newline="" if kind in _SEPARATORS else None) as file:
-        records = _separated(file, path, _SEPARATORS[kind]) if kind in _SEPARATORS else _json_lines(file, path)
-        for number, record in records:
-            rows.append(_row(record, f"{_FILE} {path}, line {number}", spec, columns))
+    check_encoding(encoding)
+    sources = _sources(data, argument)
+    rows: list[Row] = []
+    forms, notes = dict[str, None](), dict[str, None]()
+    read = _instructions if spec.kind == "lm" else _labelled
+    for source in sources:
+        first, records = looked_at(read_records(source, encoding))
+        if first:
+            found = read(first, records, spec, columns)
+            part = part_of_name(source) if len(sources) > 1 else None
+            rows += [row if row.part or not part else replace(row, part=part) for row in found.rows]
+            forms[found.form] = None
+            notes |= dict.fromkeys(found.notes)
     if not rows:
-        raise InputError(f"{argument}={str(path)!r}: holds no example; add some lines, or give another file")
-    return rows
+        reason = "; ".join(notes) or "add some lines"
+        raise InputError(f"{argument}={data!r}: holds no example; {reason}, or give another file")
+    if tests := sum(row.part == "test" for row in rows):
+        rows = [row for row in rows if row.part != "test"]
+        notes[f"data: {tests} examples are filed as test and are left out"] = None
+    return Found(rows, "; ".join(forms), list(notes))
+
+
+def _sources(data: str, argument: str) -> list[Source]:
+    path = Path(data).expanduser()
+    if not path.exists() and not glob.has_magic(data) and kind_of(path):
+        raise InputError(f"{argument}={data!r}: no such file; give the path of a file of examples")
+    found = list(find_files(data, argument))
+    tables = [source for source in found if not isinstance(source, Path) or kind_of(source) not in TEXT]
+    return tables or found
+
+
+def _instructions(first: list[Record], records: Iterable[Record], spec: TaskSpec, columns: Columns) -> Found:
+    text = None if columns.text == spec.text else columns.text
+    answer = None if columns.label == spec.label else columns.label
+    form, notes = find_form(first, text, columns.pair, answer)
+    rows: list[Row] = []
+    without: list[str] = []
+    for record in records:
+        found = form.instruction(record)
+        if found is None:
+            without.append(record.where)
+        else:
+            talk = (found.turns, found.context, found.tools, record.part)
+            rows.append(Row(found.prompt, None, found.answer, record.where, *talk))
+    if without:
+        notes.append(f"data: {len(without)} examples have nothing to learn and are left out, the first: {without[0]}")
+    return Found(rows, form.words(), notes)
+
+
+def _labelled(first: list[Record], records: Iterable[Record], spec: TaskSpec, columns: Columns) -> Found:
+    own, notes = _find_columns(first, spec, columns)
+    rows = [replace(_row(record.values, record.where, spec, own), part=record.part) for record in records]
+    names = ", ".join(name for name in (own.text, own.pair, own.label) if name)
+    return Found(rows, f"{spec.kind} ({names})", notes)
+
+
+def _find_columns(first: list[Record], spec: TaskSpec, columns: Columns) -> tuple[Columns, list[str]]:
+    """Return the columns of a file, and lines about those that are not used.
+
+    A column that has not the name that the task expects is looked for under its usual names.
+    """
+    cells = samples(first)
+    known = {str(name): None for record in first for name in record.values}
+    text, label = columns.text, columns.label
+    own_task = spec.glue is None
+    if own_task and text not in known and text == spec.text:
+        text = first_of(TEXTS, texts_of(cells)) or text
+    if own_task and label not in known and label == spec.label:
+        usual = LABELS if spec.kind == "classification" else SCORES
+        label = first_of(usual, {name: None for name in known if name != text}) or label
+    notes = []
+    if (text, label) != (columns.text, columns.label):
+        notes.append(f"data: the text is the column {text!r}, and the label {label!r}")
+    if others := unused_texts(cells, (text, columns.pair, label)):
+        notes.append(
+            f"data: the text in {' and '.join(map(repr, others))} is not used; "
+            f"--text_column {others[0]} takes it in place of {text!r}, and --pair_column beside it"
+        )
+    return Columns(text, columns.pair, label), notes
 
 
 def read_glue(spec: TaskSpec, columns: Columns) -> tuple[list[Row], list[Row]]:
@@ -112,7 +203,14 @@ def set_aside(rows: list[Row], spec: TaskSpec) -> tuple[list[Row], list[Row]]:
     hashes = [text_hash(f"{row.text}\0{row.pair or ''}") for row in rows]
     different = sorted(set(hashes))
     if len(different) < 2:
-        raise InputError(f"data: holds {len(different)} different text; give more, or other files as --validation_data")
+        way = (
+            "; plain text is what subspan pretrain learns, also with weights that are there"
+            if spec.kind == "lm"
+            else ""
+        )
+        raise InputError(
+            f"data: holds {len(different)} different text; give more, or other files as --validation_data{way}"
+        )
     labels: dict[bytes, set[str | float | None]] = defaultdict(set)
     for row, own in zip(rows, hashes, strict=True):
         if spec.kind == "classification":  # numbers and answers need not have been seen
@@ -152,50 +250,6 @@ def class_names(rows: list[Row], spec: TaskSpec) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _json_lines(file: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{_FILE} {path}, line {number}: {error}; expected one JSON object a line") from error
-        if not isinstance(record, dict):
-            raise InputError(
-                f"{_FILE} {path}, line {number}: is {type(record).__name__}, expected one JSON object a line"
-            )
-        yield number, record
-
-
-def _separated(file: Any, path: Path, separator: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    csv.field_size_limit(_LONGEST_CELL)
-    reader = csv.reader(
-        file, delimiter=separator, strict=True, quoting=csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
-    )
-    header: list[str] | None = None
-    began = 1
-    try:
-        for cells in reader:
-            if header is None:
-                header = [cell.removeprefix("\ufeff") for cell in cells]
-                twice = [name for name, count in Counter(header).items() if count > 1 and name]
-                if twice:
-                    raise InputError(
-                        f"{_FILE} {path}, line 1: names the column {twice[0]!r} more than once; "
-                        "give each a name of its own"
-                    )
-            elif cells:
-                if len(cells) != len(header):
-                    raise InputError(
-                        f"{_FILE} {path}, line {began}: {len(cells)} cells, and the first line names {len(header)} "
-                        "columns; quote cells that hold a separator"
-                    )
-                yield began, dict(zip(header, cells, strict=True))
-            began = reader.line_num + 1
-    except csv.Error as error:
-        raise InputError(f"{_FILE} {path}, line {began}: {error}; mend the line") from error
-
-
 def _row(record: dict[str, Any], where: str, spec: TaskSpec, columns: Columns) -> Row:
     def cell(column: str, flag: str) -> Any:
         if column not in record:
@@ -209,15 +263,8 @@ def _row(record: dict[str, Any], where: str, spec: TaskSpec, columns: Columns) -
             raise InputError(f"{where}: {column!r} is {value!r:.40}, expected text; name another column with --{flag}")
         return value
 
-    label: str | float | None
-    if spec.kind == "lm":
-        # An empty cell is how CSV says that there is no answer, and null how JSON does.
-        label = None if record.get(columns.label) in (None, "") else text(columns.label, "label_column")
-    else:
-        value = cell(columns.label, "label_column")
-        label = (
-            _number(value, where, columns.label) if spec.kind == "regression" else _name(value, where, columns.label)
-        )
+    value = cell(columns.label, "label_column")
+    label = _number(value, where, columns.label) if spec.kind == "regression" else _name(value, where, columns.label)
     pair = text(columns.pair, "pair_column") if columns.pair else None
     return Row(text(columns.text, "text_column"), pair, label, where)
 

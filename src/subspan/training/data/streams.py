@@ -92,6 +92,9 @@ class TokenStream:
     def describe(self) -> str:
         return f"{self.data}, streamed; {self._validation.tokens():,} validation tokens"
 
+    def notes(self) -> list[str]:
+        return []
+
     def _next_sequence(self) -> list[int]:
         """Return the next ``length + 1`` tokens; without packing there may be fewer."""
         if not self.packing:

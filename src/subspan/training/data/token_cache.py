@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from subspan.training.data.batches import Batch, Order
-from subspan.training.data.documents import SPLITS, Documents, Split
+from subspan.training.data.documents import SPLITS, Documents, Piece, Split
 from subspan.training.data.tokenizer import fingerprint
 from subspan.utils.atomic_files import disk_error, no_space, remove_directory
 from subspan.utils.errors import InputError
 from subspan.utils.messages import say
 
-_FORMAT = 4  # part of the cache's key: raise it when the files change
+_FORMAT = 5  # part of the cache's key: raise it when the files change
+
+_TOGETHER, _CHARACTERS = 64, 2**22
+"""Number of documents, and of their characters, that are tokenised at once."""
 
 
 class TokenWindows:
@@ -40,13 +42,15 @@ class TokenWindows:
             raise _damaged(folder)
         self.documents: dict[str, int] = meta["documents"]
         self.digest: str = meta["digest"]
+        self._notes: list[str] = meta["notes"]
+        self.form: str = meta["form"]
         parts = [part for part in SPLITS if self.documents[part] or part != "test"]
         self.parts = {part: TokenFile(folder / f"{part}.bin", meta["dtype"], meta["largest"]) for part in parts}
         for part, tokens in self.parts.items():
             if not self.documents[part]:
                 raise InputError(
-                    f"data: no document is left for the {part} part; "
-                    "a text file is one document: give two or more, a JSONL file, or other files as --validation_data"
+                    f"data: no document is left for the {part} part; a text file is one document, and is cut in two "
+                    "only between paragraphs or lines: give more text, or other files as --validation_data"
                 )
             if len(tokens) < sequence_length + 1:
                 raise InputError(
@@ -81,6 +85,9 @@ class TokenWindows:
         ]
         return ", ".join(sizes)
 
+    def notes(self) -> list[str]:
+        return self._notes
+
     def _count(self, part: Split) -> int:
         return (len(self.parts[part]) - 1) // self.length
 
@@ -102,7 +109,7 @@ def tokenise(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Path:
 
     The cache is ``$SUBSPAN_CACHE`` or ``~/.cache/subspan``; its key covers the files and the tokenizer.
     """
-    key = json.dumps([_FORMAT, documents.identity(), fingerprint(tokenizer)])
+    key = _key(documents, tokenizer)
     cache = Path(os.environ.get("SUBSPAN_CACHE", "~/.cache/subspan")).expanduser()
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
     if _meta(folder) is not None:
@@ -112,7 +119,7 @@ def tokenise(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=cache, prefix="unfinished-"))
         _write(scratch, documents, tokenizer)
-        if json.dumps([_FORMAT, documents.identity(), fingerprint(tokenizer)]) != key:
+        if _key(documents, tokenizer) != key:
             raise InputError(
                 "data: its files changed while they were read; start again when nothing writes to them any more"
             )
@@ -133,6 +140,11 @@ def tokenise(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Path:
         if scratch:
             shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _key(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> str:
+    columns = [documents.text_column, documents.encoding]
+    return json.dumps([_FORMAT, documents.identity(), columns, fingerprint(tokenizer)])
 
 
 class TokenFile:
@@ -186,7 +198,7 @@ def _meta(folder: Path) -> dict[str, Any] | None:
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         sizes = {part: (folder / f"{part}.bin").stat().st_size for part in SPLITS}
-        whole = sizes == meta["bytes"] and {"documents", "digest", "dtype", "largest"} <= meta.keys()
+        whole = sizes == meta["bytes"] and {"documents", "digest", "dtype", "largest", "notes", "form"} <= meta.keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return meta if whole else None
@@ -198,27 +210,38 @@ def _write(folder: Path, documents: Documents, tokenizer: PreTrainedTokenizerBas
     digest, largest = hashlib.sha256(), 0
     with ExitStack() as stack:
         files = {part: stack.enter_context(open(folder / f"{part}.bin", "wb")) for part in SPLITS}
-        for some in _chunks(documents.split()):
-            encoded = tokenizer([text for _, text in some], add_special_tokens=False, return_attention_mask=False)[
+        for some in _chunks(documents.pieces()):
+            encoded = tokenizer([piece.text for piece in some], add_special_tokens=False, return_attention_mask=False)[
                 "input_ids"
             ]
-            for (part, _), ids in zip(some, encoded, strict=True):
-                content = np.asarray([*ids, tokenizer.eos_token_id], dtype=dtype).tobytes()
+            for (part, _, ends), ids in zip(some, encoded, strict=True):
+                content = np.asarray([*ids, tokenizer.eos_token_id] if ends else ids, dtype=dtype).tobytes()
                 files[part].write(content)
                 digest.update(part.encode() + content)
-                counts[part] += 1
+                counts[part] += ends
                 sizes[part] += len(content)
                 largest = max(largest, *ids, tokenizer.eos_token_id)
+    if not any(counts.values()):
+        raise InputError(f"data: {documents.names()}: holds no text; every file there is empty; give other files")
     meta = {
         "dtype": dtype.name,
         "largest": largest,
         "documents": counts,
         "bytes": sizes,
         "digest": digest.hexdigest(),
+        "notes": documents.notes,
+        "form": "; ".join(documents.forms),
     }
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def _chunks(documents: Iterator[tuple[Split, str]]) -> Iterator[list[tuple[Split, str]]]:
-    while some := list(islice(documents, 64)):
+def _chunks(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Yield pieces together, as many as a tokenizer takes at once without much memory."""
+    some: list[Piece] = []
+    for piece in pieces:
+        some.append(piece)
+        if len(some) == _TOGETHER or sum(len(own.text) for own in some) > _CHARACTERS:
+            yield some
+            some = []
+    if some:
         yield some

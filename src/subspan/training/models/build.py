@@ -196,6 +196,25 @@ def _check_causal(name: str, model: Any) -> None:
         )
 
 
+def check_packs(name: str, model: Any) -> None:
+    """Raise an ``InputError`` unless ``model`` keeps examples apart that are packed into one sequence."""
+    ids = torch.arange(8)[None] % max(2, model.get_input_embeddings().weight.shape[0])
+    places = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    model.eval()
+    try:
+        with torch.no_grad():
+            together = model(input_ids=ids, position_ids=places, use_cache=False).logits[:, 4:]
+            alone = model(input_ids=ids[:, 4:], use_cache=False).logits
+        apart = torch.allclose(together, alone, rtol=1e-3, atol=1e-4)
+    except TypeError:  # a model without positions
+        apart = False
+    if not apart:
+        raise InputError(
+            f"packing=True: in the model {name!r} ({type(model).__name__}) packed examples would see each other; "
+            "leave it out"
+        )
+
+
 def _llama(preset: Preset, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(tokenizer),
