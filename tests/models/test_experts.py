@@ -91,10 +91,14 @@ def train(stacked=False, backward_side=False, parts=1, in_backward=False, name="
 @pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_an_expert_in_some_micro_batches(stacked, parts, in_backward):
-    """The gradients of the parts add up to that of the whole, also where an expert is in some of the parts only."""
-    whole, divided = train(stacked), train(stacked, parts=parts, in_backward=in_backward)
+    """The gradients of the parts add up to that of the whole, also where an expert is in some of the parts only.
+
+    The bases are drawn, because a gradient of two tokens leaves most of a dominant subspace to rounding.
+    """
+    name = "golore_adamw"
+    whole, divided = train(stacked, name=name), train(stacked, parts=parts, in_backward=in_backward, name=name)
     for expected, ours in zip(whole, divided, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("parts", [1, 4])
