@@ -1,6 +1,5 @@
 """Which parameters are projected, and to which rank: they are sorted into groups by their names."""
 
-import difflib
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -8,97 +7,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from subspan.roles import Role, if_little_is_projected, is_conv1d, roles_by_name, roles_of
+from subspan.roles import EXCLUDED as EXCLUDED
+from subspan.roles import OF_EMBEDDINGS_AND_NORMS, Role, if_little_is_projected, is_conv1d, roles_by_name, roles_of
 from subspan.step.carriers import CarriedLayer, layer_of
 from subspan.step.settings import check_settings
 from subspan.utils.errors import SettingError
 from subspan.utils.names import canonical_name, canonical_names
-from subspan.utils.ranks import RANKS, Rank, is_rank, rank_of_side
+from subspan.utils.rank_patterns import RankPattern as RankPattern
+from subspan.utils.rank_patterns import check_rank as check_rank
+from subspan.utils.rank_patterns import compiled, looks_like
+from subspan.utils.ranks import Rank, is_rank, rank_of_side
 
 logger = logging.getLogger(__name__)
 
-_OF_EMBEDDINGS_AND_NORMS = (r"embed|(\b|_)emb", r"\bw[tp]e\b", r"norm[^.]*(\.[^.]+)?$")
-EXCLUDED = (
-    *_OF_EMBEDDINGS_AND_NORMS,
-    r"unembed|embed(ding)?s?_out|out(put)?_embed",
-    r"\b(lm_)?head\b",
-    r"\bscore\b",
-    r"\bclassifier\b",
-    r"^(\D*\.)?output\.weight$",
-    r"router",
-    r"lora_",
-)
-"""Regular expressions for names that stay full rank: embeddings, norms, heads, routers and adapters.
-
-Where a module is given, embeddings and norms are found by what they do, and the expressions for these, which are the
-first three, are not asked: ``norm1.linear`` of a diffusion transformer is a linear layer.
-"""
-
 FLATTENED = "Parameters flattened by FSDP1 or DeepSpeed have lost their shape: shard with fully_shard (FSDP2) instead"
-
-
-def check_rank(rank: Rank, rank_pattern: Mapping[str, Rank] | None = None) -> None:
-    """Raise a ``SettingError`` unless both are in range. What a pattern matches shows only where there is a model."""
-    if not is_rank(rank):
-        raise SettingError(f"rank={rank!r}: expected {RANKS}")
-    RankPattern(rank_pattern)
-
-
-class RankPattern:
-    """Ranks by name: the first of some regular expressions that is found in a name gives its rank.
-
-    Args:
-        given: ranks by expression, such as ``{"q_proj": 32, r"layers\\.0\\.": 0.5}``; ``None`` has none.
-
-    Raises:
-        SettingError: ``given`` is no mapping, an expression is none, or a rank is out of range.
-    """
-
-    def __init__(self, given: Mapping[str, Rank] | None) -> None:
-        if given is not None and not isinstance(given, Mapping):
-            raise SettingError(
-                f"rank_pattern={given!r}: expected ranks by regular expression, such as {{'q_proj': 32, 'mlp': 0.5}}"
-            )
-        self.ranks: dict[str, Rank] = dict(given or {})
-        self._rows = [_compiled(pattern, "rank_pattern") for pattern in self.ranks]
-        for pattern, rank in self.ranks.items():
-            if not is_rank(rank):
-                raise SettingError(f"rank_pattern[{pattern!r}]={rank!r}: expected {RANKS}")
-
-    def finds(self, name: str) -> str | None:
-        """Return the expression that gives the rank of a parameter with this canonical name, if one does."""
-        return next((row.pattern for row in self._rows if row.search(name)), None)
-
-    def of(self, name: str, otherwise: Rank) -> Rank:
-        """Return the rank of a parameter with this canonical name: that of a pattern, or else the other."""
-        pattern = self.finds(name)
-        return otherwise if pattern is None else self.ranks[pattern]
-
-    def check_used(self, names: Sequence[str], overridden: Collection[str] = ()) -> None:
-        """Raise if an expression gives no matrix its rank.
-
-        Args:
-            names: the canonical names of the projected matrices.
-            overridden: those of them whose rank comes from elsewhere.
-        """
-        used = {self.finds(name) for name in names if name not in overridden}
-        for row in self._rows:
-            if row.pattern in used:
-                continue
-            found = next((name for name in names if row.search(name)), None)
-            if found is None:
-                raise SettingError(
-                    f"rank_pattern: {row.pattern!r} matches no projected matrix; {_looks_like(row.pattern, names)}"
-                )
-            if found in overridden:
-                raise SettingError(
-                    f"rank_pattern: {row.pattern!r} gives no matrix its rank, because overrides give one to {found!r}, and "
-                    "they win; leave one of the two out"
-                )
-            raise SettingError(
-                f"rank_pattern: {row.pattern!r} comes after {self.finds(found)!r}, which matches {found!r} first; put it "
-                "before"
-            )
 
 
 def param_groups(
@@ -189,7 +111,7 @@ def param_groups(
     for pattern, settings in (overrides or {}).items():
         if not isinstance(settings, Mapping):
             raise SettingError(f"overrides[{pattern!r}]={settings!r}: expected group settings, such as {{'rank': 64}}")
-    rows = [(_compiled(pattern, "overrides"), dict(settings)) for pattern, settings in (overrides or {}).items()]
+    rows = [(compiled(pattern, "overrides"), dict(settings)) for pattern, settings in (overrides or {}).items()]
     used: set[str] = set()
     matrices: list[str] = []
     overridden: set[str] = set()
@@ -334,7 +256,7 @@ def _projected_names(
             matrices = [name for name, p in named if _role(roles, p).is_projected]
         else:
             matrices = [name for name, p in named if name in matrices and _role(roles, p).kind != "router"]
-        kept = [_compiled(pattern, "exclude") for pattern in expressions]
+        kept = [compiled(pattern, "exclude") for pattern in expressions]
         known = {name for name, p in named if _role(roles, p).kind == "linear"}
         found = {
             name
@@ -342,7 +264,7 @@ def _projected_names(
             if not any(
                 _finds(pattern, name, given)
                 for pattern in kept
-                if name not in known or pattern.pattern not in _OF_EMBEDDINGS_AND_NORMS
+                if name not in known or pattern.pattern not in OF_EMBEDDINGS_AND_NORMS
             )
         }
         if needed and not found and not made:
@@ -357,7 +279,7 @@ def _projected_names(
         if not isinstance(targets, str):
             hits = {name for name in (*matrices, *made) if pattern in name or pattern in given.get(name, name)}
         if not hits:
-            whole = _compiled(pattern, "targets")
+            whole = compiled(pattern, "targets")
             hits = {
                 name
                 for name in (*matrices, *made)
@@ -413,17 +335,5 @@ def _finds(pattern: re.Pattern[str], name: str, given: Mapping[str, str]) -> boo
     return bool(pattern.search(name) or pattern.search(given.get(name, name)))
 
 
-def _compiled(pattern: str, argument: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise SettingError(f"{argument}: {pattern!r} is no regular expression: {error}; mend or escape it") from error
-
-
 def _names_like(pattern: str, named: list[tuple[str, Tensor]]) -> str:
-    return _looks_like(pattern, [name for name, p in named if p.ndim > 1] or [name for name, _ in named])
-
-
-def _looks_like(pattern: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(pattern, names, n=4, cutoff=0.2) or names[:4]
-    return "the names look like " + ", ".join(repr(name) for name in near)
+    return looks_like(pattern, [name for name, p in named if p.ndim > 1] or [name for name, _ in named])

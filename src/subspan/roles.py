@@ -23,6 +23,25 @@ _ROUTING = re.compile(r"rout|gat(e|ing)$|^wg$|switch|classifier")
 _ROUTER = re.compile(r"Router|Gating|TopK?Gate|MoEGate|MoeGate")
 
 
+OF_EMBEDDINGS_AND_NORMS = (r"embed|(\b|_)emb", r"\bw[tp]e\b", r"norm[^.]*(\.[^.]+)?$")
+"""The expressions of ``EXCLUDED`` for names of embeddings and norms, which a module says itself."""
+EXCLUDED = (
+    *OF_EMBEDDINGS_AND_NORMS,
+    r"unembed|embed(ding)?s?_out|out(put)?_embed",
+    r"\b(lm_)?head\b",
+    r"\bscore\b",
+    r"\bclassifier\b",
+    r"^(\D*\.)?output\.weight$",
+    r"router",
+    r"lora_",
+)
+"""Regular expressions for names that stay full rank: embeddings, norms, heads, routers and adapters.
+
+Where a module is given, embeddings and norms are found by what they do, and the expressions for these, which are the
+first three, are not asked: ``norm1.linear`` of a diffusion transformer is a linear layer.
+"""
+
+
 class Role(NamedTuple):
     """What a parameter does."""
 

@@ -21,7 +21,7 @@ def inputs_to_try(model: nn.Module) -> Iterator[dict[str, Any]]:
         yield made
     if dummy:
         yield dummy
-    pixels = made or _made("pixel_values", config)
+    pixels = made or (_made("pixel_values", config) if _of(config, "image_size") else {})
     if dummy and pixels:
         yield dummy | pixels
 
@@ -30,11 +30,9 @@ def _made(name: str, config: Any) -> dict[str, Any]:
     """Make the main input of a model from its config, if it is of a kind that is known here."""
     decoded = {"decoder_input_ids": torch.zeros(1, 2, dtype=torch.long)} if _of(config, "is_encoder_decoder") else {}
     if name == "pixel_values":
-        size, channels = _of(config, "image_size"), _of(config, "num_channels") or 3
-        sides = (size, size) if isinstance(size, int) else size
-        if isinstance(sides, list | tuple) and len(sides) == 2:
-            return {name: torch.zeros(1, channels, *sides)} | decoded
-        return {name: torch.zeros(1, channels, 224, 224)} | decoded if config is not None and size is None else {}
+        size = _of(config, "image_size") or 224
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        return {name: torch.zeros(1, _of(config, "num_channels") or 3, *sides)} | decoded
     if name == "input_features" and (bins := _of(config, "num_mel_bins")):
         return {name: torch.zeros(1, bins, 2 * (_of(config, "max_source_positions") or 1500))} | decoded
     if name == "input_values":

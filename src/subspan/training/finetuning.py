@@ -25,7 +25,7 @@ from subspan.training.data.labelled_batches import Examples
 from subspan.training.data.labelled_files import Columns, Row, class_names, read_examples, read_glue, set_aside
 from subspan.training.data.task_specs import find_task
 from subspan.training.data.tokenizer import load_tokenizer
-from subspan.training.evaluation import evaluate, evaluating, token_losses
+from subspan.training.evaluation import evaluate, evaluating, trained_losses
 from subspan.training.loop import Training
 from subspan.training.models.build import UNUSABLE, brings_weights, build_model, cannot_load, check_packs
 from subspan.training.models.lora import add_lora
@@ -181,7 +181,7 @@ class Continuation(_FinetuneTask):
     """A causal language model learns to write answers, scored by the perplexity of their tokens."""
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        return token_losses(model, batch)
+        return trained_losses(model, batch)
 
     def evaluate(
         self,

@@ -17,7 +17,7 @@ from subspan.training.data.documents import find_documents
 from subspan.training.data.streams import STREAMS, TokenStream
 from subspan.training.data.token_cache import TokenWindows, tokenise
 from subspan.training.data.tokenizer import load_tokenizer
-from subspan.training.evaluation import evaluate, token_losses
+from subspan.training.evaluation import evaluate, trained_losses
 from subspan.training.loop import RunDivergedError as RunDivergedError
 from subspan.training.loop import Training
 from subspan.training.models.build import build_model
@@ -69,7 +69,7 @@ class LanguageModelling:
         return build_model(self.config.model, self.tokenizer, self.config.sequence_length, self.config.seed)
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        return token_losses(model, batch)
+        return trained_losses(model, batch)
 
     def evaluate(
         self,
