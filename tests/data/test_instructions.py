@@ -119,6 +119,16 @@ FORMS: dict[str, tuple[Any, str, str, str]] = {
         "answers (system_prompt, question, response)",
         "### System:\nBe.\n\n### User:\n2 + 2?\n\n### Assistant:\n", "4<eos>",
     ),
+    "turns-in-a-text": (
+        [{"messages": json.dumps([USER, REPLY])}],
+        "chat (messages: role, content)", "### User:\nhi\n\n### Assistant:\n", "hello<eos>",
+    ),
+    "preferences": ([{"prompt": "Why?", "chosen": "So.", "rejected": "No."}],
+        "answers (prompt, chosen)", "<eos>Why?\n", "So.<eos>",
+    ),
+    "texts-of-chats-in-an-array": (
+        [[USER, REPLY]], "chat (messages: role, content)", "### User:\nhi\n\n### Assistant:\n", "hello<eos>",
+    ),
     "text": ([{"text": "as a whole"}], "text (text)", "<eos>", "as a whole<eos>"),
     "text-beside-label": ([{"text": "so good", "label": "yes"}], "text (text, label)", "<eos>so good", "yes<eos>"),
     "another-text": ([{"content": "as a whole", "url": "x"}], "text (content)", "<eos>", "as a whole<eos>"),
@@ -150,6 +160,9 @@ def test_lines_and_nested_objects_say_the_same(name: str, tmp_path: Path) -> Non
     assert bare(find(tmp_path / "c.json", {"version": 2, "data": rows})) == array
     assert bare(find(tmp_path / "d.json", json.dumps({"data": rows}, indent=2))) == array
     assert bare(find(tmp_path / "e.json", "\n".join(json.dumps(row, indent=1) for row in rows))) == array
+    assert (
+        bare(find(tmp_path / "g.json", {"features": [{"name": "x"}], "rows": [{"row": row} for row in rows]})) == array
+    )
     parts = find(tmp_path / "f.json", {"train": rows, "validation": rows[:1], "test": rows})
     assert bare(parts) == array + array[:1]
     assert [row.part for row in parts.rows] == ["train"] * len(rows) + ["validation"]
@@ -164,6 +177,8 @@ def test_every_column_can_be_named(tmp_path: Path) -> None:
     assert "'turns of it' is not used; --text_column turns of it" in found.notes[0]
     found = find(tmp_path / "a.jsonl", row, "turns of it")
     assert found.form == "chat (turns of it: role, content)"
+    alpaca = {"text": "all of it", "instruction": "Add", "input": "1 2", "output": "3"}
+    assert find(tmp_path / "b.json", [alpaca], "instruction").form == "Alpaca (instruction, input, output)"
     found = find(tmp_path / "a.jsonl", row, "auftrag", None, "antwort")
     assert (found.rows[0].text, found.rows[0].label) == ("Add", "3")
     with pytest.raises(
@@ -280,6 +295,7 @@ def test_examples_without_an_answer_are_left_out_and_counted(tmp_path: Path) -> 
     ("content", "words"),
     [
         ([{"a": "x", "b": "y"}], ["line 1", "there are a, b", "--text_column and --label_column"]),
+        ([{"question": "x", "answers": ["y"]}], ["line 1", "there are question, answers", "--label_column"]),
         ([{"messages": [USER, {"role": "boss", "content": "x"}]}], ["line 1: turn 2 of 'messages' is of 'boss'", "assistant"]),
         ([{"messages": [USER, {"role": "assistant"}]}], ["turn 2 of 'messages' has role", "content"]),
         ([{"messages": [USER, REPLY]}, {"messages": "hi"}], ["'messages' is 'hi'", "expected a list of turns"]),

@@ -81,7 +81,9 @@ def test_fine_tuning(name: str, llama: Path, tmp_path: Path, capsys: pytest.Capt
     form = "Alpaca (instruction, input, output)" if name == "alpaca.json" else "chat (messages: role, content)"
     assert summary["data_form"] == form
     template = "" if name == "alpaca.json" else ", by the plain chat template, since the tokenizer has none"
-    assert err.count(f"data: {form}{template}; the answers are learnt (--learn_prompts)") == 1
+    assert (
+        err.count(f"data: {form}{template}; only the answers are learnt; --learn_prompts learns the prompts too") == 1
+    )
     assert ("max_length=100: 30 of 30 examples are longer and are cut" in err) == (name == "alpaca.json")
     saved = json.loads((Path(summary["best"]) / "tokenizer_config.json").read_text())
     has_template = (Path(summary["best"]) / "chat_template.jinja").exists() or "chat_template" in saved

@@ -126,10 +126,13 @@ class _Labelled:
         if self.spec.kind == "lm" and config.data:
             talks = any(row.turns for row in self.train)
             template = f", by {set_chat_template(tokenizer, config.chat_template)}" if talks else ""
-            learnt = "all tokens" if config.learn_prompts else "the answers"
-            whole = not talks and all(row.label is None for row in self.train)
-            how = "; whole texts are learnt" if whole else f"; {learnt} are learnt (--learn_prompts)"
-            notes.insert(0, f"data: {self.form}{template}{how}")
+            if not talks and all(row.label is None for row in self.train):
+                learnt = "texts are learnt as a whole"
+            elif config.learn_prompts:
+                learnt = "prompts and answers are learnt"
+            else:
+                learnt = "only the answers are learnt; --learn_prompts learns the prompts too"
+            notes.insert(0, f"data: {self.form}{template}; {learnt}")
         examples = Examples(
             self.train,
             self.validation,

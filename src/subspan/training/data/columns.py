@@ -13,12 +13,13 @@ TEXTS = (
     "comment", "description", "transcript", "code", "markdown", "raw_content", "page_content", "tweet", "message", "summary",
 )  # fmt: skip
 """Names of a text that stands for itself, the first of which that is there is taken."""
-CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
+CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns", "chosen")
 PROMPTS = ("instruction", "prompt", "question", "query", "problem", "input", "user", "human")
 INPUTS = ("input", "inputs", "context")
 """Names of what an instruction is about."""
 ANSWERS = (
-    "output", "outputs", "completion", "answer", "response", "target", "reply", "solution", "assistant", "label",
+    "output", "outputs", "completion", "answer", "response", "target", "reply", "solution", "assistant", "chosen",
+    "label",
 )  # fmt: skip
 SYSTEMS = ("system", "system_prompt")
 LABELS = ("label", "labels", "class", "category", "target", "sentiment", "topic", "intent", "stars", "rating")

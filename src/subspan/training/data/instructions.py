@@ -101,11 +101,11 @@ class Form:
         if self.kind in ("chat", "ShareGPT"):
             if not prompt:
                 return None
-            turns = _turns(prompt, record.where, self.prompt)
+            turns = _turns(_unwritten(prompt), record.where, self.prompt)
             context = 0
             if self.answer:
                 context = len(turns)
-                turns += _turns(answer, record.where, self.answer)
+                turns += _turns(_unwritten(answer), record.where, self.answer)
             if isinstance(system, str) and system.strip() and turns[0]["role"] != "system":
                 turns, context = [{"role": "system", "content": system}, *turns], context + bool(context)
             if all(turn["role"] != "assistant" for turn in turns[context:]):
@@ -155,7 +155,7 @@ def find_form(
     Raises:
         InputError: it is not clear, or a named column is not there.
     """
-    cells = samples(first)
+    cells = {name: [_unwritten(cell) for cell in own] for name, own in samples(first).items()}
     known = {str(name): None for record in first for name in record.values}
     for name, flag in ((text, "text_column"), (about, "pair_column"), (answer, "label_column")):
         if name is not None and name not in known:
@@ -175,7 +175,8 @@ def find_form(
     ]
     notes = []
     if others:
-        flag = "label" if form.kind == "text" and form.answer is None and others[0] not in CHATS else "text"
+        answers = form.kind == "text" and form.answer is None and others[0].casefold() not in (*CHATS, *PROMPTS)
+        flag = "label" if answers else "text"
         notes.append(
             f"data: the text in {' and '.join(map(repr, others))} is not used; --{flag}_column {others[0]} takes it, and "
             "--pair_column is what an instruction is about"
@@ -197,16 +198,20 @@ def _form(
     if text == "text" and about is None:
         return Form("text", text, answer or ("label" if "label" in known else None))
     prompt = text or first_of(PROMPTS, {name: own for name, own in texts.items() if name not in (answer, about)})
-    if answer is None and prompt is not None and prompt.strip().casefold() in (*PROMPTS, "text"):
+    asks = prompt is not None and prompt.strip().casefold() in PROMPTS
+    looked_for = answer is None
+    if answer is None and (asks or prompt == "text"):
         answer = first_of(ANSWERS, {name: None for name, own in cells.items() if own and name not in (prompt, about)})
     if answer is None and "label" in known and text is not None:
         answer = "label"
     if prompt is not None and answer is not None:
-        instructs = text is None and prompt.strip().casefold() == "instruction"
+        instructs = (text is None or looked_for) and prompt.strip().casefold() == "instruction"
         if about is None and instructs:
             about = first_of(INPUTS, {name: None for name in known if name not in (prompt, answer)})
         found: Kind = "Alpaca" if about or instructs else "answers" if text is None else "text"
         return Form(found, prompt, answer, about, system if text is None else None)
+    if asks and text is None and len(known) > 1:  # a prompt whose answer is not found is no text to learn
+        return None
     alone = text or find_text(cells)
     return Form("text", alone, answer) if alone is not None else None
 
@@ -229,6 +234,17 @@ def _has_turns(cell: Any) -> bool:
         and isinstance(cell[0], dict)
         and first_of(_ROLE, cell[0]) is not None
     )
+
+
+def _unwritten(cell: Any) -> Any:
+    """Return the turns that a cell holds as a text in JSON, as in CSV, or else the cell itself."""
+    if isinstance(cell, str) and cell.lstrip()[:1] == "[":
+        try:
+            turns = json.loads(cell)
+        except (ValueError, RecursionError):
+            return cell
+        return turns if _has_turns(turns) else cell
+    return cell
 
 
 def _turns(given: Any, where: str, column: str) -> list[Turn]:

@@ -12,6 +12,8 @@ from subspan.utils.errors import InputError
 
 CONTAINERS = ("data", "rows", "examples", "instances", "records", "items", "samples", "dataset")
 """Names under which a file keeps its entries within one object."""
+_OF_A_RECORD = {"text", "content", "prompt", "instruction", "question", "input", "messages", "conversations"}
+"""Names that only a record has, and not an object that holds records."""
 PARTS: dict[str, Literal["train", "validation", "test"]] = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
     "dev": "validation", "eval": "validation", "test": "test", "testing": "test",
@@ -115,6 +117,9 @@ def _within(value: Any, where: str, path: Path, texts: bool = False) -> Iterator
     if texts and isinstance(value, str):
         yield where, value, None
         return
+    if texts and _are_turns(value):
+        yield where, {"messages": value}, None
+        return
     if not isinstance(value, dict):
         raise InputError(f"{where}: is {type(value).__name__}, {_EXPECTED}")
     if value and value.keys() <= PARTS.keys() and all(map(_are_entries, value.values())):
@@ -122,8 +127,7 @@ def _within(value: Any, where: str, path: Path, texts: bool = False) -> Iterator
             yield from ((f"{where}, {name} entry {i}", entry, PARTS[name]) for i, entry in enumerate(inner, 1))
         return
     held = [name for name in CONTAINERS if _are_entries(value.get(name))]
-    others = [inner for name, inner in value.items() if name not in held[:1] and isinstance(inner, (list, dict))]
-    if held and not others and "text" not in value:
+    if held and not _OF_A_RECORD & value.keys():
         for i, entry in enumerate(value[held[0]], 1):
             own = entry.get("row") if held[0] == "rows" and isinstance(entry.get("row"), dict) else entry
             yield f"{where}, {held[0]} entry {i}", own, None
@@ -139,12 +143,12 @@ def _within(value: Any, where: str, path: Path, texts: bool = False) -> Iterator
 
 def _are_entries(inner: Any) -> bool:
     """Whether ``inner`` is a list of records, and not the turns of a talk."""
-    return (
-        isinstance(inner, list)
-        and bool(inner)
-        and isinstance(inner[0], dict)
-        and not {"role", "from"} & inner[0].keys()
-    )
+    return isinstance(inner, list) and bool(inner) and isinstance(inner[0], dict) and not _are_turns(inner)
+
+
+def _are_turns(inner: Any) -> bool:
+    first = inner[0] if isinstance(inner, list) and inner else None
+    return isinstance(first, dict) and bool({"role", "from"} & first.keys())
 
 
 def _check_twice(line: str, path: Path, number: int) -> None:
