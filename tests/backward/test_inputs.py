@@ -246,6 +246,22 @@ def test_the_bits_under_autocast(always_h: Any) -> None:
     same(trained(), always_h(trained))
 
 
+@pytest.mark.parametrize("kind", [Two, Checkpointed, Reused])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_steps_in_the_backward_pass(kind: Any, parts: int) -> None:
+    """An x Q that is made in the backward pass is in the basis, and with the sketch, of the forward pass."""
+    found = []
+    for in_backward in (False, True):
+        model = kind().double()
+        optimizer, _ = build(model, name="golore_sketch_adamw", residual=Sketch(4), targets=["a", "b"])
+        if in_backward:
+            optimizer.enable_step_in_backward(model, accumulate=parts)
+        for number in range(7):
+            step(model, optimizer, number, parts)
+        found.append(model)
+    same(*found)
+
+
 @pytest.mark.parametrize("name", ["golore_adamw", "sara_adamw"])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_gradient_of_every_carrier(name: str, parts: int) -> None:
