@@ -78,3 +78,19 @@ def test_encoder_decoders_are_refused_by_name(tmp_path, capsys):
         pretrain("T5", tmp_path, capsys)
     assert "t5 is an encoder-decoder, and this command trains decoders" in capsys.readouterr().err
     assert torch.is_grad_enabled()
+
+
+TUNED = [name for name, family in FAMILIES.items() if family.task in ("lm", "classification")]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ("GPT-2", "BERT") else pytest.param(name, marks=pytest.mark.slow) for name in TUNED]
+)
+def test_finetune(name, tmp_path, capsys):
+    """Every family that reads text learns to tell classes apart; its random head stays full rank."""
+    main(["finetune", "--task", "bundled", "--model", saved(name, tmp_path), "--tokenizer", "bytes", "--rank", "8",
+          "--steps", "2", "--batch_size", "4", "--max_length", "32", "--device", "cpu", "--out", str(tmp_path / "run"),
+          "--json"])  # fmt: skip
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["val_loss"] > 0
+    assert 0 <= found["accuracy"] <= 1

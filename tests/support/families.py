@@ -257,7 +257,7 @@ FAMILIES = {
         batch=as_speech,
     ),
     "BERT": Family("BertForMaskedLM", TEXT, [*_BERT, "cls.predictions.transform.dense.weight"], task="classification"),
-    "RoBERTa": Family("RobertaForMaskedLM", TEXT | {"max_position_embeddings": 50}, _BERT, task="classification"),
+    "RoBERTa": Family("RobertaForMaskedLM", TEXT | {"max_position_embeddings": 400}, _BERT, task="classification"),
     "ViT": Family(
         "ViTForImageClassification",
         IMAGES,
