@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support.plans import llama_directory
-from transformers import RobertaConfig
+from transformers import RobertaConfig, RobertaForMaskedLM
 
 from subspan.cli import main
 from subspan.planning.compare import METHODS, compare, papers_way
@@ -301,7 +301,8 @@ def test_positions_begin_behind_that_of_padding(tmp_path: Path) -> None:
         choose(PlanSetting(str(tmp_path), seq=39))
 
 
-def test_an_encoder_is_no_causal_lm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_encoder_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that reads both ways is planned as one that predicts masked words, and its weights are all counted."""
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -309,12 +310,13 @@ def test_an_encoder_is_no_causal_lm(tmp_path: Path, capsys: pytest.CaptureFixtur
         "num_attention_heads": 2,
         "vocab_size": 60,
     }
-    RobertaConfig(**sizes).save_pretrained(tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        main(["plan", "--model", str(tmp_path), "--optimizer", "sara_adamw"])
-    assert caught.value.code == 2
-    assert "roberta reads both ways" in (err := capsys.readouterr().err)
-    assert "subspan finetune --model" in err
+    config = RobertaConfig(**sizes)
+    config.save_pretrained(tmp_path)
+    main(["plan", "--model", str(tmp_path), "--optimizer", "sara_adamw", "--rank", "8", "--seq", "16", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    number = sum(p.numel() for p in RobertaForMaskedLM(config).parameters())
+    assert found["parameters"] == {"total": number, "active": number}
+    assert found["bytes"]["weights"] == 2 * number
 
 
 def test_papers_way_of_counting() -> None:

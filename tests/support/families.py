@@ -205,7 +205,7 @@ FAMILIES = {
     ),
     "Qwen3-MoE": Family(
         "Qwen3MoeForCausalLM",
-        EXPERTS | {"num_experts": 12, "moe_intermediate_size": 20},
+        EXPERTS | {"num_experts": 12, "moe_intermediate_size": 24},
         ATTENTION + _EXPERTS,
         stacks=_BOTH,
         task="lm",
@@ -223,7 +223,7 @@ FAMILIES = {
     "DeepSeek-V3": Family(
         "DeepseekV3ForCausalLM",
         TEXT | {
-            "n_routed_experts": 12, "moe_intermediate_size": 20, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
+            "n_routed_experts": 12, "moe_intermediate_size": 24, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
             "kv_lora_rank": 12, "q_lora_rank": 12, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
             "num_experts_per_tok": 2, "num_key_value_heads": 2,
         },
@@ -257,7 +257,7 @@ FAMILIES = {
         batch=as_speech,
     ),
     "BERT": Family("BertForMaskedLM", TEXT, [*_BERT, "cls.predictions.transform.dense.weight"], task="classification"),
-    "RoBERTa": Family("RobertaForMaskedLM", TEXT | {"max_position_embeddings": 50}, _BERT, task="classification"),
+    "RoBERTa": Family("RobertaForMaskedLM", TEXT | {"max_position_embeddings": 400}, _BERT, task="classification"),
     "ViT": Family(
         "ViTForImageClassification",
         IMAGES,

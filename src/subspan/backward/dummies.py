@@ -17,13 +17,15 @@ def inputs_to_try(model: nn.Module) -> Iterator[dict[str, Any]]:
     dummy = dict(own) if isinstance(own, Mapping) else {}
     config = getattr(model, "config", None)
     made = _made(getattr(model, "main_input_name", ""), config) if config is not None else {}
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    made = {name: x.to(dtype) if x.is_floating_point() else x for name, x in made.items()}
     if set(dummy) == {"input_ids"} and made:
         yield made
     if dummy:
         yield dummy
     pixels = made or (_made("pixel_values", config) if _of(config, "image_size") else {})
     if dummy and pixels:
-        yield dummy | pixels
+        yield dummy | {name: x.to(dtype) if x.is_floating_point() else x for name, x in pixels.items()}
 
 
 def _made(name: str, config: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from subspan.optimizer import SubspaceOptimizer
 from subspan.planning.many_machines import MODELS
 from subspan.planning.setting import PlanSetting
 from subspan.planning.shapes import ShapesOnly
+from subspan.planning.tasks import class_of, patches_of, positions_of_text
 from subspan.recipes import find
 from subspan.step.carriers import layer_of
 from subspan.step.work import Slot, whole_layout
@@ -67,7 +68,9 @@ def choose(setting: PlanSetting) -> Chosen:
             f"model {setting.model!r} cannot be read: {first_line(error)}; give a config.json, a directory with one, "
             f"or one of {', '.join(PRESETS)}"
         ) from error
-    positions = positions_of(shapes_of(setting, config))
+    if (patches := patches_of(config)) is not None:
+        return Chosen(config, setting.rank or 128, patches)
+    positions = positions_of(shapes_of(setting, config)) or positions_of_text(config)
     if setting.seq and positions is not None and positions < setting.seq:
         raise InputError(f"seq={setting.seq}: the model {setting.model!r} has {positions} positions; give fewer tokens")
     return Chosen(config, setting.rank or 128, setting.seq or min(1024, positions or 1024))
@@ -84,23 +87,14 @@ def with_vocabulary(preset: Preset) -> Llama:
 
 def shapes_of(setting: PlanSetting, config: Any) -> nn.Module:
     """Build the model on ``meta``, in the dtype of its weights."""
-    from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    kind = getattr(config, "model_type", None)
-    causal = any(getattr(config, key, False) for key in ("is_decoder", "is_encoder_decoder", "causal"))
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not causal:
-        raise InputError(
-            f"model {setting.model!r}: {kind} reads both ways, and only a causal LM can be planned; to see what "
-            f"fine-tuning it takes, measure two steps: subspan finetune --model {setting.model} --optimizer "
-            f"{setting.optimizer} --steps 2 --json"
-        )
+    kind = class_of(config)
+    build = getattr(kind, "from_config", None) or kind._from_config  # an Auto class, or a model's own
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model: nn.Module = build(config, dtype=torch.float32)
     except UNUSABLE as error:
         raise InputError(
-            f"model {setting.model!r} cannot be built: {named(error)}; give the config of a causal LM"
+            f"model {setting.model!r} cannot be built: {named(error)}; give the config of a model of transformers"
         ) from error
     if setting.dtype == "bf16":
         for p in model.parameters():  # buffers stay as they are, as in a run
@@ -134,7 +128,8 @@ class Planned:
         self.model = shapes_of(setting, config)
         self.handle: Handle | None = None
         if setting.is_backward_side:
-            with _unsaid(_PROJECTING):  # it is among the notes of the plan
+            # Where the model asks for a value, ``ShapesOnly`` answers.
+            with _unsaid(_PROJECTING), ShapesOnly([], "meta"):  # it is among the notes of the plan
                 self.handle = project_backward(
                     self.model,
                     rank=rank,
@@ -175,6 +170,10 @@ class Planned:
             width = next(self.model.parameters()).element_size()
             costs = StateCosts(None, recipe.rule, recipe.residual, width=width)
         held = costs.bytes_held(optimizer.param_groups, parallel=setting.parallel, world=setting.world)
+        made = set() if self.handle is None else {id(layer._parameters["weight"]) for layer in self.handle.layers}
+        frozen = [p for p in self.model.parameters() if not p.requires_grad and id(p) not in made]
+        share = setting.world if setting.sharded else 1
+        held["weights"] += sum(p.numel() * p.element_size() for p in frozen) // share
         return held | {"buffers": sum(b.numel() * b.element_size() for b in self.model.buffers())}
 
     def _sides(self) -> list[int]:

@@ -12,6 +12,7 @@ from subspan.costs.saved_activations import SavedBytes
 from subspan.optimizer import SubspaceOptimizer
 from subspan.planning.model import Planned
 from subspan.planning.shapes import ShapesOnly
+from subspan.planning.tasks import inputs_of, loss_of, predicts_next
 from subspan.step.carriers import Plan
 from subspan.storage.allocation import State
 from subspan.training.data.batches import Batch
@@ -77,7 +78,9 @@ class Passes:
 
     def _segments(self, batch: int) -> list[int]:
         model, given = self.planned.model, self._batch(batch)
-        with ShapesOnly([*model.parameters(), *model.buffers(), *self._bases, given.inputs, given.targets]) as live:
+        inputs = [given.inputs, given.targets] if isinstance(given, Batch) else list(given.values())
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        with ShapesOnly([*model.parameters(), *model.buffers(), *self._bases, *tensors]) as live:
             before, segments = live.now, []
 
             def passed() -> None:
@@ -118,7 +121,8 @@ class Passes:
         given = self._batch(batch)
 
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            hidden = kwargs.get("hidden_states", tensors[0] if tensors else torch.empty(0))
             entered[0] = hidden.numel() * hidden.element_size()
 
         hooks = [part.register_forward_pre_hook(enter, with_kwargs=True) for part in block]
@@ -129,7 +133,9 @@ class Passes:
             hook.remove()
         return saved.total, saved.by_layers - entered[0]
 
-    def _batch(self, batch: int) -> Batch:
+    def _batch(self, batch: int) -> Batch | dict[str, Any]:
+        if not predicts_next(self.planned.model):
+            return inputs_of(self.planned.model, batch, self.seq)
         ids = torch.zeros(batch, self.seq, dtype=torch.long)
         return Batch(ids, ids.clone())
 
@@ -147,7 +153,7 @@ class Passes:
         change()
         self._checkpointing = wanted
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _loss(self, batch: Batch | dict[str, Any]) -> Tensor:
         """Run the model forward.
 
         Raises:
@@ -156,7 +162,9 @@ class Passes:
         """
         with torch.autocast("cpu", torch.bfloat16, enabled=self.setting.dtype == "bf16-mixed"):
             try:
-                return token_losses(self.planned.model, batch)
+                if isinstance(batch, Batch):
+                    return token_losses(self.planned.model, batch)
+                return loss_of(self.planned.model, batch)
             except RuntimeError as error:  # torch's errors of fake tensors are among them
                 raise InputError(
                     f"model {self.setting.model!r} cannot run on tensors without memory: {named(error)}; measure a "

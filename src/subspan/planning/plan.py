@@ -9,6 +9,7 @@ from subspan.planning.depth import FEW, extended, peak_of, shortened, with_block
 from subspan.planning.model import LARGER, Planned, choose, shapes_of
 from subspan.planning.passes import Passes
 from subspan.planning.setting import PlanSetting
+from subspan.planning.tasks import parameters_of
 from subspan.recipes import find
 from subspan.training.models.presets import PRESETS
 from subspan.utils.ranks import Rank, rank_of_side
@@ -61,7 +62,9 @@ class Planner:
         chosen = choose(setting)
         self.rank, self.seq, self._config = chosen.rank, chosen.seq, chosen.config
         pattern = RankPattern(setting.rank_pattern)
-        self.blocks = shortened(self._config, shapes_of(setting, self._config), pattern)
+        model = shapes_of(setting, self._config)
+        self.blocks = shortened(self._config, model, pattern)
+        self.parameters = parameters_of(model, self._config)
         self._passes = {} if passes is None else passes
         self._at: dict[Rank, _AtRank] = {}
 
@@ -139,6 +142,7 @@ class Planner:
             "dtype": setting.dtype,
             "batch": setting.batch,
             "seq": self.seq,
+            "parameters": self.parameters,
             "accumulate": setting.accumulate,
             "checkpointing": setting.checkpointing,
             "step_in_backward": setting.step_in_backward,
@@ -156,8 +160,10 @@ class Planner:
     def notes(self) -> list[str]:
         """Remarks on what became of the ranks, and on a sketch."""
         found = self.at(self.rank)
+        total, active = (self.parameters[key] for key in ("total", "active"))
+        experts = [f"{active:,} of {total:,} parameters are active for one token"] if active < total else []
         full, matrices = (found.counts[key] for key in ("full", "matrices"))
-        remarks = [] if found.divided is None else [found.divided]
+        remarks = [*experts, *([] if found.divided is None else [found.divided])]
         if found.sketches:
             remarks.append(self._of_sketches(found.sketches))
         if not full:

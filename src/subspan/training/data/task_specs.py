@@ -65,6 +65,12 @@ def find_task(name: str) -> TaskSpec:
     Raises:
         InputError: there is none.
     """
+    if name in ("seq2seq", "translation", "summarization"):
+        raise InputError(
+            f"task={name!r}: encoder-decoders (T5, BART) are not fine-tuned by this command; train one with the Trainer of "
+            "transformers and optimizer_cls_and_kwargs=(subspan.integrations.transformers.Subspace, dict(name='sara_adamw', "
+            "rank=128)), or give a decoder and task lm"
+        )
     if name not in TASKS:
         raise InputError(
             f"task={name!r}: is unknown; {near_names(name, TASKS)}; for files of your own: classification, regression, lm"

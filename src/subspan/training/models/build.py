@@ -123,6 +123,8 @@ def build_model(
         config = _llama(preset, tokenizer, sequence_length)
         config.update(head)
         return _from_config(kind, config)
+    if labels is None:
+        _refuse_encoder_decoder(name)
     weights, vocabulary = brings_weights(name), len(tokenizer)
     resized = {"ignore_mismatched_sizes": True} if head else {}
     try:  # nothing but calls of transformers
@@ -138,6 +140,19 @@ def build_model(
     if labels is None:
         _check_causal(name, model)
     return model
+
+
+def _refuse_encoder_decoder(name: str) -> None:
+    """Raise unless a model is a decoder only: of BART only the decoder would be trained, and T5 has none alone."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except UNUSABLE:
+        return  # whoever loads it says why
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"model {name!r}: {config.model_type} is an encoder-decoder, and this command trains decoders; give another "
+            "model, or train it with the Trainer of transformers and subspan.integrations.transformers.Subspace"
+        )
 
 
 def cannot_load(name: str, error: Exception) -> InputError:
