@@ -1,6 +1,5 @@
 """Which parameters are projected, and to which rank: they are sorted into groups by their names."""
 
-import difflib
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from subspan.roles import Role, if_little_is_projected, is_conv1d, roles_by_name
 from subspan.step.carriers import CarriedLayer, layer_of
 from subspan.step.settings import check_settings
 from subspan.utils.errors import SettingError
+from subspan.utils.missing_matrices import FLATTENED, looks_like, names_like, nothing_to_project, quantised
 from subspan.utils.names import canonical_name, canonical_names
 from subspan.utils.ranks import RANKS, Rank, is_rank, rank_of_side
 
@@ -33,8 +33,6 @@ EXCLUDED = (
 Where a module is given, embeddings and norms are found by what they do, and the expressions for these, which are the
 first three, are not asked: ``norm1.linear`` of a diffusion transformer is a linear layer.
 """
-
-FLATTENED = "Parameters flattened by FSDP1 or DeepSpeed have lost their shape: shard with fully_shard (FSDP2) instead"
 
 
 def check_rank(rank: Rank, rank_pattern: Mapping[str, Rank] | None = None) -> None:
@@ -88,7 +86,7 @@ class RankPattern:
             found = next((name for name in names if row.search(name)), None)
             if found is None:
                 raise SettingError(
-                    f"rank_pattern: {row.pattern!r} matches no projected matrix; {_looks_like(row.pattern, names)}"
+                    f"rank_pattern: {row.pattern!r} matches no projected matrix; {looks_like(row.pattern, names)}"
                 )
             if found in overridden:
                 raise SettingError(
@@ -172,7 +170,7 @@ def param_groups(
     if not named:
         raise SettingError(
             "model: no trainable parameter; give a model, or the named_parameters() of one, that is not frozen"
-            + _quantised(frozen)
+            + quantised(frozen)
         )
     carriers = {name: layer for name, p in named if (layer := layer_of(p)) is not None}
     others = [(name, p) for name, p in named if name not in carriers]
@@ -239,7 +237,7 @@ def param_groups(
                 raise SettingError(
                     f"overrides: {row.pattern!r} comes after {first!r}, which matches {hidden!r} first; put it before"
                 )
-            raise SettingError(f"overrides: {row.pattern!r} matches no parameter; {_names_like(row.pattern, named)}")
+            raise SettingError(f"overrides: {row.pattern!r} matches no parameter; {names_like(row.pattern, named)}")
     ranks.check_used(matrices, overridden)
     if rank is not None and targets == "all-linear" and isinstance(model, nn.Module):
         sizes = [(name, "projected", p.numel()) for name, p in named if name in projected]
@@ -292,7 +290,7 @@ def select_linear(model: nn.Module, targets: str | Sequence[str], exclude: Seque
             )
         found[name.rpartition(".")[0]] = module
     if not found:
-        raise SettingError(f"targets={targets!r}: no nn.Linear among them; {_names_like('', named)}")
+        raise SettingError(f"targets={targets!r}: no nn.Linear among them; {names_like('', named)}")
     if left:
         logger.info(
             "backward-side: %d stacks of matrices and layers of other classes are left out, such as %s; they keep their "
@@ -346,7 +344,7 @@ def _projected_names(
             )
         }
         if needed and not found and not made:
-            raise SettingError(_nothing_to_project(named, frozen, kept))
+            raise SettingError(nothing_to_project(named, frozen, kept))
         return found
     patterns = [targets] if isinstance(targets, str) else list(targets)
     if not patterns:
@@ -368,7 +366,7 @@ def _projected_names(
             }
         if not hits:
             raise SettingError(
-                f"targets: {pattern!r} matches no matrix; {_names_like(pattern, named)}; an expression must match a whole "
+                f"targets: {pattern!r} matches no matrix; {names_like(pattern, named)}; an expression must match a whole "
                 "name"
             )
         found |= hits.difference(made)
@@ -377,35 +375,6 @@ def _projected_names(
 
 def _role(roles: Mapping[int, Role], p: Tensor) -> Role:
     return roles.get(id(p), Role("other"))
-
-
-def _nothing_to_project(
-    named: list[tuple[str, Tensor]], frozen: Sequence[Tensor], kept: Sequence[re.Pattern[str]]
-) -> str:
-    """Say why all-linear finds nothing among the trainable parameters, and what to do."""
-    matrices = [name for name, p in named if p.ndim > 1]
-    among = f"to project among {len(named)} trainable parameters; {_names_like('', named)}. "
-    if not matrices:
-        if any(p.ndim > 1 for p in frozen):
-            return (
-                "model: every matrix is frozen, so there is no matrix to project; unfreeze those to train with "
-                f"requires_grad_(True){_quantised(frozen)}"
-            )
-        return f"targets='all-linear': there is no matrix {among}{FLATTENED}"
-    words = f"targets='all-linear': no weight of an nn.Linear is left {among}"
-    if all("lora_" in name for name in matrices) and any(pattern.pattern == "lora_" for pattern in kept):
-        return (
-            f"{words}The matrices of LoRA ('lora_') are excluded on purpose: they are narrow already, so that a subspace "
-            "saves next to nothing. Train the model itself, without peft_config or get_peft_model, or give the adapters a "
-            "full-rank optimizer such as 'adamw'. To project them all the same, name them: targets=['lora_']"
-        )
-    return f"{words}Name others with targets"
-
-
-def _quantised(frozen: Sequence[Tensor]) -> str:
-    """Say so if frozen weights are codes, which no optimizer can train."""
-    codes = sorted({str(p.dtype).removeprefix("torch.") for p in frozen if not p.is_floating_point()})
-    return f". Weights in {' and '.join(codes)} are quantised: load the model without quantisation" if codes else ""
 
 
 def _finds(pattern: re.Pattern[str], name: str, given: Mapping[str, str]) -> bool:
@@ -418,12 +387,3 @@ def _compiled(pattern: str, argument: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise SettingError(f"{argument}: {pattern!r} is no regular expression: {error}; mend or escape it") from error
-
-
-def _names_like(pattern: str, named: list[tuple[str, Tensor]]) -> str:
-    return _looks_like(pattern, [name for name, p in named if p.ndim > 1] or [name for name, _ in named])
-
-
-def _looks_like(pattern: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(pattern, names, n=4, cutoff=0.2) or names[:4]
-    return "the names look like " + ", ".join(repr(name) for name in near)
