@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from subspan import distributed
-from subspan.groups import FLATTENED
 from subspan.step.backward_side import check_carrier
 from subspan.step.carriers import layer_of
 from subspan.step.method import Method
@@ -29,6 +28,7 @@ from subspan.step.shardable import check_sharded
 from subspan.step.work import names_of
 from subspan.storage.allocation import State
 from subspan.utils.errors import SettingError
+from subspan.utils.missing_matrices import FLATTENED
 from subspan.utils.names import canonical_name
 
 logger = logging.getLogger(__name__)

@@ -12,15 +12,14 @@ from subspan.roles import OF_EMBEDDINGS_AND_NORMS, Role, if_little_is_projected,
 from subspan.step.carriers import CarriedLayer, layer_of
 from subspan.step.settings import check_settings
 from subspan.utils.errors import SettingError
+from subspan.utils.missing_matrices import FLATTENED, names_like, nothing_to_project, quantised
 from subspan.utils.names import canonical_name, canonical_names
 from subspan.utils.rank_patterns import RankPattern as RankPattern
 from subspan.utils.rank_patterns import check_rank as check_rank
-from subspan.utils.rank_patterns import compiled, looks_like
+from subspan.utils.rank_patterns import compiled
 from subspan.utils.ranks import Rank, is_rank, rank_of_side
 
 logger = logging.getLogger(__name__)
-
-FLATTENED = "Parameters flattened by FSDP1 or DeepSpeed have lost their shape: shard with fully_shard (FSDP2) instead"
 
 
 def param_groups(
@@ -94,7 +93,7 @@ def param_groups(
     if not named:
         raise SettingError(
             "model: no trainable parameter; give a model, or the named_parameters() of one, that is not frozen"
-            + _quantised(frozen)
+            + quantised(frozen)
         )
     carriers = {name: layer for name, p in named if (layer := layer_of(p)) is not None}
     others = [(name, p) for name, p in named if name not in carriers]
@@ -161,7 +160,7 @@ def param_groups(
                 raise SettingError(
                     f"overrides: {row.pattern!r} comes after {first!r}, which matches {hidden!r} first; put it before"
                 )
-            raise SettingError(f"overrides: {row.pattern!r} matches no parameter; {_names_like(row.pattern, named)}")
+            raise SettingError(f"overrides: {row.pattern!r} matches no parameter; {names_like(row.pattern, named)}")
     ranks.check_used(matrices, overridden)
     if rank is not None and targets == "all-linear" and isinstance(model, nn.Module):
         sizes = [(name, "projected", p.numel()) for name, p in named if name in projected]
@@ -214,7 +213,7 @@ def select_linear(model: nn.Module, targets: str | Sequence[str], exclude: Seque
             )
         found[name.rpartition(".")[0]] = module
     if not found:
-        raise SettingError(f"targets={targets!r}: no nn.Linear among them; {_names_like('', named)}")
+        raise SettingError(f"targets={targets!r}: no nn.Linear among them; {names_like('', named)}")
     if left:
         logger.info(
             "backward-side: %d stacks of matrices and layers of other classes are left out, such as %s; they keep their "
@@ -268,7 +267,7 @@ def _projected_names(
             )
         }
         if needed and not found and not made:
-            raise SettingError(_nothing_to_project(named, frozen, kept))
+            raise SettingError(nothing_to_project(named, frozen, kept))
         return found
     patterns = [targets] if isinstance(targets, str) else list(targets)
     if not patterns:
@@ -290,7 +289,7 @@ def _projected_names(
             }
         if not hits:
             raise SettingError(
-                f"targets: {pattern!r} matches no matrix; {_names_like(pattern, named)}; an expression must match a whole "
+                f"targets: {pattern!r} matches no matrix; {names_like(pattern, named)}; an expression must match a whole "
                 "name"
             )
         found |= hits.difference(made)
@@ -301,39 +300,6 @@ def _role(roles: Mapping[int, Role], p: Tensor) -> Role:
     return roles.get(id(p), Role("other"))
 
 
-def _nothing_to_project(
-    named: list[tuple[str, Tensor]], frozen: Sequence[Tensor], kept: Sequence[re.Pattern[str]]
-) -> str:
-    """Say why all-linear finds nothing among the trainable parameters, and what to do."""
-    matrices = [name for name, p in named if p.ndim > 1]
-    among = f"to project among {len(named)} trainable parameters; {_names_like('', named)}. "
-    if not matrices:
-        if any(p.ndim > 1 for p in frozen):
-            return (
-                "model: every matrix is frozen, so there is no matrix to project; unfreeze those to train with "
-                f"requires_grad_(True){_quantised(frozen)}"
-            )
-        return f"targets='all-linear': there is no matrix {among}{FLATTENED}"
-    words = f"targets='all-linear': no weight of an nn.Linear is left {among}"
-    if all("lora_" in name for name in matrices) and any(pattern.pattern == "lora_" for pattern in kept):
-        return (
-            f"{words}The matrices of LoRA ('lora_') are excluded on purpose: they are narrow already, so that a subspace "
-            "saves next to nothing. Train the model itself, without peft_config or get_peft_model, or give the adapters a "
-            "full-rank optimizer such as 'adamw'. To project them all the same, name them: targets=['lora_']"
-        )
-    return f"{words}Name others with targets"
-
-
-def _quantised(frozen: Sequence[Tensor]) -> str:
-    """Say so if frozen weights are codes, which no optimizer can train."""
-    codes = sorted({str(p.dtype).removeprefix("torch.") for p in frozen if not p.is_floating_point()})
-    return f". Weights in {' and '.join(codes)} are quantised: load the model without quantisation" if codes else ""
-
-
 def _finds(pattern: re.Pattern[str], name: str, given: Mapping[str, str]) -> bool:
     """Tell whether ``pattern`` is found in a canonical name, or in the name as it is given."""
     return bool(pattern.search(name) or pattern.search(given.get(name, name)))
-
-
-def _names_like(pattern: str, named: list[tuple[str, Tensor]]) -> str:
-    return looks_like(pattern, [name for name, p in named if p.ndim > 1] or [name for name, _ in named])

@@ -26,7 +26,7 @@ from typing_extensions import Unpack
 
 from subspan import distributed, summary
 from subspan.following import Following
-from subspan.groups import EXCLUDED, FLATTENED, param_groups
+from subspan.groups import EXCLUDED, param_groups
 from subspan.parts import Residual, Rule, Selector, Transfer
 from subspan.state_dict import Restorable
 from subspan.step.backward_side import Carriers, check_carrier, check_ranks
@@ -41,6 +41,7 @@ from subspan.step.shardable import check_shardable, check_sharded
 from subspan.step.weights import step_inside
 from subspan.step.work import names_of, work_of
 from subspan.utils.errors import SettingError
+from subspan.utils.missing_matrices import FLATTENED
 from subspan.utils.ranks import Rank
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from subspan.checkpoints.unshard import plain_model
 from subspan.costs.saved_activations import SavedBytes
 from subspan.factory import residual_of
 from subspan.optimizer import SubspaceOptimizer
-from subspan.training.config.resolve import ResolvedConfig
+from subspan.training.config.resolve import ResolvedConfig, plain
 from subspan.training.config.resolve_finetuning import ResolvedFinetune
 from subspan.training.data.batches import Batch
 from subspan.training.lr_schedule import lr_factor
@@ -72,7 +72,7 @@ class Training(ABC, Generic[R]):
         self, config: ResolvedConfig | ResolvedFinetune, open_task: Callable[[], Task], processes: Processes
     ) -> None:
         self.config, self.processes = config, processes
-        self.settings = _plain(asdict(config))
+        self.settings = plain(asdict(config))
         self._made_by = stamp() if processes.first else {}  # now, because the code may be changed while this runs
         if config.batch_size % processes.size:
             raise InputError(
@@ -393,10 +393,3 @@ class Training(ABC, Generic[R]):
         self._check_weights()
         state = TrainState(self.step, self.tokens, self.seconds, self.best, self.evaluated_at, self.saved_bytes)
         self._checkpointer.write(self.out / "checkpoints", state, self.config.checkpoint.keep)
-
-
-def _plain(value: Any) -> Any:
-    """``value`` with lists in place of tuples, so that settings equal what YAML and a checkpoint give back."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,10 +1,10 @@
 """Ranks by regular expressions of names."""
 
-import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
 
 from subspan.utils.errors import SettingError
+from subspan.utils.missing_matrices import looks_like
 from subspan.utils.ranks import RANKS, Rank, is_rank
 
 
@@ -78,9 +78,3 @@ def compiled(pattern: str, argument: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise SettingError(f"{argument}: {pattern!r} is no regular expression: {error}; mend or escape it") from error
-
-
-def looks_like(pattern: str, names: Sequence[str]) -> str:
-    """Return words on the names that are nearest to ``pattern``."""
-    near = difflib.get_close_matches(pattern, names, n=4, cutoff=0.2) or names[:4]
-    return "the names look like " + ", ".join(repr(name) for name in near)

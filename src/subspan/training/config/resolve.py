@@ -257,3 +257,10 @@ def check(config: Resolved, counts: Mapping[str, int | None]) -> None:
         )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device='cuda': torch finds no CUDA device; use --device cpu, or auto")
+
+
+def plain(value: Any) -> Any:
+    """``value`` with lists in place of tuples, so that settings equal what YAML and a checkpoint give back."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
