@@ -373,3 +373,31 @@ def test_foreign_entries_of_a_state() -> None:
     saved["state"][0]["displacement"] = torch.zeros(40, 4)
     with pytest.raises(ValueError, match=r"the checkpoint holds .*'displacement'"):
         loaded.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("first", ["named", "bare"])
+@pytest.mark.parametrize("later", ["named", "bare", "one tensor", "generator"])
+def test_groups_of_another_form_than_the_first(first: str, later: str) -> None:
+    """As those who unfreeze a model in the course of training add them: all train, and are saved and loaded."""
+    models: list[Any] = [net(), net()]
+    optimizers = []
+    for model in models:
+        model.up.requires_grad_(False)
+        rest = [p for p in model.parameters() if p.requires_grad]
+        optimizer = make(model) if first == "named" else subspan.SubspaceAdamW(rest, rank=4, lr=1e-2)
+        train(model, optimizer, 2)
+        model.up.requires_grad_(True)
+        weight = model.up.weight
+        params = {"named": [("up.weight", weight)], "bare": [weight], "one tensor": weight, "generator": iter([weight])}
+        optimizer.add_param_group({"params": params[later], "rank": 4, "lr": 1e-3})
+        optimizers.append(optimizer)
+    before = models[0].up.weight.detach().clone()
+    train(models[0], optimizers[0], 2)
+    assert not torch.equal(models[0].up.weight, before)
+    if first == "named":
+        assert optimizers[0].param_groups[-1]["param_names"] == ["up.weight"]
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    models[1].load_state_dict(models[0].state_dict())
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, 2)
+    check_equal(*models)

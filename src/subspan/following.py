@@ -107,6 +107,11 @@ class Following:
         named = [(canonical_name(name), p) for name, p in model.named_parameters(remove_duplicate=False)]
         self._aliases = {name: first[id(p)] for name, p in named if first.setdefault(id(p), name) != name}
 
+    def named(self, params: Sequence[Tensor], number: int) -> list[tuple[str, Tensor]]:
+        """Return bare parameters of a group with their names in the model, or else with the number of the group."""
+        names = {} if self.model is None else {id(p): name for name, p in self.model.named_parameters()}
+        return [(names.get(id(p), f"{number}.{place}"), p) for place, p in enumerate(params)]
+
     # --- who is in the groups -----------------------------------------------------------------------------------------
 
     def take_carriers(self) -> None:

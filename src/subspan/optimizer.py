@@ -153,6 +153,7 @@ class SubspaceOptimizer(Restorable):
         if self.param_groups:  # schedules run on the steps of the run, also of a group that comes later
             param_group.setdefault("clock", self.param_groups[0]["clock"])
         self._check_group(self.defaults | param_group)
+        self._take_form(param_group)
         own_rank = param_group.get("rank")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -175,6 +176,22 @@ class SubspaceOptimizer(Restorable):
                 self.state.pop(p, None)
             del self.following.built[len(self.param_groups) :]
             raise
+
+    def _take_form(self, param_group: dict[str, Any]) -> None:
+        """Give the parameters of a later group names, or take them away, as the first groups have them or not.
+
+        Those who unfreeze a model in the course of training pass bare tensors, and torch wants one form.
+        """
+        given = param_group["params"]
+        if not self.param_groups or isinstance(given, set):  # which torch refuses
+            return
+        params = [given] if isinstance(given, Tensor) else list(given)
+        param_group["params"] = params
+        named = [isinstance(one, tuple) for one in params]
+        if "param_names" in self.param_groups[0] and not any(named) and "param_names" not in param_group:
+            param_group["params"] = self.following.named(params, len(self.param_groups))
+        elif "param_names" not in self.param_groups[0] and all(named):
+            param_group["params"] = [p for _, p in params]
 
     def _check_group(self, settings: Mapping[str, Any]) -> None:
         """Raise unless the settings of a group are in range and go with the method."""

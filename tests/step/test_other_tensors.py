@@ -96,3 +96,10 @@ def test_a_cast_to_a_dtype_that_cannot_be_trained_is_refused() -> None:
     model[0].weight.data = model[0].weight.data.to(torch.float8_e4m3fn)
     with pytest.raises(ValueError, match=r"'0.weight' is of torch.float8_e4m3fn"):
         optimizer.step()
+
+
+def test_a_stack_whose_rows_are_sharded_is_refused_with_the_reason() -> None:
+    stack = nn.Parameter(torch.randn(3, 12, 8))
+    optimizer = subspan.SubspaceAdamW([("experts", stack)], rank=4)
+    with pytest.raises(ValueError, match=r"stack of matrices \(3, 12, 8\) cannot be projected .*exclude it by name"):
+        optimizer.check_shardable(stack, optimizer.param_groups[0])
