@@ -46,7 +46,7 @@ napoleon_use_rtype = False
 # Nothing can be looked up of other projects without a network.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(abc|accelerate|lightning|torch|collections|concurrent|pathlib)(\..*)?"),  # other people's
+    ("py:.*", r"(abc|accelerate|lightning|torch|collections|concurrent|pathlib|types)(\..*)?"),  # other people's
     ("py:exc", r"LinAlgError"),  # torch's, under its short name
     ("py:class", r"(.*\.)?_\w+(\..*)?"),  # private bases
     # What public classes are made of, and show of their inside.

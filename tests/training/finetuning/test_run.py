@@ -134,7 +134,7 @@ def test_an_evaluation_that_a_signal_prevented_is_made_up_for(
     """
     whole = Finetuning(small(out=str(tmp_path / "whole"))).run()
     run = Finetuning(small())
-    monkeypatch.setattr(run, "_signal", lambda received: 15 if run.step == 6 else 0)
+    monkeypatch.setattr(run, "_signal", lambda: 15 if run.step == 6 else 0)
     with pytest.raises(RunInterruptedError, match=r"subspan finetune --config .*--resume auto"):
         run.run()
     assert [row["step"] for row in read_metrics(run.out) if "accuracy" in row] == [3]
