@@ -5,11 +5,14 @@ import json
 import pytest
 import torch
 from support.families import FAMILIES
+from transformers import AutoModelForCausalLM
 
 from subspan.cli import main
 from subspan.planning.plan import plan
 from subspan.planning.setting import PlanSetting
 from subspan.training.data.task_specs import find_task
+from subspan.training.data.tokenizer import load_tokenizer
+from subspan.training.models.build import build_model
 from subspan.utils.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_parser")
@@ -94,3 +97,19 @@ def test_finetune(name, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["val_loss"] > 0
     assert 0 <= found["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2"])
+def test_weights_load_in_the_dtype_that_is_trained(name, tmp_path):
+    """They are those that loading in fp32 and rounding gives, and buffers stay in fp32."""
+    tokenizer = load_tokenizer("bytes")
+    config = FAMILIES[name].config()
+    config.vocab_size = len(tokenizer)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    whole, half = (
+        build_model(str(tmp_path), tokenizer, 32, seed=0, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    for (key, p), (_, q) in zip(whole.named_parameters(), half.named_parameters(), strict=True):
+        assert q.dtype == torch.bfloat16, key
+        assert torch.equal(p.to(torch.bfloat16), q), key
+    assert all(buffer.dtype == torch.float32 for buffer in half.buffers())

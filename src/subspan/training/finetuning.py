@@ -27,7 +27,7 @@ from subspan.training.data.task_specs import find_task
 from subspan.training.data.tokenizer import load_tokenizer
 from subspan.training.evaluation import evaluate, evaluating, trained_losses
 from subspan.training.loop import Training
-from subspan.training.models.build import UNUSABLE, brings_weights, build_model, cannot_load, check_packs
+from subspan.training.models.build import UNUSABLE, brings_weights, build_model, cannot_load, check_packs, dtype_of
 from subspan.training.models.lora import add_lora
 from subspan.training.processes import ALONE, Processes
 from subspan.training.run_state import Best
@@ -163,7 +163,8 @@ class _FinetuneTask:
     def build_model(self) -> nn.Module:
         head = None if self.spec.kind == "lm" else self.labels or ("value",)
         config = self.config
-        model = build_model(config.model, self.tokenizer, config.max_length, config.seed, head, "max_length")
+        dtype = dtype_of(config.precision)
+        model = build_model(config.model, self.tokenizer, config.max_length, config.seed, head, "max_length", dtype)
         if config.packing:
             check_packs(config.model, model)
         lora = config.lora

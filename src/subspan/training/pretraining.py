@@ -20,7 +20,7 @@ from subspan.training.data.tokenizer import load_tokenizer
 from subspan.training.evaluation import evaluate, trained_losses
 from subspan.training.loop import RunDivergedError as RunDivergedError
 from subspan.training.loop import Training
-from subspan.training.models.build import build_model
+from subspan.training.models.build import build_model, dtype_of
 from subspan.training.processes import ALONE, Processes
 from subspan.utils.errors import InputError
 
@@ -66,7 +66,9 @@ class LanguageModelling:
         self._validation: Batch | None = None
 
     def build_model(self) -> nn.Module:
-        return build_model(self.config.model, self.tokenizer, self.config.sequence_length, self.config.seed)
+        config = self.config
+        dtype = dtype_of(config.precision)
+        return build_model(config.model, self.tokenizer, config.sequence_length, config.seed, dtype=dtype)
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return trained_losses(model, batch)
