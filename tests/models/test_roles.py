@@ -40,7 +40,7 @@ class Pair(nn.Module):
 
 
 def twins():
-    """One model twice, in fp64: with weights (out, in), and with weights (in, out)."""
+    """Return one model twice, in fp64: with weights (out, in), and with weights (in, out)."""
     torch.manual_seed(3)
     straight, transposed = Pair(False).double(), Pair(True).double()
     with torch.no_grad():
