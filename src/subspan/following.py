@@ -392,7 +392,7 @@ def _placed(value: Any, theirs: Any) -> Tensor:
 def _foreign(old: State, was: Built, p: Tensor) -> State:
     """Return the entries that others have put into a state, on the device of ``p``."""
     found: State = {}
-    for key in old.keys() - was.keys:
+    for key in [key for key in old if key not in was.keys]:
         value = old[key]
         if isinstance(value, Tensor) and value.ndim:
             value = _placed(p, value).to(p.device) if value.shape == p.shape else value.to(p.device)

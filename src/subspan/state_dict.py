@@ -98,7 +98,7 @@ class Restorable(torch.optim.Optimizer):
                 raise
         states = plan.states if plan is not None else {p: self.state[p] for p in self._parameters()}
         built = [one for some in (plan or self.following).built for one in some]
-        own = {one.p: {key: states[one.p][key] for key in one.keys} for one in built}
+        own = {one.p: {key: entry for key, entry in states[one.p].items() if key in one.keys} for one in built}
         saved: dict[str, Any] = {}
 
         def take_state(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class Restorable(torch.optim.Optimizer):
                 state.clear()
                 state.update(mine)
                 copy_state_(state, distributed.placed_as(state, theirs))
-                state.update(_taken_over(p, {key: theirs[key] for key in theirs.keys() - mine.keys()}))
+                state.update(_taken_over(p, {key: entry for key, entry in theirs.items() if key not in mine}))
             self._restore_method()
             self.carriers.bind()
 

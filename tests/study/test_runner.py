@@ -162,7 +162,7 @@ def test_a_study_that_is_stopped_goes_on_and_loses_nothing(signum: int, to_all: 
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
-    (tmp_path / "broken.jsonl").write_text('{"body": "x"}\n')
+    (tmp_path / "broken.jsonl").write_text('{"number": 1}\n')
     rows = {"lost": {"optimizer": "adamw", "data": str(tmp_path / "broken.jsonl")}, "mute": {"optimizer": "sgd"},
             "full": {"optimizer": "adamw"}}  # fmt: skip
     path = write(tmp_path, rows=rows, seeds=[0])

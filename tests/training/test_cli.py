@@ -33,6 +33,7 @@ KEYS = [
     "out",
     "seed",
     "test_loss",
+    "data_form",
 ]
 
 

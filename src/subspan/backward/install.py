@@ -17,6 +17,7 @@ from subspan.groups import EXCLUDED, RankPattern, check_rank, select_linear
 from subspan.parts import Key, Residual, Selector, check_part
 from subspan.roles import inputs_of
 from subspan.storage.allocation import State, is_plain
+from subspan.utils.compiler import untraced
 from subspan.utils.errors import SettingError
 from subspan.utils.ranks import Rank, rank_of_side
 
@@ -33,7 +34,7 @@ class Noting:
     def __init__(self, projections: list[Projection]) -> None:
         self.projections = projections
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it asks Python, not tensors
+    @untraced  # it asks Python, not tensors
     def __call__(self, model: nn.Module, inputs: Any) -> None:
         if several_processes():
             self.projections[0].note_wrapper()

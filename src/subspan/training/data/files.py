@@ -185,8 +185,8 @@ def _open_bytes(path: Path) -> IO[bytes]:
     return opens.get(path.suffix.lower(), open)(path, "rb")
 
 
-def _open_zstd(path: Path, mode: str) -> IO[bytes]:
-    return io.BufferedReader(_Zstd(open(path, mode)), _BYTES_OF_ZSTD)
+def _open_zstd(path: Path, _: str) -> IO[bytes]:
+    return io.BufferedReader(_Zstd(open(path, "rb")), _BYTES_OF_ZSTD)
 
 
 class _Zstd(io.RawIOBase):
